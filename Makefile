@@ -1,0 +1,28 @@
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test bench lint clean
+
+demo: $(READY)
+	$(BIN)/scclip-fast lof --out demo_lof.png
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/pytest bench --benchmark-only
+
+lint: $(READY)
+	$(BIN)/ruff check --quiet
+	$(BIN)/ruff format --check --quiet
+
+clean:
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache demo_lof.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# One resolve, so that pip picks a torchvision that fits its torch.
+$(READY): setup.py
+	@echo "Setting up .venv; the first time downloads PyTorch and takes a few minutes."
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test,lint]"
+	touch $@

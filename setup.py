@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import setup
+
+clip = ["open_clip_torch>=3.0"]
+demo = [*clip, "matplotlib", "pillow", "scikit-learn"]
+sam3 = ["transformers>=5.0"]
+test = [
+    *demo,
+    "hypothesis",
+    "pytest>=8",
+    "pytest-benchmark",
+    "setuptools>=77",
+    # The extra brings a version of Hugging Face's `kernels` that this transformers accepts.
+    # Older than 5.10, it takes the folder `kernels/` for that package and trips on its version.
+    "transformers[kernels]>=5.10",
+]
+lint = ["ruff==0.17.6"]
+
+setup(
+    name="scclip_fast",
+    version="0.1.0",
+    description="SC-CLIP for CLIP and SAM 3 as fused Triton kernels, with PyTorch fallbacks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # scclip_fast/kernels is a link to ../kernels; wheel and sdist hold the files themselves.
+    packages=["scclip_fast", "scclip_fast.ops", "scclip_fast.kernels"],
+    package_data={"scclip_fast": ["py.typed"]},
+    install_requires=["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
+    extras_require={"clip": clip, "demo": demo, "sam3": sam3, "test": test, "lint": lint},
+    entry_points={"console_scripts": ["scclip-fast = scclip_fast.cli:main"]},
+)
