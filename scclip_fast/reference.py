@@ -1,0 +1,181 @@
+"""The equations in plain torch: the specification every other implementation is tested against.
+
+Written to be read, on explicit N x N matrices, in whatever floating dtype the arguments have
+(float64 for the tests). Shapes: x, f, v are (B, N, D) tokens, one row of patches after the other;
+scores and masks are (B, N).
+
+Sources: SC-CLIP (Bai et al., arXiv 2411.15869) for everything but the two LOF variants, which are
+Schubert, Zimek and Kriegel, "Local outlier detection reconsidered", DMKD 2014 ("scclip") and
+Breunig et al., "LOF: identifying density-based local outliers", SIGMOD 2000 ("breunig").
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-12  # F.normalize's own
+AGGREGATE_EPS = 1e-6  # SC-CLIP's, added to the row sums of the thresholded similarity
+SOFTMAX_EPS = 1e-30  # a row without any weight (a zero feature) attends to nothing, not to 0 / 0
+BREUNIG_EPS = 1e-10  # scikit-learn's, added to the mean reachability distance
+
+
+def squared_distances(x: Tensor) -> Tensor:
+    """d2(i, j) = ||x_i - x_j||^2, (B, N, N); +inf where a token is not finite."""
+    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.where(d2.isfinite(), d2, torch.inf)
+
+
+def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices (B, N, k) of the k nearest *others*, ties by lower index."""
+    d2 = squared_distances(x)
+    # A token that is not finite is far; itself, at infinity, is out.
+    others = d2.nan_to_num(posinf=torch.finfo(d2.dtype).max)
+    others.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
+    indices = others.argsort(dim=-1, stable=True)[..., :k]
+    return d2.gather(-1, indices), indices
+
+
+def simplified_lof(k_distance: Tensor, neighbors: Tensor) -> Tensor:
+    """LOF_i = mean over j in N_k(i) of kappa_i / kappa_j; kappa (B, N), the squared k-distances.
+
+    SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
+    kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
+    neighbour indices (B, N, k). kappa is held above the rounding of the largest one: duplicates
+    then score 1, not 0 / 0. A token that is not finite, or has fewer than k finite others, scores
+    NaN.
+    """
+    finite = k_distance.isfinite()
+    largest = torch.where(finite, k_distance, 0).amax(dim=-1, keepdim=True)
+    limits = torch.finfo(k_distance.dtype)
+    kappa = k_distance.maximum((largest * limits.eps**2).clamp(min=limits.tiny))
+    ratios = kappa.unsqueeze(-1) / _gather_tokens(kappa, neighbors)
+    return torch.where(finite, ratios.mean(dim=-1), torch.nan)
+
+
+def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
+    """The textbook LOF on *plain* distances (B, N, k), sorted, as scikit-learn computes it.
+
+    reach(i <- j) = max(k-distance(j), d(i, j))
+    lrd_i = 1 / mean_j reach(i <- j)
+    LOF_i = mean_j lrd_j / lrd_i
+    """
+    k_distance = distances[..., -1]
+    reachability = distances.maximum(_gather_tokens(k_distance, neighbors))
+    density = 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
+    ratios = _gather_tokens(density, neighbors) / density.unsqueeze(-1)
+    return torch.where(k_distance.isfinite(), ratios.mean(dim=-1), torch.nan)
+
+
+def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
+    """scores > quantile(scores, 1 - contamination), per image, NaN left out; (B, N) -> bool (B, N).
+
+    The quantile interpolates linearly like `torch.quantile`, which `torch.compile(fullgraph=True)`
+    and `torch.export` with a dynamic batch both reject.
+    """
+    ordered = scores.sort(dim=-1).values  # NaN last
+    count = scores.isnan().logical_not().sum(dim=-1, keepdim=True)
+    rank = ((count - 1).clamp(min=0).to(scores.dtype)) * (1 - contamination)
+    below = ordered.gather(-1, rank.floor().long())
+    above = ordered.gather(-1, rank.ceil().long())
+    return scores > torch.lerp(below, above, rank.frac())
+
+
+def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A masked token becomes the mean of its in-bounds, unmasked 8-neighbours, if it has any."""
+    height, width = grid
+    image = tokens.unflatten(1, (height, width))
+    good = ~mask.unflatten(1, (height, width))
+    total, count = torch.zeros_like(image), torch.zeros_like(image[..., :1])
+    for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
+        here = (
+            slice(None),
+            slice(max(0, -dy), height - max(0, dy)),
+            slice(max(0, -dx), width - max(0, dx)),
+        )
+        there = (
+            slice(None),
+            slice(max(0, dy), height - max(0, -dy)),
+            slice(max(0, dx), width - max(0, -dx)),
+        )
+        weight = good[there].unsqueeze(-1)
+        total[here] += torch.where(weight, image[there], 0)
+        count[here] += weight
+    repaired = torch.where(good.unsqueeze(-1) | (count == 0), image, total / count.clamp(min=1))
+    return repaired.flatten(1, 2)
+
+
+def cosine_similarity(f: Tensor) -> Tensor:
+    """S = f_hat f_hat^T with f_hat = f / ||f||, (B, N, N)."""
+    unit = F.normalize(f, dim=-1, eps=NORM_EPS)
+    return unit @ unit.mT
+
+
+def similarity(f: Tensor, beta: float, normalize: bool = True) -> Tensor:
+    """S_beta = S * 1[S >= beta], (B, N, N)."""
+    s = cosine_similarity(f) if normalize else f @ f.mT
+    return torch.where(s < beta, 0, s)
+
+
+def adaptive_aggregate(features: Tensor, similarity_matrix: Tensor) -> Tensor:
+    """A V with A = S / (rowsum(S) + 1e-6), from an explicit S (B, N, N) and V (B, N, D)."""
+    row_sum = similarity_matrix.sum(dim=-1, keepdim=True)
+    return similarity_matrix / (row_sum + AGGREGATE_EPS) @ features
+
+
+def mean_similarity(f: Tensor) -> Tensor:
+    """mu = mean of S over all N^2 pairs of an image = ||mean_i f_hat_i||^2, (B,)."""
+    return F.normalize(f, dim=-1, eps=NORM_EPS).mean(dim=1).square().sum(dim=-1)
+
+
+def content_floor(mu: Tensor) -> Tensor:
+    """From which similarity on content attention looks: mu, but every token sees itself.
+
+    Where all tokens are equal, S and mu are 1 up to rounding and S >= mu would be chance.
+    """
+    return mu.clamp(max=1 - 1e-6)
+
+
+def weights(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
+    """The two weight functions: s 1[s >= floor], and with a gamma exp(gamma (s - 1)) 1[s >= floor].
+
+    The second is the numerator of softmax(gamma (s - mu)); as s <= 1, it needs no running maximum.
+    Both leave NaN NaN.
+    """
+    weight = s if gamma is None else torch.exp(gamma * (s - 1))
+    return torch.where(s < floor, 0, weight)
+
+
+def aggregate(
+    values: Tensor, f: Tensor, floor: Tensor, gamma: float | None
+) -> tuple[Tensor, Tensor]:
+    """Weighted means (B, N, Dv) of `values` (B, N, Dv), and the sums of the weights (B, N).
+
+    out_i = sum_j w_ij v_j / (sum_j w_ij + eps), w = `weights`(S, floor, gamma), floor (B,).
+    gamma=None with floor=beta is SC-CLIP's aggregation; gamma with floor=`content_floor` its
+    content attention.
+    """
+    weight = weights(cosine_similarity(f), floor[:, None, None], gamma)
+    total = weight.sum(dim=-1)
+    return weight @ values / (total + normaliser_eps(gamma)).unsqueeze(-1), total
+
+
+def normaliser_eps(gamma: float | None) -> float:
+    return AGGREGATE_EPS if gamma is None else SOFTMAX_EPS
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float
+) -> Tensor:
+    """(1 - alpha) softmax(scale q k^T) v + alpha content.
+
+    q and k are (B, H, N, d), v and content (B, H, N, dv).
+    """
+    self_attention = torch.softmax(scale * (q @ k.mT), dim=-1) @ v
+    return (1 - alpha) * self_attention + alpha * content
+
+
+def _gather_tokens(per_token: Tensor, neighbors: Tensor) -> Tensor:
+    """per_token (B, N) at neighbors (B, N, k)."""
+    return per_token.gather(-1, neighbors.flatten(1)).view_as(neighbors)
