@@ -1,0 +1,88 @@
+"""What a launcher hands to Triton, as data: to run, or to compile ahead of time without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    Attributes:
+        kernel: the jit function.
+        programs: size of the one-dimensional grid.
+        args: its run-time arguments by name.
+        constants: its `tl.constexpr` arguments by name.
+        options: `num_warps`, `num_stages`.
+    """
+
+    kernel: Any
+    programs: int
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    options: dict[str, int] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Enqueue the kernel on the device of its tensors."""
+        if self.programs == 0:
+            return
+        with _on_device(self.args), _widened(self.args) as args:
+            self.kernel[(self.programs,)](**args, **self.constants, **self.options)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The power of two at or above n, held between low and high (powers of two)."""
+    return max(low, min(high, triton.next_power_of_2(n)))
+
+
+def dot_precision(hip: bool | None = None) -> str:
+    """How float32 operands are multiplied, to nearly float32 accuracy.
+
+    NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
+    """
+    hip = torch.version.hip is not None if hip is None else hip
+    return "ieee" if hip else "tf32x3"
+
+
+def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
+    """{"stride_<name><dim>": stride} for each letter of `dims`."""
+    return {
+        f"stride_{name}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)
+    }
+
+
+def _on_device(args: dict[str, Any]):
+    # Triton launches on the current device, not on that of its arguments ("Pointer argument cannot
+    # be accessed").
+    device = next(a.device for a in args.values() if isinstance(a, torch.Tensor))
+    on_gpu = device.type in ("cuda", "xpu")
+    return torch.get_device_module(device).device(device) if on_gpu else nullcontext()
+
+
+@contextmanager
+def _widened(args: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """float32 copies for Triton's interpreter, whose `tl.dot` reads bfloat16 as integers."""
+    if not triton.knobs.runtime.interpret:
+        yield args
+        return
+    short = {name: a for name, a in args.items() if getattr(a, "dtype", None) == torch.bfloat16}
+    # `.data`: writing the inputs back as they were is no modification that autograd should see.
+    storages = {
+        n: a.data.as_strided((a.untyped_storage().nbytes() // 2,), (1,), 0)
+        for n, a in short.items()
+    }
+    wide = {name: storage.float() for name, storage in storages.items()}
+    views = {
+        name: wide[name].as_strided(a.size(), a.stride(), a.storage_offset())
+        for name, a in short.items()
+    }
+    yield args | views
+    for name, storage in storages.items():
+        storage.copy_(wide[name])
