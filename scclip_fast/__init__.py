@@ -1,0 +1,33 @@
+"""Training-free dense vision, fast: SC-CLIP's operations without N x N memory.
+
+Ops are functions of tensors, (N, D) or (B, N, D), float16 to float64, CPU or GPU; `backend` chooses
+how they run.
+"""
+
+from .backend import backend
+from .ops import (
+    adaptive_aggregate,
+    aggregate,
+    blended_attention,
+    knn,
+    lof,
+    lof_scores,
+    outlier_mask,
+    repair,
+    similarity,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "adaptive_aggregate",
+    "aggregate",
+    "backend",
+    "blended_attention",
+    "knn",
+    "lof",
+    "lof_scores",
+    "outlier_mask",
+    "repair",
+    "similarity",
+]

@@ -1,0 +1,86 @@
+"""Which implementation runs an op: the Triton kernels, the chunked torch code, or the reference.
+
+The choice, first match wins: the op's `backend=` argument, an enclosing `with backend(...)`, the
+environment variable `SCCLIP_FAST_BACKEND`, and otherwise Triton for a GPU tensor that its kernels
+support and torch for everything else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+
+import torch
+
+BACKENDS = ("triton", "torch", "reference")
+ENVIRONMENT_VARIABLE = "SCCLIP_FAST_BACKEND"
+
+_scoped: ContextVar[str | None] = ContextVar("scclip_fast_backend", default=None)
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Run every op inside the `with` block on one backend.
+
+    Args:
+        name: "triton", "torch", "reference", or None to return to the automatic choice.
+
+    Raises:
+        ValueError: `name` is none of these.
+    """
+    token = _scoped.set(_check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _scoped.reset(token)
+
+
+def resolve(name: str | None, *tensors: torch.Tensor) -> str:
+    """The backend that runs an op on these tensors; the docstring of this module gives the order.
+
+    Raises:
+        ValueError: an unknown name, or a request for Triton that cannot be met.
+    """
+    requested = (
+        _check_name(name, "backend")
+        or _scoped.get()
+        or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
+    )
+    if requested is None:
+        return "triton" if _on_gpu(tensors[0]) and _obstacle(tensors) is None else "torch"
+    if requested == "triton" and (obstacle := _obstacle(tensors)):
+        raise ValueError(
+            f'backend "triton" cannot run here: {obstacle}; use "torch" or leave backend=None'
+        )
+    return requested
+
+
+def _check_name(name: str | None, argument: str) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)} or None, got {name!r}")
+    return name
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why the kernels cannot run on these tensors, or None if they can."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return "the kernels take float16, bfloat16 and float32, not float64"
+    if not _has_triton():
+        return "the triton package is not installed"
+    if not _on_gpu(tensors[0]) and os.environ.get("TRITON_INTERPRET") != "1":
+        where = tensors[0].device
+        return f"the tensors are on {where}, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    return None
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.device.type in ("cuda", "xpu")
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

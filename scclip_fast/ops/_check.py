@@ -1,0 +1,110 @@
+"""Argument checks shared by the ops.
+
+They read shapes, dtypes and devices, never data: nothing waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def floating(name: str, tensor: Tensor) -> None:
+    """TypeError unless `tensor` is a tensor of one of `FLOAT_DTYPES`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have a floating dtype ({allowed}), got {tensor.dtype}")
+
+
+def batched(name: str, tensor: Tensor, layout: str) -> Tensor:
+    """`tensor` with a batch dimension in front, added where it lacks one.
+
+    `layout` names the dims, such as "B, N, D".
+
+    Raises:
+        ValueError: any other number of dims, or one of size 0 other than the batch.
+    """
+    rank = layout.count(",") + 1
+    unbatched = layout.removeprefix("B, ")
+    if tensor.dim() not in (rank - 1, rank):
+        raise ValueError(
+            f"{name} must be ({unbatched}) or ({layout}), got shape {tuple(tensor.shape)}"
+        )
+    tensor = tensor if tensor.dim() == rank else tensor.unsqueeze(0)
+    if 0 in tensor.shape[1:]:
+        raise ValueError(
+            f"{name} ({layout}) must not be empty beyond its batch, got shape {tuple(tensor.shape)}"
+        )
+    return tensor
+
+
+def tokens(name: str, tensor: Tensor) -> Tensor:
+    """A floating (N, D) or (B, N, D) as (B, N, D)."""
+    floating(name, tensor)
+    return batched(name, tensor, "B, N, D")
+
+
+def same_device(**tensors: Tensor) -> None:
+    """ValueError if the tensors lie on several devices."""
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {found}")
+
+
+def same_rank(**tensors: Tensor) -> None:
+    """ValueError if some tensors have a batch dimension and others none."""
+    if len({tensor.dim() for tensor in tensors.values()}) > 1:
+        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"either all tensors or none must have a batch dimension, got {found}")
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must have shape {expected} {why}, got {tuple(tensor.shape)}")
+
+
+def neighbor_count(name: str, k: int, n: int) -> int:
+    """k as an int; each of n tokens has n - 1 others."""
+    if isinstance(k, bool) or not isinstance(k, Integral):
+        raise TypeError(f"{name} must be an int, got {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"{name} must be at least 1, got {k}")
+    if n <= k:
+        raise ValueError(
+            f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens"
+        )
+    return int(k)
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """value as a finite float in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value}")
+    return float(value)
+
+
+def contamination(value: float) -> float:
+    value = number("contamination", value)
+    if not 0 < value <= 0.5:
+        raise ValueError(f"contamination must be in (0, 0.5], got {value}")
+    return value
+
+
+def all_finite(name: str, tensor: Tensor) -> None:
+    """ValueError naming the first token of (B, N, D) that is not finite. It waits for a GPU."""
+    broken = (~tensor.isfinite().all(dim=-1)).nonzero()
+    if len(broken):
+        image, token = broken[0].tolist()
+        raise ValueError(
+            f"{name} must be finite: {len(broken)} token(s) hold NaN or infinity, "
+            f"the first is token {token} of image {image}"
+        )

@@ -1,0 +1,138 @@
+"""Attention blended from content (what looks alike) and queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import chunked, reference
+from ..backend import resolve
+from . import _check
+from .aggregation import weighted_mean
+
+
+@torch.library.custom_op("scclip_fast::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
+) -> Tensor:
+    """(1 - alpha) softmax(scale q k^T) v + alpha content; all (B, H, N, .)."""
+    if backend == "triton" and v.numel():
+        from ..kernels.attention import attention_triton
+
+        return attention_triton(q, k, v, content, alpha, scale)
+    if backend == "reference":
+        dtype = chunked.compute_dtype(q)
+        return reference.attention(*(t.to(dtype) for t in (q, k, v, content)), alpha, scale).to(
+            v.dtype
+        )
+    return chunked.attention(q, k, v, content, alpha, scale)
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("scclip_fast::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return chunked.attention_backward(grad, q, k, v, scale)
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    q, k, v, _, ctx.alpha, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, k, v)
+
+
+def _backward(ctx, grad: Tensor):
+    q, k, v = ctx.saved_tensors
+    grad_q, grad_k, grad_v = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
+    return grad_q, grad_k, grad_v, grad * ctx.alpha, None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def blended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    features: Tensor,
+    gamma: float = 3.0,
+    alpha: float = 0.5,
+    scale: float | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """SC-CLIP's attention: self attention blended with attention to similar features.
+
+    out = [(1 - alpha) softmax(scale q k^T) + alpha C] v, where C_ij is the softmax over {j : S_ij
+    >= mu} of gamma (S_ij - mu), S the cosine similarity of the features and mu its mean over the
+    image. C is the same for all heads. SC-CLIP itself passes its keys as q as well. Differentiable
+    by q, k, v and features (once); the backward pass recomputes both halves in chunked torch code.
+
+    Args:
+        q, k: (H, N, d) or (B, H, N, d), floating, any strides.
+        v: (H, N, dv) or (B, H, N, dv), the dtype of q and k.
+        features: (N, D) or (B, N, D), floating, unthresholded; its dtype may differ.
+        gamma: sharpness of the content half, >= 0.
+        alpha: share of the content half, in [0, 1].
+        scale: of the scores of the self half; None for 1 / sqrt(d).
+        backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
+
+    Returns:
+        Of the shape and dtype of `v`.
+
+    Raises:
+        TypeError: not floating, or q, k and v of different dtypes.
+        ValueError: shapes or devices that do not fit, a number out of range, a backend that cannot
+            run.
+    """
+    queries, keys, values, f = _checked(q, k, v, features)
+    gamma = _check.number("gamma", gamma, low=0)
+    alpha = _check.number("alpha", alpha, low=0, high=1)
+    scale = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
+    resolved = resolve(backend, queries, f)
+    content = _content_attention(values, f, gamma, resolved)
+    return _attention(queries, keys, values, content, alpha, scale, resolved).view_as(v)
+
+
+def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
+    """C v for all heads at once: one product of width H dv."""
+    mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
+    merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
+    out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
+    return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for name, tensor in dict(q=q, k=k, v=v).items():
+        _check.floating(name, tensor)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    _check.same_rank(q=q, k=k, v=v)
+    queries, keys, values = (
+        _check.batched(n, t, "B, H, N, d") for n, t in dict(q=q, k=k, v=v).items()
+    )
+    f = _check.tokens("features", features)
+    if features.dim() != q.dim() - 1:
+        raise ValueError(
+            f"features must be (N, D) for q (H, N, d) and (B, N, D) for q (B, H, N, d), "
+            f"got {tuple(features.shape)} with q {tuple(q.shape)}"
+        )
+    _check.same_device(q=q, k=k, v=v, features=features)
+    batch, heads, n, d = queries.shape
+    _check.shape("k", keys, (batch, heads, n, d), "like q")
+    _check.shape("v", values, (batch, heads, n, values.shape[-1]), "for the tokens of q")
+    _check.shape("features", f, (batch, n, f.shape[-1]), "for the tokens of q")
+    return queries, keys, values, f

@@ -1,0 +1,206 @@
+"""Nearest neighbours, Local Outlier Factor, and the mask of outlier tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import chunked, reference
+from ..backend import resolve
+from . import _check
+
+MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
+VARIANTS = ("scclip", "breunig")
+
+
+@torch.library.custom_op("scclip_fast::neighbors", mutates_args=())
+def _neighbors(x: Tensor, k: int, backend: str) -> Tensor:
+    """Indices (B, N, k) of the nearest other tokens of x (B, N, D)."""
+    if backend == "triton" and x.numel():
+        from ..kernels.knn import neighbors_triton
+
+        return neighbors_triton(x, chunked.finite_mean(x).squeeze(1), k)
+    if backend == "reference":
+        return reference.knn(x.to(chunked.compute_dtype(x)), k)[1].contiguous()
+    return chunked.neighbors(x, k)
+
+
+@_neighbors.register_fake
+def _(x: Tensor, k: int, backend: str) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64)
+
+
+@torch.library.custom_op("scclip_fast::pair_distances", mutates_args=())
+def _pair_distances(x: Tensor, neighbors: Tensor, backend: str) -> Tensor:
+    """||x_i - x_j||^2 for j in neighbors (B, N, m), as (B, N, m), in float32 or longer."""
+    if backend == "triton" and x.numel():
+        from ..kernels.knn import pair_distances_triton
+
+        return pair_distances_triton(x, neighbors)
+    if backend == "reference":
+        return reference.squared_distances(x.to(chunked.compute_dtype(x))).gather(-1, neighbors)
+    return chunked.pair_distances(x, neighbors)
+
+
+@_pair_distances.register_fake
+def _(x: Tensor, neighbors: Tensor, backend: str) -> Tensor:
+    return x.new_empty(neighbors.shape, dtype=chunked.compute_dtype(x))
+
+
+def knn(
+    x: Tensor, k: int, *, check_finite: bool = False, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k nearest other tokens of every token, by Euclidean distance.
+
+    A token is never its own neighbour, by identity and not by distance. Neighbours are chosen among
+    all pairs in float32 (float64 for float64); their distances are then measured as sums of squared
+    differences.
+
+    Args:
+        x: (N, D) or (B, N, D), any strides; float16, bfloat16, float32 or float64. Images of a
+            batch are independent.
+        k: 1 <= k < N; the Triton kernel takes up to 128, above which the torch path runs.
+        check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
+            token is the neighbour of another only where nothing else is left, at distance inf.
+        backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
+
+    Returns:
+        Squared distances (N, k) or (B, N, k), float32 (float64 for float64), ascending, and indices
+        of the same shape, int64; equal distances by lower index. Neither carries a gradient.
+
+    Raises:
+        TypeError: x is no floating tensor or k no int.
+        ValueError: wrong rank, an empty dimension other than the batch, k outside [1, N - 1], a
+            token that is not finite (with check_finite), or a backend that cannot run.
+    """
+    tokens, k, backend = _prepare(x, "x", k, "k", check_finite, backend)
+    distances, indices = _knn(tokens, k, backend)
+    return (distances, indices) if x.dim() == 3 else (distances[0], indices[0])
+
+
+def lof_scores(
+    features: Tensor,
+    n_neighbors: int = 30,
+    *,
+    variant: str = "scclip",
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Local Outlier Factor of every token: about 1 inside a cluster, larger outside.
+
+    `variant="scclip"` is what SC-CLIP runs: on squared distances, with kappa_i the k-th smallest
+    and the point's own k-distance for reachability, LOF_i = kappa_i mean_j 1 / kappa_j (the
+    simplified LOF of Schubert et al. 2014). `variant="breunig"` is the textbook form (Breunig et
+    al. 2000) on plain distances, equal to the negative of scikit-learn's
+    `negative_outlier_factor_`.
+
+    Args:
+        features: (N, D) or (B, N, D); see `knn`.
+        n_neighbors: k, 1 <= k < N.
+        variant: "scclip" or "breunig".
+        check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
+            token scores NaN and is nobody's neighbour.
+        backend: see `knn`.
+
+    Returns:
+        (N,) or (B, N), float32 (float64 for float64), without a gradient. Duplicates score 1, never
+        NaN. Nothing here waits for the GPU.
+
+    Raises:
+        TypeError, ValueError: as `knn`, and for an unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    tokens, k, backend = _prepare(
+        features, "features", n_neighbors, "n_neighbors", check_finite, backend
+    )
+    if variant == "scclip":
+        neighbors = _neighbors(tokens, k, backend)
+        k_distance = _pair_distances(tokens, neighbors[..., -1:], backend)[..., 0]
+        scores = reference.simplified_lof(k_distance, neighbors)
+    else:
+        distances, neighbors = _knn(tokens, k, backend)
+        scores = reference.breunig_lof(distances.sqrt(), neighbors)
+    return scores if features.dim() == 3 else scores[0]
+
+
+def outlier_mask(
+    scores: Tensor, contamination: float = 0.05, *, backend: str | None = None
+) -> Tensor:
+    """scores > quantile(scores, 1 - contamination), per image.
+
+    Args:
+        scores: (N,) or (B, N), floating. NaN scores are left out of the quantile and are never
+            outliers.
+        contamination: in (0, 0.5].
+        backend: checked, and otherwise without effect: a sort needs no kernel of ours.
+
+    Returns:
+        bool, of the shape of `scores`. The quantile interpolates linearly, as `torch.quantile`
+        does.
+
+    Raises:
+        TypeError, ValueError: `scores` is no floating tensor of that rank, or contamination is out
+            of range.
+    """
+    _check.floating("scores", scores)
+    batch = _check.batched("scores", scores, "B, N")
+    share = _check.contamination(contamination)
+    resolve(backend, scores)
+    mask = reference.outlier_mask(batch.to(chunked.compute_dtype(batch)), share)
+    return mask if scores.dim() == 2 else mask[0]
+
+
+def lof(
+    features: Tensor,
+    n_neighbors: int = 30,
+    contamination: float = 0.05,
+    *,
+    variant: str = "scclip",
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outlier tokens and their LOF scores; a drop-in for SC-CLIP's `lof_pytorch`.
+
+    Counting the outliers waits for the GPU; `outlier_mask(lof_scores(features))` does not.
+
+    Args:
+        features, n_neighbors, variant, check_finite, backend: see `lof_scores`.
+        contamination: the share of outliers, in (0, 0.5].
+
+    Returns:
+        (indices, scores). For (N, D): indices (M,) int64 ascending, scores (N,). For (B, N, D):
+        indices (M, 2), rows of (image, token), scores (B, N).
+
+    Raises:
+        TypeError, ValueError: as `lof_scores` and `outlier_mask`.
+    """
+    _check.contamination(contamination)
+    scores = lof_scores(
+        features, n_neighbors, variant=variant, check_finite=check_finite, backend=backend
+    )
+    indices = outlier_mask(scores, contamination).nonzero()
+    return (indices if features.dim() == 3 else indices[:, 0]), scores
+
+
+def _knn(tokens: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
+    neighbors = _neighbors(tokens, k, backend).sort(dim=-1).values
+    distances, order = _pair_distances(tokens, neighbors, backend).sort(dim=-1, stable=True)
+    return distances, neighbors.gather(-1, order)
+
+
+def _prepare(
+    x: Tensor, name: str, k: int, k_name: str, check_finite: bool, backend: str | None
+) -> tuple[Tensor, int, str]:
+    tokens = _check.tokens(name, x).detach()
+    k = _check.neighbor_count(k_name, k, tokens.shape[1])
+    if check_finite:
+        _check.all_finite(name, tokens)
+    resolved = resolve(backend, tokens)
+    if resolved == "triton" and k > MAX_NEIGHBORS:
+        if backend == "triton":
+            raise ValueError(
+                f'{k_name} must be at most {MAX_NEIGHBORS} on backend "triton", got {k}'
+            )
+        resolved = "torch"
+    return tokens, k, resolved
