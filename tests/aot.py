@@ -1,0 +1,147 @@
+"""Compiles every kernel launch the library ships, for GPUs this machine does not have.
+
+`python tests/aot.py OUT.json` writes one row per launch and target. It is a process of its own
+because Triton's interpreter, which the other tests run under, replaces `triton.jit` for good.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from scclip_fast.kernels._launch import Launch, dot_precision
+from scclip_fast.kernels.aggregate import aggregate_launch
+from scclip_fast.kernels.attention import attention_launch
+from scclip_fast.kernels.knn import neighbors_launch, pair_distances_launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SIGNATURE = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(precision: str) -> Iterator[tuple[str, Launch]]:
+    """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
+    for name, dtype in DTYPES.items():
+        for k in (1, 30, 64, 128):
+            x, indices = meta(1, 5184, 1024, dtype=dtype), meta(1, 5184, k, dtype=torch.int64)
+            yield f"neighbors-{name}-k{k}", neighbors_launch(x, meta(1, 1024), indices, precision)
+        yield f"pair_distances-{name}", pair_distances_launch(x, indices, meta(1, 5184, 128))
+        for width in (16, 1024):
+            for gamma in (None, 3.0):
+                v, f = meta(1, 5184, width, dtype=dtype), meta(1, 5184, 1024, dtype=dtype)
+                sums = meta(1, 5184), meta(1)
+                kind = "threshold" if gamma is None else "softmax"
+                yield (
+                    f"aggregate-{name}-{kind}-v{width}",
+                    aggregate_launch(v, f, *sums, gamma, 1e-6, v, meta(1, 5184), precision),
+                )
+        for d in (16, 64, 128):
+            q = meta(1, 16, 5184, d, dtype=dtype)
+            yield f"attention-{name}-d{d}", attention_launch(q, q, q, q, 0.5, 0.125, q, precision)
+    far = (
+        meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
+    )  # image stride over 2^31
+    yield (
+        "neighbors-fp32-far",
+        neighbors_launch(far, meta(2, 2), meta(2, 5184, 30, dtype=torch.int64), precision),
+    )
+    mixed = meta(1, 5184, 64, dtype=torch.float16), meta(1, 5184, 64), meta(1, 5184), meta(1)
+    yield (
+        "aggregate-mixed",
+        aggregate_launch(*mixed, None, 1e-6, mixed[0], meta(1, 5184), precision),
+    )
+
+
+def source(launch: Launch) -> ASTSource:
+    """The launch as Triton would specialise it: ones folded in, multiples of 16 declared."""
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for position, name in enumerate(launch.kernel.arg_names):
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        value = launch.args[name]
+        divisible = True
+        if isinstance(value, torch.Tensor):
+            signature[name] = SIGNATURE[value.dtype]
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        elif value == 1:
+            signature[name], constants[name], divisible = "constexpr", 1, False
+        else:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def resources(compiled, target: GPUTarget) -> dict[str, int]:
+    """Registers and bytes spilled and of local memory, a thread."""
+    if target.backend == "hip":
+        text = compiled.asm["amdgcn"]
+        count = {
+            key: int(re.search(rf"\.{key}:\s*(\d+)", text).group(1))
+            for key in ("vgpr_count", "vgpr_spill_count")
+        }
+        local = int(re.search(r"\.private_segment_fixed_size:\s*(\d+)", text).group(1))
+        return dict(registers=count["vgpr_count"], spills=count["vgpr_spill_count"], local=local)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        text = subprocess.run(
+            [tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return dict(registers=usage["REG"], spills=usage["STACK"], local=usage["LOCAL"])
+
+
+MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v_smfma"}
+
+
+def compile_row(job: tuple[int, str]) -> dict:
+    index, target_name = job
+    target = TARGETS[target_name]
+    name, launch = list(launches(dot_precision(hip=target.backend == "hip")))[index]
+    compiled = triton.compile(source(launch), target=target, options=launch.options)
+    text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    instructions = sorted(set(re.findall(MATRIX_INSTRUCTION[target.backend], text)))
+    row = dict(
+        launch=name, target=target_name, shared=compiled.metadata.shared, matrix=instructions
+    )
+    return row | resources(compiled, target)
+
+
+def main(path: str) -> None:
+    jobs = [(i, target) for target in TARGETS for i, _ in enumerate(launches("ieee"))]
+    with ProcessPoolExecutor(2) as pool:
+        rows = list(pool.map(compile_row, jobs, chunksize=4))
+    Path(path).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,115 @@
+import threading
+
+import pytest
+import torch
+from cases import GPU
+
+import scclip_fast as sf
+from scclip_fast.backend import resolve
+
+X = torch.randn(1, 4, 2)
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch):
+    monkeypatch.delenv("SCCLIP_FAST_BACKEND", raising=False)
+
+
+def test_automatic():
+    assert resolve(None, X) == "torch"
+    assert resolve(None, X.to("meta")) == "torch"
+
+
+@pytest.mark.gpu
+def test_automatic_on_the_gpu():
+    assert resolve(None, X.cuda()) == "triton"
+    assert resolve(None, X.cuda().double()) == "torch"
+
+
+def test_first_match_wins(monkeypatch):
+    monkeypatch.setenv("SCCLIP_FAST_BACKEND", "reference")
+    assert resolve(None, X) == "reference"
+    with sf.backend("torch"):
+        assert resolve(None, X) == "torch"
+        assert resolve("reference", X) == "reference"
+        with sf.backend(None):
+            assert resolve(None, X) == "reference"
+    assert resolve(None, X) == "reference"
+    monkeypatch.setenv("SCCLIP_FAST_BACKEND", "")
+    assert resolve(None, X) == "torch"
+
+
+def test_scope_ends_with_an_error_and_stays_in_its_thread():
+    seen = []
+    with pytest.raises(RuntimeError), sf.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(resolve(None, X)))
+        thread.start()
+        thread.join()
+        raise RuntimeError
+    assert seen == ["torch"] and resolve(None, X) == "torch"
+
+
+def test_unknown_names(monkeypatch):
+    with pytest.raises(
+        ValueError, match="backend must be one of triton, torch, reference or None, got 'cuda'"
+    ):
+        sf.knn(X, 1, backend="cuda")
+    with pytest.raises(ValueError, match="got 'numpy'"), sf.backend("numpy"):
+        pass
+    monkeypatch.setenv("SCCLIP_FAST_BACKEND", "Triton")
+    with pytest.raises(ValueError, match=r"SCCLIP_FAST_BACKEND must be one of .* got 'Triton'"):
+        sf.outlier_mask(X[0])
+
+
+def test_triton_where_it_cannot_run(monkeypatch):
+    with pytest.raises(ValueError, match="not float64"):
+        sf.knn(X.double(), 1, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="the tensors are on cpu, and Triton's interpreter is off"):
+        sf.aggregate(X, X, backend="triton")
+
+
+@pytest.mark.skipif(GPU, reason="the interpreter is off")
+def test_every_op_takes_every_backend():
+    mask, q = torch.zeros(1, 4, dtype=torch.bool), torch.randn(1, 2, 4, 3)
+    for name in ("triton", "torch", "reference"):
+        sf.knn(X, 2, backend=name)
+        sf.lof(X, 2, backend=name)
+        sf.lof_scores(X, 2, backend=name)
+        sf.outlier_mask(X[..., 0], backend=name)
+        sf.repair(X, mask, (2, 2), backend=name)
+        sf.similarity(X, backend=name)
+        sf.aggregate(X, X, backend=name)
+        sf.adaptive_aggregate(X, sf.similarity(X), backend=name)
+        sf.blended_attention(q, q, q, X, backend=name)
+
+
+def test_the_kernels_are_what_runs(monkeypatch):
+    """backend="triton" enters the launchers and the others do not."""
+    from scclip_fast.kernels import aggregate, attention, knn
+
+    launched = []
+    for module, name in (
+        (knn, "neighbors_launch"),
+        (knn, "pair_distances_launch"),
+        (aggregate, "aggregate_launch"),
+        (attention, "attention_launch"),
+    ):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, _f=original, _n=name: launched.append(_n) or _f(*a)
+        )
+    x = X.cuda() if GPU else X
+    q = torch.randn(1, 2, 4, 3, device=x.device)
+    for name in ("torch", "reference"):
+        sf.knn(x, 2, backend=name)
+        sf.blended_attention(q, q, q, x, backend=name)
+    assert launched == []
+    sf.knn(x, 2, backend="triton")
+    sf.blended_attention(q, q, q, x, backend="triton")
+    assert launched == [
+        "neighbors_launch",
+        "pair_distances_launch",
+        "aggregate_launch",
+        "attention_launch",
+    ]

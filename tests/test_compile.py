@@ -1,0 +1,158 @@
+"""The ops under torch.compile, torch.export and torch.library.opcheck."""
+
+import pytest
+import torch
+from cases import GPU
+
+import scclip_fast as sf
+from scclip_fast.ops import aggregation, attention, outliers
+
+GRID = (5, 8)
+
+#: op -> (function of tensors with a leading batch, its inputs)
+OPS = {
+    "knn": (lambda x: sf.knn(x, 5), lambda: (torch.randn(3, 40, 8),)),
+    "lof_scores": (lambda x: sf.lof_scores(x, 5), lambda: (torch.randn(3, 40, 8),)),
+    "lof_scores-breunig": (
+        lambda x: sf.lof_scores(x, 5, variant="breunig"),
+        lambda: (torch.randn(3, 40, 8),),
+    ),
+    "outlier_mask": (lambda s: sf.outlier_mask(s, 0.1), lambda: (torch.rand(3, 40),)),
+    "lof": (lambda x: sf.lof(x, 5), lambda: (torch.randn(3, 40, 8),)),
+    "repair": (
+        lambda x, m: sf.repair(x, m, GRID),
+        lambda: (torch.randn(3, 40, 8), torch.rand(3, 40) < 0.2),
+    ),
+    "similarity": (lambda x: sf.similarity(x, 0.2), lambda: (torch.randn(3, 40, 8),)),
+    "aggregate": (
+        lambda v, f: sf.aggregate(v, f, 0.2),
+        lambda: (torch.randn(3, 40, 6), torch.randn(3, 40, 8)),
+    ),
+    "adaptive_aggregate": (
+        lambda x, s: sf.adaptive_aggregate(x, s),
+        lambda: (torch.randn(3, 40, 8), torch.rand(3, 40, 40)),
+    ),
+    "blended_attention": (
+        lambda q, k, v, f: sf.blended_attention(q, k, v, f),
+        lambda: (*torch.randn(3, 3, 2, 40, 4), torch.randn(3, 40, 8)),
+    ),
+}
+
+
+def flat(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_same(found, expected):
+    for a, b in zip(flat(found), flat(expected), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_compile_fullgraph(name):
+    torch._dynamo.reset()
+    op, inputs = OPS[name]
+    tensors = inputs()
+    # `lof` counts its outliers: a size not known in advance, which a graph holds only on request.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+        assert_same(compiled(*tensors), op(*tensors))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lof_scores", "aggregate", "blended_attention"])
+def test_compile_with_inductor(name):
+    torch._dynamo.reset()
+    op, inputs = OPS[name]
+    tensors = inputs()
+    assert_same(torch.compile(op, fullgraph=True)(*tensors), op(*tensors))
+
+
+@pytest.mark.parametrize(
+    "name", ["repair", "similarity", "aggregate", "adaptive_aggregate", "blended_attention"]
+)
+def test_compiled_gradients(name):
+    torch._dynamo.reset()
+    op, inputs = OPS[name]
+    tensors = inputs()
+    leaves = [t for t in tensors if t.is_floating_point()]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    out = op(*tensors)
+    upstream = torch.randn_like(out)
+    expected = torch.autograd.grad(out, leaves, upstream)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_same(torch.autograd.grad(compiled(*tensors), leaves, upstream), expected)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_export_with_a_dynamic_batch(name):
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            return op(*tensors)
+
+    op, inputs = OPS[name]
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(
+        Module(), inputs(), dynamic_shapes=(({0: batch},) * len(inputs()),)
+    )
+    larger = tuple(torch.cat([t, t]) for t in inputs())
+    assert_same(program.module()(*larger), op(*larger))
+
+
+BACKENDS = ["torch", "reference", "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestOpcheck:
+    """Schema, autograd registration, fake tensors and AOT dispatch of every registered op."""
+
+    device = "cuda" if GPU else "cpu"
+
+    def check(self, op, *args):
+        torch.library.opcheck(op, args)
+
+    def tensors(self, *shapes, grad=False):
+        return [torch.randn(shape, device=self.device, requires_grad=grad) for shape in shapes]
+
+    def test_neighbors(self, backend):
+        (x,) = self.tensors((2, 20, 4))
+        self.check(outliers._neighbors, x, 3, backend)
+        indices = outliers._neighbors(x, 3, backend)
+        self.check(outliers._pair_distances, x, indices, backend)
+
+    @pytest.mark.parametrize("gamma", [None, 3.0])
+    def test_weighted_mean(self, backend, gamma):
+        values, features = self.tensors((2, 20, 4), (2, 20, 3), grad=True)
+        floor = torch.full((2,), 0.1, device=self.device)
+        self.check(aggregation.weighted_mean, values, features, floor, gamma, backend)
+
+    def test_attention(self, backend):
+        q, k, v, content = self.tensors(*[(2, 2, 20, 4)] * 4, grad=True)
+        self.check(attention._attention, q, k, v, content, 0.5, 0.5, backend)
+
+
+def test_opcheck_backward():
+    values, features, grad = torch.randn(2, 20, 4), torch.randn(2, 20, 3), torch.randn(2, 20, 4)
+    floor = torch.full((2,), 0.1)
+    out, total = aggregation.weighted_mean(values, features, floor, 3.0, "torch")
+    torch.library.opcheck(
+        aggregation._weighted_mean_backward, (grad, values, features, floor, 3.0, out, total)
+    )
+    q, k, v, upstream = torch.randn(4, 2, 2, 20, 4)
+    torch.library.opcheck(attention._attention_backward, (upstream, q, k, v, 0.5))
+
+
+def test_a_scoped_backend_reaches_the_graph():
+    """The choice is made while tracing and is an argument in the graph."""
+    torch._dynamo.reset()
+    seen = []
+
+    def keep(graph, _):
+        seen.extend(a for node in graph.graph.nodes for a in node.args if isinstance(a, str))
+        return graph.forward
+
+    x = torch.randn(1, 10, 4)
+    with sf.backend("reference"):
+        torch.compile(lambda x: sf.aggregate(x, x), backend=keep, fullgraph=True)(x)
+    assert seen == ["reference"]

@@ -1,0 +1,69 @@
+"""Every kernel launch the library ships, compiled ahead of time for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+AOT = Path(__file__).with_name("aot.py")
+TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    out = tmp_path_factory.mktemp("aot") / "rows.json"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(AOT.parents[1])
+    env["TRITON_CACHE_DIR"] = str(
+        out.parent / "cache"
+    )  # a compiler's failure must not hide behind an old success
+    done = subprocess.run(
+        [sys.executable, str(AOT), str(out)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(rows, pytestconfig):
+    yield
+    lines = [f"{'launch':<32} {'target':<7} registers shared spills"]
+    lines += [
+        f"{r['launch']:<32} {r['target']:<7} {r['registers']:>9} {r['shared']:>6} {r['spills']:>6}"
+        for r in rows
+    ]
+    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_spills(rows, target):
+    mine = [row for row in rows if row["target"] == target]
+    assert len(mine) > 30
+    assert not [row for row in mine if row["spills"] or row["local"]]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_run_on_matrix_cores(rows, target):
+    products = [
+        row
+        for row in rows
+        if row["target"] == target and not row["launch"].startswith("pair_distances")
+    ]
+    assert not [row for row in products if not row["matrix"]]
+
+
+def test_hopper_uses_its_own_instruction(rows):
+    """wgmma, where 64 rows allow it."""
+    small = {
+        row["launch"] for row in rows if row["target"] == "sm_90" and "wgmma" not in row["matrix"]
+    }
+    assert all(name.startswith("pair_distances") or name.endswith("-k128") for name in small)
+
+
+def test_shared_memory_fits(rows):
+    limits = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+    assert not [row for row in rows if row["shared"] > 1024 * limits[row["target"]]]

@@ -1,0 +1,185 @@
+import pytest
+import torch
+from cases import FEATURES, RUNS, runs_and_shapes
+from sklearn.neighbors import LocalOutlierFactor
+from tolerance import decided, relative_error
+
+import scclip_fast as sf
+from scclip_fast import reference
+
+
+def published_lof(features, n_neighbors=30, contamination=0.05):
+    """SC-CLIP's equation on one image (N, D): explicit differences, topk, own k-distance."""
+    difference = features[:, None, :] - features[None, :, :]
+    squared = (difference * difference).sum(dim=-1)
+    nearest, indices = squared.topk(n_neighbors + 1, largest=False)
+    nearest, indices = nearest[:, 1:], indices[:, 1:]
+    own = nearest[:, -1:].expand_as(nearest)
+    density = n_neighbors / torch.maximum(nearest, own).mean(dim=1)
+    scores = (density[indices] / density[:, None]).mean(dim=1)
+    threshold = torch.quantile(scores, 1 - contamination)
+    return torch.where(scores > threshold)[0], scores
+
+
+def check_scores(x, k, variant, device, backend, expected=None):
+    """Scores equal float64's wherever no tie between neighbours leaves them open."""
+    scores = sf.lof_scores(x.to(device), k, variant=variant, backend=backend)
+    d2, neighbors = reference.knn(x.double(), k)
+    if expected is None and variant == "scclip":
+        expected = reference.simplified_lof(d2[..., -1], neighbors)
+    elif expected is None:
+        expected = reference.breunig_lof(d2.sqrt(), neighbors)
+    sure = decided(sf.knn(x.to(device), k, backend=backend)[1], x=x)
+    assert sure.double().mean() > 0.8, (
+        f"only {sure.double().mean():.0%} of the tokens are free of ties"
+    )
+    assert relative_error(scores.cpu()[sure], expected[sure]) < 1e-5
+    assert scores.isfinite().all() and scores.shape == expected.shape
+    return scores, sure
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device, backend, b, n, d, dtype", runs_and_shapes(least_tokens=31))
+@pytest.mark.parametrize("variant", ["scclip", "breunig"])
+def test_shapes(device, backend, b, n, d, dtype, variant):
+    if backend == "triton" and device == "cpu" and (n > 33 or b * d > 64):
+        pytest.skip("slow to interpret; the same kernels at this shape are in test_knn")
+    x = torch.randn(b, n, d, dtype=torch.float64).to(dtype)
+    if d == 1 or (
+        d == 3 and dtype == torch.bfloat16
+    ):  # a coarse line or grid of points: nothing but ties
+        assert sf.lof_scores(x.to(device), variant=variant, backend=backend).shape == (b, n)
+    else:
+        check_scores(x, 30, variant, device, backend)
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("n, d", [(196, 768), (201, 64)])
+def test_equals_the_published_equation(device, backend, kind, n, d):
+    x = FEATURES[kind](1, n, d)
+    expected_indices, expected = published_lof(x[0].double())
+    scores, sure = check_scores(x, 30, "scclip", device, backend, expected[None])
+    indices, again = sf.lof(x[0].to(device), backend=backend)
+    assert torch.equal(again, scores[0])
+    assert indices.dtype == torch.int64 and indices.dim() == 1
+    if sure.all():
+        assert indices.tolist() == expected_indices.tolist()
+    assert len(set(indices.tolist()) ^ set(expected_indices.tolist())) <= 2 * (~sure).sum()
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("kind", FEATURES)
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_breunig_equals_scikit_learn(device, backend, kind, k):
+    x = FEATURES[kind](1, 196, 32)
+    theirs = LocalOutlierFactor(n_neighbors=k, algorithm="brute", metric="euclidean").fit(
+        x[0].double().numpy()
+    )
+    check_scores(
+        x, k, "breunig", device, backend, -torch.from_numpy(theirs.negative_outlier_factor_)[None]
+    )
+    distances, _ = sf.knn(x[0].to(device), k, backend=backend)
+    their_distances, _ = theirs.kneighbors()
+    assert relative_error(distances.sqrt(), torch.from_numpy(their_distances)) < 1e-5
+    assert relative_error(distances[:, -1].sqrt(), torch.from_numpy(their_distances[:, -1])) < 1e-5
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+def test_batch(device, backend):
+    x = torch.randn(3, 100, 16, device=device)
+    indices, scores = sf.lof(x, backend=backend)
+    alone = [sf.lof(image, backend=backend) for image in x]
+    assert torch.equal(scores, torch.stack([s for _, s in alone]))
+    expected = [[i, token] for i, (found, _) in enumerate(alone) for token in found.tolist()]
+    assert indices.tolist() == expected and indices.shape == (15, 2)
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("variant", ["scclip", "breunig"])
+class TestDegenerate:
+    def test_all_tokens_equal(self, device, backend, variant):
+        x = torch.randn(1, 1, 64, device=device).expand(2, 100, 64) * 1000
+        indices, scores = sf.lof(x, variant=variant, backend=backend)
+        assert torch.equal(scores, torch.ones_like(scores)) and indices.shape == (0, 2)
+
+    def test_many_exact_duplicates(self, device, backend, variant):
+        """A heap of equal tokens scores 1, the cloud it is far from as without it."""
+        x = torch.randn(100, 16)
+        x[:40] = 30 + x[:1]
+        scores = sf.lof_scores(x.to(device), variant=variant, backend=backend)
+        assert scores.isfinite().all()
+        assert torch.equal(scores[:40], torch.ones_like(scores[:40]))
+        expected = sf.lof_scores(x[40:].to(device), variant=variant, backend=backend)
+        assert torch.allclose(scores[40:], expected, rtol=1e-5)
+
+    def test_tokens_that_are_not_finite(self, device, backend, variant):
+        x = torch.randn(2, 100, 16, device=device)
+        expected = sf.lof(x[:, 3:], variant=variant, backend=backend)
+        x[:, 0, 0], x[:, 1, 3], x[:, 2] = torch.nan, torch.inf, -torch.inf
+        indices, scores = sf.lof(x, variant=variant, backend=backend)
+        assert scores[:, :3].isnan().all()
+        assert torch.allclose(scores[:, 3:], expected[1], rtol=1e-5)
+        assert torch.equal(indices - torch.tensor([0, 3], device=device), expected[0])
+        with pytest.raises(ValueError, match=r"6 token.* first is token 0 of image 0"):
+            sf.lof(x, variant=variant, backend=backend, check_finite=True)
+        only = sf.lof_scores(x[:, :33], variant=variant, backend=backend)
+        assert only.isnan().all()  # 29 finite others for 30 neighbours
+
+    def test_empty_batch(self, device, backend, variant):
+        indices, scores = sf.lof(
+            torch.empty(0, 50, 4, device=device), variant=variant, backend=backend
+        )
+        assert indices.shape == (0, 2) and scores.shape == (0, 50)
+
+    def test_no_gradient(self, device, backend, variant):
+        x = torch.randn(40, 4, device=device, requires_grad=True)
+        _, scores = sf.lof(x, variant=variant, backend=backend)
+        assert not scores.requires_grad and scores.grad_fn is None
+
+    def test_far_from_the_origin_and_any_scale(self, device, backend, variant):
+        """Centred distances lose no digits to an offset; a power of two changes nothing at all."""
+        x = (torch.randn(100, 16, device=device) * 256).round() / 256
+        expected = sf.lof_scores(x, variant=variant, backend=backend)
+        assert torch.allclose(
+            sf.lof_scores(x + 1024, variant=variant, backend=backend), expected, rtol=1e-4
+        )
+        if variant == "scclip":  # breunig adds scikit-learn's 1e-10 to a distance
+            for scale in (2.0**-30, 2.0**30):
+                assert torch.equal(
+                    sf.lof_scores(x * scale, variant=variant, backend=backend), expected
+                )
+
+
+class TestOutlierMask:
+    @pytest.mark.parametrize("contamination", [0.01, 0.05, 0.1, 1 / 3, 0.5])
+    @pytest.mark.parametrize("n", [1, 2, 19, 20, 21, 196, 201, 401, 577, 5184])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equals_torch_quantile(self, n, contamination, dtype):
+        scores = torch.rand(4, n, dtype=dtype)
+        threshold = torch.quantile(scores, 1 - contamination, dim=-1, keepdim=True)
+        mask = sf.outlier_mask(scores, contamination)
+        # Releases of torch differ in the last bit of a threshold that falls on a score.
+        on_threshold = (scores - threshold).abs() <= 4 * torch.finfo(dtype).eps
+        assert ((mask == (scores > threshold)) | on_threshold).all()
+        assert torch.equal(sf.outlier_mask(scores[0], contamination), mask[0])
+
+    def test_nan_is_left_out(self):
+        scores = torch.rand(60)
+        expected = sf.outlier_mask(scores, 0.1)
+        with_nan = torch.cat([scores, torch.full((40,), torch.nan)])
+        assert torch.equal(
+            sf.outlier_mask(with_nan, 0.1), torch.cat([expected, torch.zeros(40).bool()])
+        )
+        assert not sf.outlier_mask(torch.full((3, 5), torch.nan)).any()
+
+    def test_equal_scores_are_no_outliers(self):
+        assert not sf.outlier_mask(torch.ones(2, 50)).any()
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_short_dtypes(self, dtype):
+        scores = torch.rand(3, 50).to(dtype)
+        assert torch.equal(sf.outlier_mask(scores), sf.outlier_mask(scores.float()))
+
+    def test_empty_batch(self):
+        assert sf.outlier_mask(torch.empty(0, 9)).shape == (0, 9)

@@ -1,0 +1,66 @@
+"""How far an implementation may be from float64, in one place."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from scclip_fast import reference
+
+#: ||out - ref|| / ||ref||, by the dtype of the output. The short types round once at the end (2^-11
+#: and 2^-8), and their kernels once more where the weights enter the second product.
+RELATIVE_ERROR = {
+    torch.float64: 1e-12,
+    torch.float32: 5e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 8e-3,
+}
+
+#: Two squared distances tie when they differ by less than this times the centred squared norms of
+#: their tokens: what float32 rounds away in ||x||^2 - 2 x y at up to a few thousand dimensions.
+TIE = 1e-6
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    error = torch.linalg.vector_norm(out.double().cpu() - ref.double().cpu())
+    return (error / torch.linalg.vector_norm(ref.double().cpu()).clamp(min=1e-30)).item()
+
+
+def assert_close(out: Tensor, *, ref: Tensor, factor: float = 1) -> None:
+    """`out` is within `factor` times the tolerance of its dtype of `ref`; NaN where it has NaN."""
+    assert out.shape == ref.shape, f"{tuple(out.shape)} instead of {tuple(ref.shape)}"
+    out, nan = out.detach(), ref.isnan()
+    assert torch.equal(out.isnan().cpu(), nan.cpu()), "NaN in other places"
+    limit = factor * RELATIVE_ERROR[out.dtype]
+    found = relative_error(out.cpu()[~nan.cpu()], ref.cpu()[~nan.cpu()])
+    assert found <= limit, f"relative error {found:.2e}, allowed {limit:.1e}"
+
+
+def assert_neighbors(indices: Tensor, *, x: Tensor, k: int) -> None:
+    """The sets are float64's, but for pairs that tie within float32 rounding."""
+    x = x.detach().double().cpu()
+    indices = indices.cpu()
+    batch, n, _ = x.shape
+    assert indices.shape == (batch, n, k) and indices.dtype == torch.int64
+    assert ((indices >= 0) & (indices < n)).all(), "an index out of range"
+    assert (indices != torch.arange(n)[:, None]).all(), "a token among its own neighbours"
+    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a neighbour twice"
+    d2 = reference.squared_distances(x)
+    true, _ = reference.knn(x, k)
+    norms = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
+    slack = TIE * (norms[:, :, None] + norms.gather(-1, indices.flatten(1)).view_as(indices))
+    # In a set of k, every member beyond the true k-th distance stands for one that was missed.
+    beyond = d2.gather(-1, indices) - true[..., -1:]
+    assert (beyond <= slack).all(), f"a neighbour too far by {(beyond - slack).max().item():.2e}"
+
+
+def decided(indices: Tensor, *, x: Tensor) -> Tensor:
+    """(B, N) tokens whose LOF no tie can move: theirs and their neighbours' sets are float64's.
+
+    Where two candidates for the last place tie, either is right, and the score that follows
+    differs.
+    """
+    expected = reference.knn(x.detach().double().cpu(), indices.shape[-1])[1]
+    found = indices.cpu()
+    same = (found.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
+    return same & same.gather(-1, found.flatten(1)).view_as(found).all(dim=-1)
