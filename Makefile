@@ -7,7 +7,7 @@ demo: $(READY)
 	$(BIN)/scclip-fast lof --out demo_lof.png
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 bench: $(READY)
 	$(BIN)/pytest bench --benchmark-only

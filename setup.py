@@ -10,6 +10,7 @@ test = [
     "hypothesis",
     "pytest>=8",
     "pytest-benchmark",
+    "pytest-xdist",
     "setuptools>=77",
     # The extra brings a version of Hugging Face's `kernels` that this transformers accepts.
     # Older than 5.10, it takes the folder `kernels/` for that package and trips on its version.

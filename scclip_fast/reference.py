@@ -85,25 +85,17 @@ def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """A masked token becomes the mean of its in-bounds, unmasked 8-neighbours, if it has any."""
     height, width = grid
-    image = tokens.unflatten(1, (height, width))
-    good = ~mask.unflatten(1, (height, width))
-    total, count = torch.zeros_like(image), torch.zeros_like(image[..., :1])
+    image, token = mask.nonzero(as_tuple=True)
+    row, column = token // width, token % width
+    total, count = torch.zeros_like(tokens[image, token]), 0
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
-        here = (
-            slice(None),
-            slice(max(0, -dy), height - max(0, dy)),
-            slice(max(0, -dx), width - max(0, dx)),
-        )
-        there = (
-            slice(None),
-            slice(max(0, dy), height - max(0, -dy)),
-            slice(max(0, dx), width - max(0, -dx)),
-        )
-        weight = good[there].unsqueeze(-1)
-        total[here] += torch.where(weight, image[there], 0)
-        count[here] += weight
-    repaired = torch.where(good.unsqueeze(-1) | (count == 0), image, total / count.clamp(min=1))
-    return repaired.flatten(1, 2)
+        y, x = row + dy, column + dx
+        neighbor = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
+        good = (y >= 0) & (y < height) & (x >= 0) & (x < width) & ~mask[image, neighbor]
+        total = total + torch.where(good.unsqueeze(-1), tokens[image, neighbor], 0)
+        count = count + good.to(tokens.dtype).unsqueeze(-1)
+    mean = torch.where(count > 0, total / count.clamp(min=1), tokens[image, token])
+    return tokens.index_put((image, token), mean)
 
 
 def cosine_similarity(f: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads wait for each other
+    torch.set_num_threads(1)
+
 POISON = -77_777_777
 
 

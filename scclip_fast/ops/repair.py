@@ -23,8 +23,7 @@ def repair(
         tokens: (N, D) or (B, N, D), floating, row by row: token i is patch (i // W, i % W).
         mask: bool, (N,) or (B, N), True for outliers; what `outlier_mask` returns.
         grid: (H, W) in patches, H W = N.
-        backend: "reference", or "torch" and "triton", which both run torch's pooling: there is no
-            kernel of ours to choose.
+        backend: checked, and otherwise without effect: what is fastest depends on the device.
 
     Returns:
         A new tensor of the shape and dtype of `tokens`.
@@ -41,13 +40,17 @@ def repair(
     _check.same_device(tokens=tokens, mask=mask)
     grid = _check_grid(grid, batch.shape[1])
     outliers = mask.reshape(batch.shape[:2])
-    rule = reference.repair if resolve(backend, tokens) == "reference" else _repair
+    resolve(backend, tokens)
+    # Listing the few outliers is the least work, but a GPU would be waited for to count them, and
+    # a graph would hold a size that is not known.
+    listed = tokens.device.type == "cpu" and not torch.compiler.is_compiling()
+    rule = reference.repair if listed else _pooled
     repaired = rule(batch.to(chunked.compute_dtype(batch)), outliers, grid)
     return repaired.to(tokens.dtype).view_as(tokens)
 
 
-def _repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Means over 3 x 3 windows of the good tokens, and of their indicator, to divide by.
+def _pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The same rule by means over 3 x 3 windows of the good tokens, divided by their share.
 
     A window's own centre is an outlier wherever the result is used, so it counts for nothing.
     """

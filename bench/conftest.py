@@ -1,0 +1,50 @@
+"""The fixture `race`, what is skipped, and what a result file says of the machine."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+# importlib mode leaves this folder off the path. It holds no folder `kernels` that could be taken
+# for a package.
+sys.path.append(str(Path(__file__).parent))
+
+import harness
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def race(request, benchmark):
+    yield partial(harness.race, request, benchmark)
+    torch.compiler.reset()  # or each shape counts towards the limit of recompilations
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    """Processors and versions, but no name of a host and no path."""
+    cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
+    python = machine_info["python_version"]
+    machine_info.clear()
+    machine_info.update(cpu=cpu, torch_threads=torch.get_num_threads(), python_version=python)
+    machine_info.update(harness.environment("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def pytest_benchmark_update_commit_info(config, commit_info):
+    for key in ("author_time", "branch", "error", "project"):
+        commit_info.pop(key, None)
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Statistics without the time of every round, and what did not fit in memory."""
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+    output_json["skipped"] = config.stash.get(harness.SKIPPED, [])

@@ -1,0 +1,250 @@
+"""`scclip-fast`, run in this process on a tiny CLIP; the model hub is never reached."""
+
+import re
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from huggingface_hub import constants as hub
+from PIL import Image
+from safetensors.torch import save_file
+
+import scclip_fast
+from scclip_fast import cli, lof_demo, reference
+
+MODEL, TAG, SIZES = "tiny", "some_tag", (112, 128)
+CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 96, "layers": 3, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 1, "layers": 1},
+}
+ROW = re.compile(
+    r"(?P<size>\d+) +(?P<tokens>\d+) +(?P<outliers>\d+) "
+    r"+(?P<time>[\d.]+) ms +(?P<memory>\d+ MiB|unknown) "
+    r"+(?P<plain_time>[\d.]+) ms +(?P<plain_memory>\d+ MiB|unknown) "
+    r"+(?P<ratio>[\d.]+)x +(?P<shared>\d+) +(?P<difference>[\d.e+-]+)"
+)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """The tiny model, known to open_clip; an empty hub cache, and a hub where nobody listens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(open_clip.factory._MODEL_CONFIGS, MODEL, CONFIG)
+        weights = {TAG: open_clip.pretrained._pcfg(hf_hub="someone/tiny/")}
+        patch.setitem(open_clip.pretrained._PRETRAINED, MODEL, weights)
+        patch.setattr(hub, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+        yield
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    y, x = np.mgrid[:150, :200]
+    noise = np.random.default_rng(0).integers(0, 60, (150, 200))
+    pixels = np.stack([x, y, 40 * (x // 50) + noise], axis=2).astype(np.uint8)
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    Image.fromarray(pixels).save(path)
+    path.with_name("damaged.png").write_bytes(path.read_bytes()[:2000])
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(offline, photo):
+    """Run `scclip-fast lof` on the tiny model; returns exit code, stdout and stderr."""
+    folder = photo.parent
+
+    def run(photo=photo.name, size=SIZES[:1], out=folder / "lof.png", **named):
+        named = {"model": MODEL, "pretrained": TAG, "device": "cpu", "out": out, **named}
+        argv = ["lof", folder / photo, *(word for k, v in named.items() for word in (f"--{k}", v))]
+        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+            try:
+                code = cli.main([str(word) for word in [*argv, "--size", *size]])
+            except SystemExit as exit:  # of argparse
+                code = exit.code
+        return code, stdout.getvalue(), stderr.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lof_demo, "REPEATS", 2)
+        yield run
+
+
+@pytest.fixture(scope="module")
+def demo(run, photo):
+    """stdout and the picture of a run over all sizes."""
+    picture = photo.with_name("picture")
+    code, stdout, stderr = run(size=SIZES, out=picture)
+    assert (code, stderr) == (0, "")
+    return stdout, picture
+
+
+def rows(stdout):
+    return [match.groupdict() for line in stdout.splitlines() if (match := ROW.fullmatch(line))]
+
+
+def tokens_of(photo, size):
+    with Image.open(photo) as image:
+        pixels = open_clip.image_transform(size, is_train=False)(image)
+    return lof_demo.patch_tokens(lof_demo.load_model(MODEL, None, size).visual, pixels)
+
+
+def test_report(demo, photo):
+    stdout, _ = demo
+    assert [int(row["size"]) for row in rows(stdout)] == list(SIZES)
+    for row in rows(stdout):
+        tokens = tokens_of(photo, int(row["size"]))
+        indices, scores = scclip_fast.lof(tokens)
+        assert int(row["tokens"]) == len(tokens) == (int(row["size"]) // 16) ** 2
+        assert int(row["outliers"]) == int(row["shared"]) == len(indices) > 0
+        plain = lof_demo.plain_lof(tokens, 30, 0.05)[1]
+        difference = ((scores - plain).abs() / plain).max()
+        assert float(row["difference"]) == pytest.approx(float(difference), rel=0.05)
+        ratio = float(row["plain_time"]) / float(row["time"])
+        assert float(row["ratio"]) == pytest.approx(ratio, rel=0.05, abs=0.01)
+        assert (row["memory"] == "unknown") == (sys.platform != "linux")
+
+
+def test_random_weights_are_announced_in_one_line(demo):
+    stdout, _ = demo
+    pattern = rf'^weights +random \(seed 0\), as "{TAG}" could not be downloaded: .*\w.*$'
+    assert len(re.findall(pattern, stdout, re.MULTILINE)) == 1
+
+
+def test_picture(demo):
+    _, path = demo
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        pixels = np.asarray(image.convert("RGB"), dtype=float)
+    assert 800 < pixels.shape[0] < 1000 < pixels.shape[1]
+    panels = [panel for row in np.array_split(pixels, 2) for panel in np.array_split(row, 4, 1)]
+    assert all((panel < 250).any(axis=2).mean() > 0.5 for panel in panels)  # not white
+
+
+def test_options_reach_lof(run, photo):
+    _, stdout, _ = run(neighbors=7, contamination=0.2)
+    indices, _ = scclip_fast.lof(tokens_of(photo, SIZES[0]), 7, 0.2)
+    assert [int(row["outliers"]) for row in rows(stdout)] == [len(indices)]
+
+
+def test_photos_are_upright_rgb(tmp_path):
+    assert lof_demo.load_photo(None).size == (640, 427)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    Image.new("L", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    photo = lof_demo.load_photo(tmp_path / "turned.jpg")
+    assert (photo.size, photo.mode) == ((20, 30), "RGB")
+
+
+def test_plain_lof_is_scclips():
+    x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    indices, scores = lof_demo.plain_lof(x, 30, 0.05)
+    distances, neighbors = reference.knn(x[None], 30)
+    expected = reference.simplified_lof(distances[..., -1], neighbors)
+    torch.testing.assert_close(scores, expected[0])
+    assert indices.tolist() == reference.outlier_mask(expected, 0.05)[0].nonzero()[:, 0].tolist()
+
+
+def test_tokens_are_those_before_the_last_block(offline):
+    visual = lof_demo.load_model(MODEL, None, SIZES[0]).visual
+    pixels = torch.rand(3, SIZES[0], SIZES[0], generator=torch.Generator().manual_seed(0))
+    flag = torch.backends.mha.get_fastpath_enabled()
+    tokens = lof_demo.patch_tokens(visual, pixels)
+    assert torch.backends.mha.get_fastpath_enabled() == flag
+    expected = visual.forward_intermediates(
+        pixels[None], indices=[1], output_fmt="NLC", intermediates_only=True
+    )
+    torch.testing.assert_close(tokens, expected["image_intermediates"][0][0], rtol=1e-4, atol=1e-5)
+
+
+def test_all_sizes_see_one_random_network(offline):
+    state = torch.get_rng_state()
+    first, second = (lof_demo.load_model(MODEL, None, size).state_dict() for size in SIZES)
+    assert torch.equal(torch.get_rng_state(), state)
+    differing = [key for key in first if not torch.equal(first[key], second[key])]
+    assert differing == ["visual.positional_embedding"]
+
+
+def test_no_retries_without_a_hub(offline):
+    start = time.perf_counter()
+    reason = lof_demo.fetch_weights(MODEL, TAG)
+    assert reason and "\n" not in reason
+    assert time.perf_counter() - start < lof_demo._HUB_TIMEOUT + 5
+
+
+def test_weights_from_the_cache(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    torch.manual_seed(1)
+    weights = open_clip.create_model(MODEL).state_dict()
+    repository = tmp_path / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    save_file(weights, snapshot / "open_clip_model.safetensors")
+    code, stdout, _ = run()
+    assert code == 0
+    assert re.search(rf"^weights +{TAG}$", stdout, re.MULTILINE)
+    loaded = lof_demo.load_model(MODEL, TAG, SIZES[0]).state_dict()
+    assert torch.equal(loaded["visual.conv1.weight"], weights["visual.conv1.weight"])
+
+
+ERRORS = {
+    "no photo": (dict(photo="no/such.jpg"), "no/such.jpg: No such file"),
+    "no image": (dict(photo=__file__), "not an image"),
+    "damaged": (dict(photo="damaged.png"), "cannot read the photo"),
+    "model": (dict(model="ViT-X"), "unknown or unsupported model 'ViT-X'; choose from"),
+    "timm model": (dict(model="ViT-B-16-SigLIP"), "unknown or unsupported model"),
+    "tag": (dict(pretrained="none"), f"no pretrained weights 'none'; choose from {TAG}"),
+    "patch size": (dict(size=[128, 100]), "size 100 is not divisible by the patch size 16"),
+    "small": (dict(size=[64]), "64 gives 16 tokens, too few for 30"),
+    "word": (dict(size=["big"]), "--size: must be a whole number above 0, got 'big'"),
+    "contamination": (dict(contamination=0.7), "--contamination: must be in (0, 0.5]"),
+    "device": (dict(device="tpu"), "--device must be cpu, cuda"),
+    "no device": (dict(device="cuda:99"), "--device cuda:99 is not there"),
+    "directory": (dict(out="."), "cannot write .: it is a directory"),
+    "no directory": (dict(out="no/such/lof.png"), "there is no directory no/such"),
+    "long name": (dict(out=300 * "x"), "File name too long"),
+}
+
+
+@pytest.mark.parametrize(("named", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_error_is_one_line(run, named, message):
+    code, _, stderr = run(**named)
+    assert code == 2
+    assert stderr.count("\n") == 1
+    assert stderr.startswith("scclip-fast")
+    assert message in stderr
+
+
+def test_missing_extra(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "scclip_fast.lof_demo")
+    monkeypatch.delattr(scclip_fast, "lof_demo")
+    code, _, stderr = run()
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert 'needs the package open_clip: pip install "scclip_fast[demo]"' in stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: too much")],
+)
+def test_out_of_memory(run, monkeypatch, error):
+    def compare(*args):
+        raise error
+
+    monkeypatch.setattr(lof_demo, "compare", compare)
+    code, _, stderr = run()
+    assert (code, stderr) == (2, "scclip-fast lof: error: out of memory; try a smaller --size\n")
+
+
+def test_a_bug_is_not_hidden(run, monkeypatch):
+    monkeypatch.setattr(lof_demo, "compare", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run()
