@@ -37,7 +37,8 @@ def plan(
     """The largest tile of which `copies` and operands of `width` a token fit `WORKSPACE_BYTES`."""
     half = WORKSPACE_BYTES // 2 // dtype.itemsize
     columns = min(tokens, _MAX_COLUMNS, max(1, half // width))
-    rows = min(tokens, max(1, int(half / (columns * copies + width))))
+    rows = max(1, int(half / (columns * copies + width)))
+    rows = min(tokens, rows // 64 * 64 or rows)  # whole blocks of a matrix product
     images = max(1, int(half / (rows * columns * copies + (rows + columns) * width)))
     return Tile(max(1, min(batch, images)), rows, columns)
 
@@ -77,20 +78,23 @@ def neighbors(x: Tensor, k: int) -> Tensor:
     """
     batch, tokens, width = x.shape
     dtype = compute_dtype(x)
-    tile = plan(batch, tokens, width, dtype, copies=1 + 5 * min(1, k * GROUP / tokens))
+    tile = plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
     scores = x.new_full((batch, tokens, k), torch.inf, dtype=dtype)
     indices = x.new_zeros((batch, tokens, k), dtype=torch.int64)
     for images in spans(batch, tile.images):
         block, mean = x[images], finite_mean(x[images])
         for columns in spans(tokens, tile.columns):
-            candidates = _centred(block[:, columns], mean, multiple=GROUP)
+            candidates, norms = _centred(block[:, columns], mean, multiple=GROUP)
+            # One tile for all: an allocator hands out and takes back so large ones at a cost.
+            score = norms.new_empty(block.shape[0], tile.rows, norms.shape[-1])
             for rows in spans(tokens, tile.rows):
-                score = _scores(
-                    block[:, rows], mean, *candidates, diagonal=rows.start - columns.start
-                )
-                _keep_smallest(scores[images, rows], indices[images, rows], score, columns.start)
-                del score  # before the next tile is made
-            del candidates
+                queries, _ = _centred(block[:, rows], mean)
+                part = score[:, : queries.shape[1]]
+                torch.baddbmm(norms.unsqueeze(1), queries, candidates.mT, alpha=-2, out=part)
+                itself = part.diagonal(offset=rows.start - columns.start, dim1=-2, dim2=-1)
+                itself.fill_(torch.inf)
+                _keep_smallest(scores[images, rows], indices[images, rows], part, columns.start)
+            del candidates, score  # before the next are made
     return indices
 
 
@@ -105,7 +109,8 @@ def pair_distances(x: Tensor, neighbors: Tensor) -> Tensor:
     rows_per_step = max(1, WORKSPACE_BYTES // 32 // max(1, m * x.shape[-1] * dtype.itemsize))
     for image in range(batch):
         for rows in spans(tokens, rows_per_step):
-            difference = x[image, neighbors[image, rows]].to(dtype) - x[image, rows, None].to(dtype)
+            others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)
+            difference = others.unflatten(0, (-1, m)).sub_(x[image, rows, None])
             distances[image, rows] = difference.square_().sum(dim=-1)
     return torch.where(distances.isfinite(), distances, torch.inf)
 
@@ -240,7 +245,8 @@ def _centred(tokens: Tensor, mean: Tensor, multiple: int = 1) -> tuple[Tensor, T
     """
     batch, n, width = tokens.shape
     missing = -n % multiple
-    centred = mean.new_zeros(batch, n + missing, width)
+    centred = mean.new_empty(batch, n + missing, width)
+    centred[:, n:] = 0
     torch.sub(tokens, mean, out=centred[:, :n])
     norms = torch.linalg.vector_norm(centred, dim=-1).square_()
     broken = ~norms.isfinite()
@@ -248,17 +254,13 @@ def _centred(tokens: Tensor, mean: Tensor, multiple: int = 1) -> tuple[Tensor, T
     return centred.masked_fill_(broken.unsqueeze(-1), 0), norms
 
 
-def _scores(rows: Tensor, mean: Tensor, candidates: Tensor, norms: Tensor, diagonal: int) -> Tensor:
-    """||x_j||^2 - 2 x_i x_j (b, r, c) of centred tokens; inf where row and column are one token."""
-    queries, _ = _centred(rows, mean)
-    score = torch.baddbmm(norms.unsqueeze(1), queries, candidates.mT, alpha=-2)
-    score.diagonal(offset=diagonal, dim1=-2, dim2=-1).fill_(torch.inf)
-    return score
-
-
 def _keep_smallest(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:
     """Merge scores (b, r, c), whose columns count from `first`, into the best so far (b, r, k)."""
-    new_scores, new_positions = smallest_grouped(scores, best_scores.shape[-1])
-    merged, order = smallest(torch.cat([best_scores, new_scores], dim=-1), best_scores.shape[-1])
-    best_indices.copy_(torch.cat([best_indices, new_positions + first], dim=-1).gather(-1, order))
-    best_scores.copy_(merged)
+    k = best_scores.shape[-1]
+    found, position = smallest_grouped(scores, k)
+    position += first
+    if first > 0 or found.shape[-1] < k:
+        found, order = smallest(torch.cat([best_scores, found], dim=-1), k)
+        position = torch.cat([best_indices, position], dim=-1).gather(-1, order)
+    best_scores.copy_(found)
+    best_indices.copy_(position)

@@ -118,8 +118,8 @@ def _run_lof(args: argparse.Namespace) -> None:
         comparisons.append(lof_demo.compare(model, photo, args.neighbors, args.contamination))
         print(_table_row(comparisons[-1]), flush=True)
     print(
-        f"\nMedians of {lof_demo.REPEATS} alternating runs. Memory: peak beyond the tokens. "
-        "Score diff.: relative; where float32\nties for the last neighbour, either may be taken."
+        f"\nMedians of {lof_demo.REPEATS} alternating runs. Memory: by how much the process grew. "
+        "Score errors: relative\nto float64."
     )
     heading = f"Outlier patches of {args.model}, {tag or 'random'} weights"
     try:
@@ -130,8 +130,8 @@ def _run_lof(args: argparse.Namespace) -> None:
 
 
 _HEADER = """\
-                       scclip_fast.lof        matmul + topk                  same    largest
-size   tokens outliers      time    memory      time    memory speed-up  outliers score diff."""
+                       scclip_fast.lof        matmul + topk                  same  largest error
+size   tokens outliers      time    memory      time    memory speed-up  outliers   ours  matmul"""
 
 
 def _table_row(comparison: Comparison) -> str:
@@ -141,7 +141,7 @@ def _table_row(comparison: Comparison) -> str:
         f"{comparison.size:<5}{tokens:>8}{found:>9}"
         f"{_time(ours):>10}{_memory(ours):>10}{_time(plain):>10}{_memory(plain):>10}"
         f"{plain.seconds / ours.seconds:>8.2f}x{comparison.shared_outliers:>10}"
-        f"{comparison.score_difference:>12.1e}"
+        f"{comparison.our_error:>7.0e}{comparison.plain_error:>8.0e}"
     )
 
 

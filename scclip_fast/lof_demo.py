@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .cli import CommandError
 from .measure import Measurement, measure
-from .ops import lof
+from .ops import lof, lof_scores
 
 REPEATS = 5
 SEED = 0
@@ -42,7 +42,8 @@ class Comparison(NamedTuple):
     ours: Measurement
     plain: Measurement
     shared_outliers: int
-    score_difference: float  # the largest, relative
+    our_error: float  # the largest of a score, relative to float64's
+    plain_error: float
 
 
 def load_photo(path: Path | None) -> Image.Image:
@@ -182,6 +183,7 @@ def compare(
     runs = [[measure(call, device) for call in calls] for _ in range(REPEATS)]
     ours, plain = (_median(measurements) for measurements in zip(*runs, strict=True))
     (found, scores), (plain_found, plain_scores) = ours.result, plain.result
+    exact = lof_scores(tokens.double(), neighbors)
     mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     return Comparison(
         size=pixels.shape[-1],
@@ -193,8 +195,14 @@ def compare(
         ours=ours,
         plain=plain,
         shared_outliers=int(torch.isin(found, plain_found).sum()),
-        score_difference=((scores - plain_scores).abs() / plain_scores.abs()).max().item(),
+        our_error=largest_error(scores, exact),
+        plain_error=largest_error(plain_scores, exact),
     )
+
+
+def largest_error(scores: Tensor, exact: Tensor) -> float:
+    """Relative, over all tokens."""
+    return (scores / exact - 1).abs().max().item()
 
 
 def _median(runs: tuple[Measurement, ...]) -> Measurement:

@@ -10,6 +10,7 @@ from ..backend import resolve
 from . import _check
 
 MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
+BAND = 4  # candidates on either side of the k-th place whose order is measured, not estimated
 VARIANTS = ("scclip", "breunig")
 
 
@@ -74,7 +75,7 @@ def knn(
             token that is not finite (with check_finite), or a backend that cannot run.
     """
     tokens, k, backend = _prepare(x, "x", k, "k", check_finite, backend)
-    distances, indices = _knn(tokens, k, backend)
+    distances, indices = _nearest(tokens, k, backend, measured=k)
     return (distances, indices) if x.dim() == 3 else (distances[0], indices[0])
 
 
@@ -115,11 +116,10 @@ def lof_scores(
         features, "features", n_neighbors, "n_neighbors", check_finite, backend
     )
     if variant == "scclip":
-        neighbors = _neighbors(tokens, k, backend)
-        k_distance = _pair_distances(tokens, neighbors[..., -1:], backend)[..., 0]
-        scores = reference.simplified_lof(k_distance, neighbors)
+        distances, neighbors = _nearest(tokens, k, backend, measured=BAND)
+        scores = reference.simplified_lof(distances[..., -1], neighbors)
     else:
-        distances, neighbors = _knn(tokens, k, backend)
+        distances, neighbors = _nearest(tokens, k, backend, measured=k)
         scores = reference.breunig_lof(distances.sqrt(), neighbors)
     return scores if features.dim() == 3 else scores[0]
 
@@ -183,10 +183,20 @@ def lof(
     return (indices if features.dim() == 3 else indices[:, 0]), scores
 
 
-def _knn(tokens: Tensor, k: int, backend: str) -> tuple[Tensor, Tensor]:
-    neighbors = _neighbors(tokens, k, backend).sort(dim=-1).values
-    distances, order = _pair_distances(tokens, neighbors, backend).sort(dim=-1, stable=True)
-    return distances, neighbors.gather(-1, order)
+def _nearest(tokens: Tensor, k: int, backend: str, measured: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, N, k) of the nearest others and the squared distances of the last `measured`.
+
+    The search ranks by products whose rounding is that of the norms. A few candidates more than k,
+    measured as sums of squared differences, settle who is among the k.
+    """
+    most = tokens.shape[1] - 1 if backend != "triton" else min(tokens.shape[1] - 1, MAX_NEIGHBORS)
+    candidates = _neighbors(tokens, min(k + BAND, most), backend)
+    settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
+    undecided = undecided.sort(dim=-1).values  # of equal distances, the lower index
+    distances, order = _pair_distances(tokens, undecided, backend).sort(dim=-1, stable=True)
+    places = k - settled.shape[-1]
+    chosen = undecided.gather(-1, order[..., :places])
+    return distances[..., :places], torch.cat([settled, chosen], dim=-1)
 
 
 def _prepare(
