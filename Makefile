@@ -7,7 +7,7 @@ demo: $(READY)
 	$(BIN)/scclip-fast lof --out demo_lof.png
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist worksteal
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 bench: $(READY)
 	$(BIN)/pytest bench --benchmark-only

@@ -23,6 +23,14 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+def pytest_terminal_summary(terminalreporter):
+    for report in terminalreporter.stats.get("passed", []):
+        for name, text in report.user_properties:
+            if name == "table":
+                terminalreporter.write_sep("=", "kernels compiled ahead of time")
+                terminalreporter.write_line(text)
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """A seed of its own for every test, printed when the test fails."""

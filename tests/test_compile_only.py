@@ -27,16 +27,14 @@ def rows(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def table(rows, pytestconfig):
-    yield
+def test_report(rows, record_property):
+    """The table that ends the run; `conftest.py` prints it."""
     lines = [f"{'launch':<32} {'target':<7} registers shared spills"]
-    lines += [
-        f"{r['launch']:<32} {r['target']:<7} {r['registers']:>9} {r['shared']:>6} {r['spills']:>6}"
-        for r in rows
-    ]
-    with pytestconfig.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    for row in rows:
+        name = f"{row['launch']:<32} {row['target']:<7}"
+        lines.append(f"{name} {row['registers']:>9} {row['shared']:>6} {row['spills']:>6}")
+    record_property("table", "\n".join(lines))
+    assert {row["target"] for row in rows} == set(TARGETS)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,6 +1,14 @@
-"""The torch path never makes an N x N tensor, and holds to its workspace."""
+"""The torch path never makes an N x N tensor, and holds to its workspace.
 
-import ctypes
+`python tests/test_memory.py` measures it in a process of its own, in which nothing ran before, and
+in which freed blocks go back to the system: its size is what tensors hold.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +18,11 @@ from scclip_fast import chunked
 from scclip_fast.measure import measure
 
 MIB = 2**20
-M_MMAP_THRESHOLD = -3
 N = 6000  # N x N float32 is 137 MiB
+WORKSPACE = 16 * MIB
 
 
-@pytest.fixture(scope="module", autouse=True)
-def returned_memory():
-    """What is freed goes back to the system, so that the resident set is what tensors hold."""
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-
-
-def calls(n, d):
+def forward(n, d):
     x = torch.randn(1, n, d)
     q = torch.randn(1, 4, n, 8)
     return {
@@ -33,33 +34,40 @@ def calls(n, d):
     }
 
 
-@pytest.mark.parametrize("name", calls(2, 1))
-def test_peak_memory(name, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 16 * MIB)
-    call = calls(N, 16)[name]
-    call()
-    peak = min(measure(call).peak_bytes for _ in range(3))
-    if peak is None:
+def backward(n, d):
+    x = torch.randn(1, n, d, requires_grad=True)
+    q = x.unsqueeze(1)
+    return {
+        "aggregate-backward": lambda: torch.autograd.grad(sf.aggregate(x, x).sum(), x),
+        "blended_attention-backward": lambda: torch.autograd.grad(
+            sf.blended_attention(q, q, q, x).sum(), x
+        ),
+    }
+
+
+def peaks():
+    """The peak of each call in bytes, or None where the system does not tell."""
+    chunked.WORKSPACE_BYTES = WORKSPACE
+    for name, call in (forward(N, 16) | backward(N, 16)).items():
+        call()
+        yield name, measure(call).peak_bytes
+
+
+@pytest.fixture(scope="module")
+def measured():
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
+    env["PYTHONPATH"] = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", [*forward(2, 1), *backward(2, 1)])
+def test_peak_memory(name, measured):
+    if measured[name] is None:
         pytest.skip("this system does not tell the peak of a process's memory")
-    # Results, norms and running lists are O(N k), 1.4 MiB a float32 of 60 each, and the matrix
-    # library has scratch.
-    assert peak < 32 * MIB, f"{peak / MIB:.0f} MiB"
-
-
-@pytest.mark.parametrize("name", ["aggregate", "blended_attention"])
-def test_peak_memory_of_the_backward_pass(name, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 16 * MIB)
-    x = torch.randn(1, N, 16, requires_grad=True)
-
-    def call():
-        if name == "aggregate":
-            return torch.autograd.grad(sf.aggregate(x, x).sum(), x)
-        q = x.unsqueeze(1)
-        return torch.autograd.grad(sf.blended_attention(q, q, q, x).sum(), x)
-
-    call()
-    peak = min(measure(call).peak_bytes or 0 for _ in range(3))
-    assert peak < 48 * MIB, f"{peak / MIB:.0f} MiB"
+    # Beside the workspace: results and running lists, N k numbers, and the matrix library's own.
+    assert measured[name] < WORKSPACE + 8 * MIB, f"{measured[name] / MIB:.1f} MiB"
 
 
 def test_measure_sees_memory():
@@ -71,9 +79,13 @@ def test_measure_sees_memory():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("name", calls(2, 1))
+@pytest.mark.parametrize("name", forward(2, 1))
 def test_peak_memory_on_the_gpu(name, backend):
     with torch.device("cuda"), sf.backend(backend):
-        call = calls(20_000, 64)[name]  # N x N float32 is 1.5 GiB
+        call = forward(20_000, 64)[name]  # N x N float32 is 1.5 GiB
         call()
         assert measure(call, "cuda").peak_bytes < 128 * MIB
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(dict(peaks())))
