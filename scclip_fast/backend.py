@@ -11,7 +11,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -19,24 +18,27 @@ import torch
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "SCCLIP_FAST_BACKEND"
 
-_scoped: ContextVar[str | None] = ContextVar("scclip_fast_backend", default=None)
+# A plain global: torch.compile traces it and guards on it. It cannot trace a ContextVar in torch
+# 2.11, and does not guard on a threading.local.
+_scoped: str | None = None
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the `with` block on one backend.
+    """Run every op inside the `with` block on one backend, in all threads.
 
     Args:
-        name: "triton", "torch", "reference", or None to return to the automatic choice.
+        name: "triton", "torch", "reference", or None to undo an enclosing scope.
 
     Raises:
         ValueError: `name` is none of these.
     """
-    token = _scoped.set(_check_name(name, "backend"))
+    global _scoped
+    outer, _scoped = _scoped, _check_name(name, "backend")
     try:
         yield
     finally:
-        _scoped.reset(token)
+        _scoped = outer
 
 
 def resolve(name: str | None, *tensors: torch.Tensor) -> str:
@@ -47,7 +49,7 @@ def resolve(name: str | None, *tensors: torch.Tensor) -> str:
     """
     requested = (
         _check_name(name, "backend")
-        or _scoped.get()
+        or _scoped
         or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or None, ENVIRONMENT_VARIABLE)
     )
     if requested is None:

@@ -153,6 +153,10 @@ def test_a_scoped_backend_reaches_the_graph():
         return graph.forward
 
     x = torch.randn(1, 10, 4)
+    compiled = torch.compile(lambda x: sf.aggregate(x, x), backend=keep, fullgraph=True)
     with sf.backend("reference"):
-        torch.compile(lambda x: sf.aggregate(x, x), backend=keep, fullgraph=True)(x)
+        compiled(x)
+        compiled(x)
     assert seen == ["reference"]
+    compiled(x)  # outside the scope, another graph
+    assert seen == ["reference", "torch"]
