@@ -87,7 +87,8 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     """value as a finite float in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (math.isfinite(value) and low <= value <= high):
+    # No math.isfinite: torch.compile(dynamic=True) makes numbers symbolic, which it rejects.
+    if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value}")
     return float(value)
 

@@ -1,0 +1,98 @@
+"""SCCLIP: a frozen open_clip model that gives one text-aligned feature a patch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import methods, tower
+from .config import SCCLIPConfig
+
+METHODS = {
+    method.__name__: method
+    for method in (
+        methods.scclip,
+        methods.clip,
+        methods.maskclip,
+        methods.sclip,
+        methods.clearclip,
+    )
+}
+
+
+class SCCLIP(nn.Module):
+    """Dense features of a frozen open_clip vision transformer.
+
+    Args:
+        model: any CLIP of open_clip whose vision tower is its own VisionTransformer with a class
+            token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...; what is averaged before the last norm,
+            as in CLIPA, is normed a token instead). It is used as it is: its weights, their dtype
+            and its device.
+        config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
+        method: "scclip", or to compare with, through the same path: "clip" (plain), "maskclip",
+            "sclip", "clearclip".
+
+    Raises:
+        ValueError: a vision tower that has no text-aligned patch tokens (ResNet, CoCa) or is
+            untested (timm's), an unknown method, or a configuration that does not fit the depth.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: SCCLIPConfig | None = None, method: str = "scclip"
+    ) -> None:
+        super().__init__()
+        tower.check(model)
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        layers = len(model.visual.transformer.resblocks)
+        self.config = config or SCCLIPConfig.for_depth(layers)
+        self.config.check(layers)
+        self.method = method
+        self.model = model
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.visual.patch_size[0]
+
+    def encode_dense(self, images: Tensor) -> Tensor:
+        """One feature a patch, in the space of the text features.
+
+        Args:
+            images: (B, 3, H, W), floating, normalised by the model's mean and standard deviation.
+                Sides that the patch size does not divide are resized to the nearest multiple
+                (bicubic, antialiased), at least one patch. The positional embedding is stretched
+                to the image.
+
+        Returns:
+            (B, h, w, embed_dim), h and w in patches, of unit norm, in the model's dtype. Each image
+            gets what it gets alone. Nothing here waits for the GPU.
+
+        Raises:
+            TypeError: not a floating tensor.
+            ValueError: not (B, 3, H, W).
+        """
+        visual = self.model.visual
+        tokens, grid = tower.embed(visual, self._whole_patches(images))
+        layers = []
+        for block in visual.transformer.resblocks[:-1]:
+            tokens = tower.block(block, tokens)
+            layers.append(tokens)
+        dense = METHODS[self.method](visual, layers, grid, self.config)
+        return tower.project(visual, dense).unflatten(1, grid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encode_dense(images)
+
+    def _whole_patches(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise TypeError(f"images must be a floating tensor, got {found}")
+        if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        patch = self.patch_size
+        size = [max(round(side / patch), 1) * patch for side in images.shape[2:]]
+        if size != list(images.shape[2:]):
+            images = images.to(torch.promote_types(images.dtype, torch.float32))
+            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+        return images.to(self.model.visual.conv1.weight.dtype)
