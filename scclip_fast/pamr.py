@@ -1,0 +1,80 @@
+"""Pixel-adaptive mask refinement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DILATIONS = (8, 16)  # SC-CLIP's
+_CONTRAST = 0.1  # affinities fall off by this share of the local standard deviation
+_EPS = 1e-8
+
+
+def pamr(image: Tensor, maps: Tensor, steps: int, dilations: Sequence[int] = DILATIONS) -> Tensor:
+    """Smooth maps along the edges of an image (PAMR; Araslanov and Roth, CVPR 2020).
+
+    Each step replaces a pixel by the mean of its 8 neighbours at each dilation d, weighted by the
+    softmax over them of -|x_i - x_j| / (0.1 sigma_i), averaged over the channels, where sigma_i is
+    the standard deviation of a channel over these neighbours and the pixel. Beyond the border stand
+    the pixels of the border.
+
+    Args:
+        image: (B, K, H, W), floating; what scale its channels have does not matter.
+        maps: (B, C, H, W), floating.
+        steps: how often, >= 0.
+        dilations: distances of the neighbours, in pixels.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        TypeError: not floating.
+        ValueError: sizes that do not fit, steps below 0, no dilations or one below 1.
+    """
+    if not (image.is_floating_point() and maps.is_floating_point()):
+        raise TypeError(f"image and maps must be floating, got {image.dtype} and {maps.dtype}")
+    if image.dim() != 4 or maps.dim() != 4:
+        raise ValueError(
+            f"image and maps must be (B, K, H, W) and (B, C, H, W), "
+            f"got {tuple(image.shape)} and {tuple(maps.shape)}"
+        )
+    if image.shape[0] != maps.shape[0] or image.shape[2:] != maps.shape[2:]:
+        raise ValueError(
+            f"maps must have the batch and size of image {tuple(image.shape)}, "
+            f"got {tuple(maps.shape)}"
+        )
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if not dilations or min(dilations) < 1:
+        raise ValueError(f"dilations must be at least 1, got {tuple(dilations)}")
+    weights = _affinities(image, dilations).to(maps.dtype)
+    for _ in range(steps):
+        neighbors = zip(weights.split(1, dim=1), _neighbors(maps, dilations), strict=True)
+        maps = sum(weight * neighbor for weight, neighbor in neighbors)
+    return maps
+
+
+def _affinities(image: Tensor, dilations: Sequence[int]) -> Tensor:
+    """Weights (B, P, H, W) of a pixel's P = 8 len(dilations) neighbours."""
+    # The pixel itself counts once for each dilation, as published.
+    around = [*_neighbors(image, dilations), *[image] * len(dilations)]
+    deviation = torch.stack(around).std(dim=0)
+    contrast = [
+        -((neighbor - image).abs() / (_EPS + _CONTRAST * deviation)).mean(dim=1)
+        for neighbor in _neighbors(image, dilations)
+    ]
+    return torch.stack(contrast, dim=1).softmax(dim=1)
+
+
+def _neighbors(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
+    """x (B, C, H, W) as each of the neighbours sees it, shifted by d in 8 directions."""
+    height, width = x.shape[2:]
+    for d in dilations:
+        padded = F.pad(x, [d] * 4, mode="replicate")
+        for row in (0, d, 2 * d):
+            for column in (0, d, 2 * d):
+                if (row, column) != (d, d):
+                    yield padded[:, :, row : row + height, column : column + width]

@@ -1,0 +1,224 @@
+"""Segmenter: from an image and class names to a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .clip import SCCLIP
+from .pamr import pamr
+from .picture import Picture, seen_size, to_tensor, upsampled, windows
+
+_WINDOWS = 128  # in one batch; more, of very large images, take several
+
+
+class Segmenter(nn.Module):
+    """Open-vocabulary segmentation with a frozen CLIP, as SC-CLIP does it.
+
+    The cosine similarities of patches and class names are upsampled to the image, averaged where
+    windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
+    its best synonym.
+
+    Args:
+        encoder: see `scclip_fast.clip.create_model`.
+        tokenizer: its tokenizer.
+        classes: one entry a class, synonyms after commas: "person, man, woman".
+        templates: of captions, callables or format strings, whose text features are averaged; None
+            for the 80 of OpenAI.
+        logit_scale: sharpness of the probabilities; 40 as published.
+        prob_thd: pixels whose largest probability is below become `background`.
+        area_thd: classes with at most this share of all pixels that are not `background` are taken
+            out; None for no such rule.
+        background: index of a class; required by prob_thd > 0 and by area_thd.
+        slide_crop: side of the square windows in pixels, None for the whole image at once.
+        slide_stride: step of the windows in pixels, 1 to slide_crop.
+        short_side: pixels to which the image's shorter side is resized (bilinear, as published),
+            unless the longer would exceed 2048; None for the size that it has.
+        pamr_steps: of refinement along the edges of the image, 0 for none; as it needs all maps at
+            the image's own size, memory grows with their number.
+
+    Attributes:
+        classes: the first name of each class.
+
+    Raises:
+        ValueError: no classes, an empty or repeated name, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        encoder: SCCLIP,
+        tokenizer: Callable,
+        classes: Sequence[str],
+        *,
+        templates: Sequence[Callable | str] | None = None,
+        logit_scale: float = 40.0,
+        prob_thd: float = 0.0,
+        area_thd: float | None = None,
+        background: int | None = None,
+        slide_crop: int | None = 224,
+        slide_stride: int = 112,
+        short_side: int | None = 336,
+        pamr_steps: int = 0,
+    ) -> None:
+        super().__init__()
+        synonyms = _synonyms(classes)
+        _check_background(background, len(synonyms), prob_thd, area_thd)
+        _check_at_least(1, short_side=short_side, slide_crop=slide_crop, slide_stride=slide_stride)
+        _check_at_least(0, pamr_steps=pamr_steps)
+        if templates is not None and not len(templates):
+            raise ValueError("templates must not be empty")
+        if slide_crop is not None and slide_stride > slide_crop:
+            raise ValueError(f"slide_stride must be at most {slide_crop=}, got {slide_stride}")
+        self.encoder = encoder
+        self.classes = [names[0] for names in synonyms]
+        self.logit_scale = logit_scale
+        self.prob_thd = prob_thd
+        self.area_thd = area_thd
+        self.background = background
+        self.slide_crop = slide_crop
+        self.slide_stride = slide_stride
+        self.short_side = short_side
+        self.pamr_steps = pamr_steps
+        visual = encoder.model.visual
+        text = open_clip.build_zero_shot_classifier(
+            encoder.model,
+            tokenizer,
+            [name for names in synonyms for name in names],
+            open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else templates,
+            device=visual.conv1.weight.device,
+        )
+        owners = [index for index, names in enumerate(synonyms) for _ in names]
+        mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
+        std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        constants = dict(
+            text_features=text.T.float(),  # (names, E)
+            owners=torch.tensor(owners),  # (names,), the class of each name
+            mean=torch.tensor(mean)[:, None, None],
+            std=torch.tensor(std)[:, None, None],
+        )
+        for name, value in constants.items():
+            self.register_buffer(name, value.to(text.device), persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, image: Picture) -> Tensor:
+        """The class of each pixel.
+
+        Args:
+            image: RGB; a PIL image, or a uint8 array or tensor (H, W, 3).
+
+        Returns:
+            (H, W), int64, on the CPU: indices into `classes`.
+
+        Raises:
+            TypeError: no image.
+            ValueError: not (H, W, 3), or nothing in it.
+        """
+        return torch.cat([labels.cpu() for labels, _ in self.bands(image)])
+
+    @torch.inference_mode()
+    def probabilities(self, image: Picture) -> Tensor:
+        """The probability of each class, (classes, H, W), float32, on the CPU; see `forward`.
+
+        Classes that `area_thd` takes out have 0; they do not go to the others.
+        """
+        return torch.cat([probabilities.cpu() for _, probabilities in self.bands(image)], dim=1)
+
+    @torch.inference_mode()
+    def bands(self, image: Picture) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels (rows, W) and probabilities (classes, rows, W) of bands from top to bottom.
+
+        In bands, as all probabilities at the size of a large photo are many gigabytes. On the
+        model's device; see `forward` and `probabilities`.
+        """
+        pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
+        pixels = (pixels - self.mean) / self.std
+        size = pixels.shape[2:]
+        seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
+        maps = self._encode(seen)[0] if self.slide_crop is None else self._slide(seen)
+        if self.pamr_steps:
+            maps = F.interpolate(maps[None], size, mode="bilinear")
+            maps = pamr(pixels, maps, self.pamr_steps)[0]
+        kept = None if self.area_thd is None else self._kept(maps, size)
+        for rows in upsampled(maps, size):
+            probabilities = self._probabilities(rows)
+            if kept is not None:
+                probabilities = probabilities * kept
+            largest, labels = probabilities.max(dim=0)
+            if self.prob_thd > 0:
+                labels = labels.masked_fill(largest < self.prob_thd, self.background)
+            yield labels, probabilities
+
+    def _slide(self, pixels: Tensor) -> Tensor:
+        """Cosines (names, h, w) of pixels (1, 3, h, w), averaged over the windows."""
+        size = pixels.shape[2:]
+        places = windows(size, self.slide_crop, self.slide_stride)
+        total, count = pixels.new_zeros(len(self.owners), *size), pixels.new_zeros(size)
+        for start in range(0, len(places), _WINDOWS):
+            chosen = places[start : start + _WINDOWS]
+            crops = torch.cat([pixels[:, :, rows, columns] for rows, columns in chosen])
+            for (rows, columns), maps in zip(chosen, self._encode(crops), strict=True):
+                total[:, rows, columns] += F.interpolate(
+                    maps[None], crops.shape[2:], mode="bilinear"
+                )[0]
+                count[rows, columns] += 1
+        return total / count
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
+        dense = self.encoder.encode_dense(images).float()
+        return (dense @ self.text_features.T).permute(0, 3, 1, 2)
+
+    def _probabilities(self, cosines: Tensor) -> Tensor:
+        """Of classes (classes, ...), from the cosines of names (names, ...)."""
+        probabilities = (self.logit_scale * cosines).softmax(dim=0)
+        if len(self.classes) == len(self.owners):
+            return probabilities
+        merged = probabilities.new_zeros(len(self.classes), *probabilities.shape[1:])
+        owners = self.owners[:, None, None].expand_as(probabilities)
+        return merged.scatter_reduce_(0, owners, probabilities, "amax")
+
+    def _kept(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
+        """1 for the background and for classes larger than `area_thd`, else 0: (classes, 1, 1)."""
+        area = torch.zeros(len(self.classes), device=maps.device, dtype=torch.int64)
+        for rows in upsampled(maps, size):
+            labels = self._probabilities(rows).argmax(dim=0)
+            area += torch.bincount(labels.flatten(), minlength=len(area))
+        area[self.background] = 0
+        kept = area > self.area_thd * area.sum()
+        kept[self.background] = True
+        return kept[:, None, None].to(maps.dtype)
+
+
+def _synonyms(classes: Sequence[str]) -> list[list[str]]:
+    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+        raise ValueError(f"classes must be a list of names, got {classes!r}")
+    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
+    names = [name for entry in synonyms for name in entry]
+    if not names or not all(names):
+        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
+    first = [entry[0] for entry in synonyms]
+    if repeated := {name for name in first if first.count(name) > 1}:
+        raise ValueError(f"classes must differ, got {', '.join(sorted(repeated))} more than once")
+    return synonyms
+
+
+def _check_background(
+    background: int | None, classes: int, prob_thd: float, area_thd: float | None
+) -> None:
+    for name, value in dict(prob_thd=prob_thd, area_thd=area_thd or 0).items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+    if background is None and (prob_thd > 0 or area_thd is not None):
+        raise ValueError("prob_thd and area_thd need background, the index of a class")
+    if background is not None and not 0 <= background < classes:
+        raise ValueError(f"background must be in [0, {classes - 1}], got {background}")
+
+
+def _check_at_least(least: int, **sizes: int | None) -> None:
+    for name, value in sizes.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

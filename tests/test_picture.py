@@ -1,0 +1,63 @@
+"""Windows, the size a picture is seen in, and upsampling in bands."""
+
+import plain_segment
+import pytest
+import torch
+import torch.nn.functional as F
+
+from scclip_fast import picture
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "stride"),
+    [
+        ((336, 448), 224, 112),
+        ((336, 449), 224, 112),
+        ((336, 2048), 224, 112),
+        ((100, 300), 224, 112),
+        ((224, 224), 224, 112),
+        ((50, 51), 7, 3),
+        ((10, 10), 4, 4),
+        ((5, 3), 1, 1),
+    ],
+)
+def test_places_of_windows(size, crop, stride):
+    found = [(y.start, y.stop, x.start, x.stop) for y, x in picture.windows(size, crop, stride)]
+    clipped = [(t, min(b, size[0]), le, min(r, size[1])) for t, b, le, r in found]
+    assert clipped == plain_segment.windows(size, crop, stride)
+    covered = torch.zeros(size)
+    for top, bottom, left, right in clipped:
+        covered[top:bottom, left:right] = 1
+    assert covered.all()
+    if size == (336, 448):
+        assert len(found) == 6
+
+
+@pytest.mark.parametrize(
+    ("size", "short", "seen"),
+    [
+        ((336, 448), 336, (336, 448)),
+        ((500, 375), 336, (448, 336)),
+        ((375, 500), 336, (336, 448)),
+        ((1024, 2048), 560, (560, 1120)),
+        ((333, 500), 336, (336, 505)),  # 504.504..., rounded half up
+        ((10, 4), 5, (13, 5)),  # 12.5 too, where Python's round would give 12
+        ((336, 2048), 336, (336, 2048)),
+        ((100, 1000), 336, (205, 2048)),  # the long side decides
+        ((1, 5000), 336, (1, 2048)),
+        ((5000, 1), 336, (2048, 1)),
+        ((3000, 4000), 3000, (2250, 3000)),  # as mmseg sorts the two: the longer limit is 3000
+        ((7, 9), None, (7, 9)),
+    ],
+)
+def test_the_size_an_image_is_seen_in(size, short, seen):
+    assert picture.seen_size(size, short) == seen
+
+
+@pytest.mark.parametrize("size", [(60, 80), (12, 16), (5, 7), (1, 1), (13, 16)], ids=str)
+@pytest.mark.parametrize("band", [1, 2000, 2**26])
+def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):
+    monkeypatch.setattr(picture, "_BAND_BYTES", band)
+    maps = torch.randn(3, 12, 16)
+    found = torch.cat(list(picture.upsampled(maps, size)), dim=1)
+    torch.testing.assert_close(found, F.interpolate(maps[None], size, mode="bilinear")[0])
