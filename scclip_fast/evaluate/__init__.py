@@ -1,0 +1,34 @@
+"""The published benchmarks of training-free segmentation, without mmsegmentation.
+
+`PROTOCOLS` are the settings, `run` a resumable loop over a data set on any number of processes,
+`report` its numbers. `python -m scclip_fast.evaluate` is `scclip-fast eval`.
+
+Needs the extra `eval`.
+"""
+
+from . import settings
+from .datasets import DataError, DatasetNotFoundError
+from .loop import Ranks, process_group, run
+from .metric import confidence_interval, confusion_matrix, summary
+from .progress import Progress, SettingsChangedError
+from .protocols import PROTOCOLS, Protocol
+from .report import MissingResultsError, report, table
+
+__all__ = [
+    "PROTOCOLS",
+    "DataError",
+    "DatasetNotFoundError",
+    "MissingResultsError",
+    "Progress",
+    "Protocol",
+    "Ranks",
+    "SettingsChangedError",
+    "confidence_interval",
+    "confusion_matrix",
+    "process_group",
+    "report",
+    "run",
+    "settings",
+    "summary",
+    "table",
+]

@@ -1,0 +1,43 @@
+"""What results depend on beyond the options: weights, the data set's files, versions."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from .. import __version__
+from .datasets import FolderDataset, Scenes
+
+
+def weights_digest(encoder: nn.Module) -> str:
+    """Of all weights: the name of a model may stand for others tomorrow."""
+    sha = hashlib.sha256()
+    for name, tensor in encoder.state_dict().items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+def files(dataset: FolderDataset | Scenes) -> dict[str, str]:
+    """The data set's folder and a digest of the names of all its images."""
+    if dataset.folder is None:
+        return {}
+    names = "\n".join(dataset.all_names)
+    return {
+        "folder": str(dataset.folder.resolve()),
+        "images": hashlib.sha256(names.encode()).hexdigest()[:16],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of those that results depend on."""
+    packages = ("torch", "open_clip_torch", "torchmetrics", "numpy", "pillow")
+    return {
+        "python": platform.python_version(),
+        "scclip_fast": __version__,
+        **{package: version(package) for package in packages},
+    }
