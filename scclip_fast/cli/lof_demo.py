@@ -6,7 +6,6 @@ Needs the extra `demo`; nothing else in the library imports this module.
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,19 +14,17 @@ from typing import NamedTuple
 
 import open_clip
 import torch
-from open_clip.model import resize_pos_embed
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from .cli import CommandError
-from .measure import Measurement, measure
-from .ops import lof, lof_scores
+from ..clip import SCCLIP, create_model, tower
+from ..measure import Measurement, measure
+from ..ops import lof, lof_scores
+from .common import CommandError, read_photo
 
 REPEATS = 5
 SEED = 0
-_HUB_TIMEOUT = 10  # seconds for the one request that decides whether to download
-_WEIGHT_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
 
 
 class Comparison(NamedTuple):
@@ -52,16 +49,7 @@ def load_photo(path: Path | None) -> Image.Image:
         from sklearn.datasets import load_sample_image
 
         return Image.fromarray(load_sample_image("china.jpg"))
-    try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except Image.UnidentifiedImageError:
-        reason = "not an image, or a damaged one"
-    except OSError as error:
-        reason = error.strerror or error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's decoders
-        reason = error
-    raise CommandError(f"cannot read the photo {path}: {reason}")
+    return read_photo(path)
 
 
 def check_model(name: str, tag: str) -> None:
@@ -87,48 +75,13 @@ def check_size(name: str, size: int, neighbors: int) -> None:
         raise CommandError(f"size {size} gives {tokens} tokens, too few for {neighbors} neighbours")
 
 
-def fetch_weights(name: str, tag: str) -> str | None:
-    """Bring the weights into the hub's cache; returns why that failed, or None.
-
-    One short request comes first: without a network, open_clip would retry for most of a minute.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import EntryNotFoundError
-
-    config = open_clip.get_pretrained_cfg(name, tag)
-    repository, file = os.path.split(config["hf_hub"])
-    files = (file,) if file else _WEIGHT_FILES
-    try:
-        if not any(isinstance(try_to_load_from_cache(repository, f), str) for f in files):
-            try:
-                get_hf_file_metadata(hf_hub_url(repository, files[0]), timeout=_HUB_TIMEOUT)
-            except EntryNotFoundError:
-                pass  # the hub answers; open_clip knows where else to look
-        open_clip.download_pretrained(config)
-    except Exception as error:  # errors of httpx or requests, by the version of the hub's client
-        return (str(error).splitlines() or [type(error).__name__])[0]
-    return None
-
-
-def load_model(name: str, tag: str | None, size: int) -> nn.Module:
-    """The model for images of size x size, in evaluation mode; random weights for tag None.
-
-    The random ones are drawn at the model's own size and their position embedding is stretched,
-    as pretrained weights are: all sizes see one network.
-    """
+def load_model(name: str, tag: str | None) -> SCCLIP:
+    """The model with its weights, or for tag None with random ones, the same at every call."""
     if tag is not None:
-        quick_gelu = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False)
-        model = open_clip.create_model(
-            name, pretrained=tag, force_image_size=size, force_quick_gelu=quick_gelu
-        )
-        return model.eval()
+        return create_model(name, tag)[0]
     with _no_warnings(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        weights = open_clip.create_model(name).state_dict()
-        model = open_clip.create_model(name, force_image_size=size)
-    resize_pos_embed(weights, model)
-    model.load_state_dict(weights)
-    return model.eval()
+        return create_model(name)[0]
 
 
 def patch_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
@@ -138,14 +91,10 @@ def patch_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
         visual: open_clip's VisionTransformer.
         pixels: (3, H, W), preprocessed.
     """
-    with torch.inference_mode(), _no_attention_matrices():
-        tokens = visual._embeds(pixels[None])
-        if not visual.transformer.batch_first:
-            tokens = tokens.transpose(0, 1)
+    with torch.inference_mode():
+        tokens, _ = tower.embed(visual, pixels[None])
         for block in visual.transformer.resblocks[:-1]:
-            tokens = block(tokens)
-        if not visual.transformer.batch_first:
-            tokens = tokens.transpose(0, 1)
+            tokens = tower.block(block, tokens)
     return tokens[0, 1:].float()
 
 
@@ -166,12 +115,15 @@ def plain_lof(x: Tensor, neighbors: int, contamination: float) -> tuple[Tensor, 
 
 
 def compare(
-    model: nn.Module, photo: Image.Image, neighbors: int, contamination: float
+    encoder: SCCLIP, photo: Image.Image, size: int, neighbors: int, contamination: float
 ) -> Comparison:
-    """Run both on the photo's tokens: warmed up, in turns, medians of `REPEATS`."""
-    visual = model.visual
+    """Run both on the tokens of the photo, cut to size x size pixels.
+
+    Warmed up, in turns, medians of `REPEATS`.
+    """
+    visual = encoder.model.visual
     device = visual.conv1.weight.device
-    preprocess = PreprocessCfg(**visual.preprocess_cfg)
+    preprocess = PreprocessCfg(**visual.preprocess_cfg | {"size": size})
     pixels = image_transform_v2(preprocess, is_train=False)(photo)
     tokens = patch_tokens(visual, pixels.to(device))
     calls = (
@@ -186,8 +138,8 @@ def compare(
     exact = lof_scores(tokens.double(), neighbors)
     mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     return Comparison(
-        size=pixels.shape[-1],
-        grid=visual.grid_size,
+        size=size,
+        grid=(size // encoder.patch_size,) * 2,
         photo=(pixels * std + mean).clamp(0, 1).permute(1, 2, 0),
         tokens=tokens,
         scores=scores,
@@ -232,18 +184,3 @@ def _no_warnings() -> Iterator[None]:
         yield
     finally:
         logging.disable(previous)
-
-
-@contextmanager
-def _no_attention_matrices() -> Iterator[None]:
-    """Attention without its N x N matrices.
-
-    On the CPU, the inference fast path of nn.MultiheadAttention builds those of all heads: for a
-    block of ViT-B/16 at 1008, 0.8 GB and 2.5 s instead of 0.2 GB and 1.6 s on two cores.
-    """
-    previous = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(previous)

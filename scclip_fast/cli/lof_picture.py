@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from torch import Tensor
 
+from ..ops import repair
 from .lof_demo import Comparison
-from .ops import repair
 
 _DPI = 120
 _TITLES = (

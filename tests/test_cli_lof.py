@@ -1,4 +1,4 @@
-"""`scclip-fast`, run in this process on a tiny CLIP; the model hub is never reached."""
+"""`scclip-fast lof`, run in this process on a tiny CLIP; the model hub is never reached."""
 
 import re
 import sys
@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import scclip_fast
-from scclip_fast import cli, lof_demo, reference
+from scclip_fast import cli, reference
+from scclip_fast.cli import lof_demo
+from scclip_fast.clip import loading
 
 MODEL, TAG, SIZES = "tiny", "some_tag", (112, 128)
 CONFIG = {
@@ -91,7 +93,7 @@ def rows(stdout):
 def tokens_of(photo, size):
     with Image.open(photo) as image:
         pixels = open_clip.image_transform(size, is_train=False)(image)
-    return lof_demo.patch_tokens(lof_demo.load_model(MODEL, None, size).visual, pixels)
+    return lof_demo.patch_tokens(lof_demo.load_model(MODEL, None).model.visual, pixels)
 
 
 def test_report(demo, photo):
@@ -153,30 +155,27 @@ def test_plain_lof_is_scclips():
 
 
 def test_tokens_are_those_before_the_last_block(offline):
-    visual = lof_demo.load_model(MODEL, None, SIZES[0]).visual
-    pixels = torch.rand(3, SIZES[0], SIZES[0], generator=torch.Generator().manual_seed(0))
-    flag = torch.backends.mha.get_fastpath_enabled()
+    visual = lof_demo.load_model(MODEL, None).model.visual
+    pixels = torch.rand(3, *visual.image_size, generator=torch.Generator().manual_seed(0))
     tokens = lof_demo.patch_tokens(visual, pixels)
-    assert torch.backends.mha.get_fastpath_enabled() == flag
     expected = visual.forward_intermediates(
         pixels[None], indices=[1], output_fmt="NLC", intermediates_only=True
     )
     torch.testing.assert_close(tokens, expected["image_intermediates"][0][0], rtol=1e-4, atol=1e-5)
 
 
-def test_all_sizes_see_one_random_network(offline):
+def test_random_weights_are_the_same_at_every_call(offline):
     state = torch.get_rng_state()
-    first, second = (lof_demo.load_model(MODEL, None, size).state_dict() for size in SIZES)
+    first, second = (lof_demo.load_model(MODEL, None).state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
-    differing = [key for key in first if not torch.equal(first[key], second[key])]
-    assert differing == ["visual.positional_embedding"]
+    assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_no_retries_without_a_hub(offline):
     start = time.perf_counter()
-    reason = lof_demo.fetch_weights(MODEL, TAG)
+    reason = loading.fetch_weights(MODEL, TAG)
     assert reason and "\n" not in reason
-    assert time.perf_counter() - start < lof_demo._HUB_TIMEOUT + 5
+    assert time.perf_counter() - start < loading._HUB_TIMEOUT + 5
 
 
 def test_weights_from_the_cache(run, tmp_path, monkeypatch):
@@ -192,7 +191,7 @@ def test_weights_from_the_cache(run, tmp_path, monkeypatch):
     code, stdout, _ = run()
     assert code == 0
     assert re.search(rf"^weights +{TAG}$", stdout, re.MULTILINE)
-    loaded = lof_demo.load_model(MODEL, TAG, SIZES[0]).state_dict()
+    loaded = lof_demo.load_model(MODEL, TAG).model.state_dict()
     assert torch.equal(loaded["visual.conv1.weight"], weights["visual.conv1.weight"])
 
 
@@ -226,8 +225,8 @@ def test_error_is_one_line(run, named, message):
 
 def test_missing_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.lof_demo")
-    monkeypatch.delattr(scclip_fast, "lof_demo")
+    monkeypatch.delitem(sys.modules, "scclip_fast.cli.lof_demo")
+    monkeypatch.delattr(cli, "lof_demo")
     code, _, stderr = run()
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package open_clip: pip install "scclip_fast[demo]"' in stderr

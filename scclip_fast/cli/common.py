@@ -1,0 +1,181 @@
+"""What the sub-commands share: errors, types of arguments, options of the model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:  # these are in extras
+    from PIL.Image import Image
+
+    from ..clip import SCCLIP
+
+METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
+
+
+class CommandError(Exception):
+    """What the user asked for can't be done; the message is one line that says why."""
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def add_command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], None],
+    *,
+    usage: str,
+    extra: str,
+    smaller: str,
+) -> argparse.ArgumentParser:
+    """A sub-command's parser.
+
+    Args:
+        commands: of the main parser.
+        name: of the sub-command.
+        summary: one line for both helps, without a capital and a full stop.
+        run: what it does; raises CommandError.
+        usage: what follows "usage: ".
+        extra: the package's extra that brings what it needs.
+        smaller: what to try when memory runs out.
+    """
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        usage=usage,
+        formatter_class=_Formatter,
+    )
+    parser.set_defaults(run=run, prog=parser.prog, extra=extra, smaller=smaller)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """--model, --pretrained, --method, --precision, --device: what `load_encoder` reads."""
+    add = parser.add_argument
+    add(
+        "--model",
+        default="ViT-B-16-quickgelu",
+        help="open_clip's name of a vision transformer, or scenes: the small one that comes with "
+        "this package, for drawn scenes only",
+    )
+    add(
+        "--pretrained",
+        metavar="TAG",
+        default="openai",
+        help="open_clip's name of the weights; scenes, hf-hub:... and local-dir:... bring theirs",
+    )
+    add("--method", choices=METHODS, default="scclip", help="what becomes of the patch features")
+    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for `device`."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help="cpu, cuda or cuda:INDEX")
+
+
+def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
+    """The model of `add_model_options`, with weights, and its tokenizer.
+
+    Raises:
+        CommandError: there is no such model or device, or its weights are out of reach.
+    """
+    target = device(args.device)
+    from ..clip import create_model
+
+    has_weights = brings_weights(args.model)
+    if not has_weights and not args.pretrained:
+        raise CommandError("--pretrained must name weights; random ones see nothing")
+    options = {"method": args.method, "precision": args.precision, "device": target}
+    try:
+        return create_model(args.model, None if has_weights else args.pretrained, **options)
+    except ValueError as error:
+        raise CommandError(str(error)) from None
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        if has_weights:
+            raise CommandError(str(error)) from None
+        offline = "without a network there is --model scenes, for drawn scenes only"
+        raise CommandError(f"{error}; {offline}") from None
+
+
+def brings_weights(model: str) -> bool:
+    """Whether a --model comes with weights, so that --pretrained has no say."""
+    return model == "scenes" or ":" in model
+
+
+def device(name: str) -> torch.device:
+    """The device --device names, or CommandError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be cpu, cuda or cuda:INDEX, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count() or "no"
+        raise CommandError(f"--device {name} is not there: torch finds {found} CUDA device(s)")
+    return device
+
+
+def read_photo(path: Path) -> Image:
+    """A picture file as RGB, upright, or CommandError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.UnidentifiedImageError:
+        reason = "not an image, or a damaged one"
+    except OSError as error:
+        reason = error.strerror or error
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's decoders
+        reason = error
+    raise CommandError(f"cannot read the photo {path}: {reason}")
+
+
+def check_writable(path: Path) -> None:
+    """CommandError unless a file can be written there: before the work, not after it."""
+    if os.path.isdir(path):
+        raise CommandError(f"cannot write {path}: it is a directory")
+    if not os.path.isdir(path.parent):
+        raise CommandError(f"cannot write {path}: there is no directory {path.parent}")
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: permission denied")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is one of the errors for that."""
+    # torch's allocator on the CPU raises a plain RuntimeError.
+    expected = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, expected) or "DefaultCPUAllocator" in str(error)
+
+
+def positive(text: str) -> int:
+    """An argument's type: 1, 2, ..."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def natural(text: str) -> int:
+    """An argument's type: 0, 1, 2, ..."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number, 0 or more, got {text!r}")
+    return int(text)

@@ -1,0 +1,220 @@
+"""`scclip-fast eval`: the published benchmarks, resumable, on one or several processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import __version__
+from . import common
+from .common import CommandError
+
+if TYPE_CHECKING:  # these load open_clip and torchmetrics
+    from ..clip import SCCLIP
+    from ..evaluate import Protocol, Ranks
+    from ..evaluate.datasets import FolderDataset, Scenes
+    from ..segment import Segmenter
+
+_DATASETS = (
+    "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
+    "these; scenes, the drawn ones that need no folder"
+)
+_SWITCHES = {
+    "repair": "the outlier tokens as they are",
+    "pre_aggregate": "no aggregation before the last block",
+    "content_attention": "the last block with its self-attention alone",
+    "post_aggregate": "no aggregation after the last block",
+    "multi_level": "no auxiliary branch",
+}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The parser of `eval`."""
+    parser = common.add_command(
+        commands,
+        "eval",
+        "measure mIoU on the published benchmarks; what was interrupted goes on where it stopped",
+        run,
+        usage="%(prog)s DATASET [--root FOLDER] [options]",
+        extra="eval",
+        smaller="--precision fp16; finished images are kept",
+    )
+    parser.epilog = "On several GPUs: torchrun --nproc-per-node N -m scclip_fast.evaluate DATASET"
+    add = parser.add_argument
+    add("dataset", metavar="DATASET", help=_DATASETS)
+    add("--root", metavar="FOLDER", type=Path, help="the data set's folder, or one above it")
+    add(
+        "--out",
+        metavar="JSON",
+        type=Path,
+        default=Path("eval.json"),
+        help="the results; progress is kept beside it, and all adds _DATASET to its name",
+    )
+    add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
+    add("--force", action="store_true", help="discard what is finished")
+    for switch, meaning in _SWITCHES.items():
+        option = f"--no-{switch.replace('_', '-')}"
+        # Suppressed, as the help would say "default: True".
+        add(option, dest=switch, action="store_false", default=argparse.SUPPRESS, help=meaning)
+    add("--pamr-steps", metavar="N", type=common.natural, default=0, help="of refinement by PAMR")
+    add(
+        "--slide-crop",
+        metavar="PIXELS",
+        type=common.natural,
+        default=224,
+        help="side of the sliding windows; 0 for the whole image at once",
+    )
+    add("--slide-stride", metavar="PIXELS", type=common.positive, default=112, help="their step")
+    common.add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate one data set or all."""
+    from .. import evaluate
+    from ..segment import Segmenter
+
+    names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
+    names = names if args.dataset == "all" else [args.dataset]
+    _check(args, known=evaluate.PROTOCOLS)
+    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    with evaluate.process_group(common.device(args.device)) as ranks:
+        datasets = {name: _open(args, name, ranks) for name in names}
+        found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
+        if not found:
+            raise CommandError(f"none of the data sets is in {args.root}")
+        encoder, tokenizer = common.load_encoder(args)
+        encoder.config = replace(encoder.config, **dict.fromkeys(_switched_off(args), False))
+        digest, failures = evaluate.settings.weights_digest(encoder), 0
+        for name, dataset in found.items():
+            settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
+            segmenter = Segmenter(encoder, tokenizer, settings["prompts"], **settings["protocol"])
+            failures += _evaluate(args, segmenter, dataset, settings, ranks)
+    problems = [f"{failures} image(s) could not be read, see above"] if failures else []
+    if missing := [name for name in names if name not in found]:
+        problems.append(f"not there: {', '.join(missing)}")
+    if problems:
+        raise CommandError("; ".join(problems))
+
+
+def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
+    """What can be wrong before anything is loaded."""
+    if args.dataset not in (*known, "all"):
+        raise CommandError(f"there is no data set {args.dataset!r}; choose from {_DATASETS}")
+    if args.root is None and args.dataset != "scenes":
+        raise CommandError(f"{args.dataset} needs --root, the data set's folder or one above it")
+    if args.slide_crop and args.slide_stride > args.slide_crop:
+        raise CommandError(
+            f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
+            f"got {args.slide_stride}"
+        )
+    if _switched_off(args) and args.method != "scclip":
+        option = f"--no-{_switched_off(args)[0].replace('_', '-')}"
+        raise CommandError(f"{option} is for --method scclip, got {args.method}")
+    common.check_writable(args.out)
+
+
+def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | Scenes | None:
+    """The data set; where `all` don't need it, None and a line that says why."""
+    from ..evaluate import PROTOCOLS, DatasetNotFoundError
+
+    try:
+        return PROTOCOLS[name].dataset(args.root, args.limit)
+    except DatasetNotFoundError as error:
+        if args.dataset != "all":
+            raise CommandError(str(error)) from None
+        if ranks.rank == 0:
+            print(f"skipped {name}: {error}", file=sys.stderr)
+        return None
+
+
+def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, digest: str) -> dict:
+    """All settings of an evaluation; "protocol" has those of the segmenter."""
+    thresholds = asdict(protocol)
+    for name in ("name", "dataset"):
+        del thresholds[name]
+    return {
+        "dataset": protocol.name,
+        "protocol": {
+            **thresholds,
+            "slide_crop": args.slide_crop or None,
+            "slide_stride": args.slide_stride,
+            "pamr_steps": args.pamr_steps,
+        },
+        "model": {
+            "name": args.model,
+            "pretrained": None if common.brings_weights(args.model) else args.pretrained,
+            "method": args.method,
+            "precision": args.precision,
+            "weights": digest,
+        },
+        "config": asdict(encoder.config) if args.method == "scclip" else {},
+        "device": args.device.split(":")[0],
+        "prompts": protocol.class_names(),
+    }
+
+
+def _evaluate(
+    args: argparse.Namespace,
+    segmenter: Segmenter,
+    dataset: FolderDataset | Scenes,
+    settings: dict,
+    ranks: Ranks,
+) -> int:
+    """One data set to the end; returns the number of images that failed."""
+    from .. import evaluate
+
+    out = args.out
+    if args.dataset == "all":
+        out = out.with_name(f"{out.stem}_{settings['dataset']}{out.suffix}")
+    files = {"version": __version__, "files": evaluate.settings.files(dataset)}
+    progress = evaluate.Progress(out, settings | files)
+    if ranks.rank == 0:
+        print(_heading(settings, dataset), flush=True)
+    try:
+        if args.force and ranks.rank == 0:
+            progress.clear()
+        ranks.wait()
+        evaluate.run(segmenter, dataset, progress, ranks)
+        ranks.wait()
+        if ranks.rank > 0:
+            return 0
+        report = evaluate.report(dataset, progress, segmenter.classes)
+        results = settings | {"versions": evaluate.settings.versions()} | report
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    except evaluate.SettingsChangedError as error:
+        hint = "--force discards them, another --out keeps both"
+        raise CommandError(f"{error}; {hint}") from None
+    except evaluate.MissingResultsError as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        path = error.filename or out
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+    print(f"{evaluate.table(report)}\nResults: {out}\n", flush=True)
+    return len(report["failures"])
+
+
+def _heading(settings: dict, dataset: FolderDataset | Scenes) -> str:
+    model, folder = settings["model"], f" in {dataset.folder}" if dataset.folder else ""
+    rows = {
+        "data set": f"{settings['dataset']}, {len(dataset)} images{folder}",
+        "protocol": _listed(settings["protocol"]),
+        "model": _listed(model),
+        "config": _listed(settings["config"]) or "-",
+        "device": settings["device"],
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in rows.items()) + "\n"
+
+
+def _listed(settings: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
+def _switched_off(args: argparse.Namespace) -> list[str]:
+    return [name for name in _SWITCHES if hasattr(args, name)]

@@ -1,0 +1,183 @@
+"""The picture of `scclip-fast segment`: a photo under the colours of its classes, with a legend."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+LONG_SIDE = 2048  # pixels; larger photos are drawn smaller
+MAX_CLASSES = 256  # of a palette
+_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+_OPACITY = 0.6  # of the colours
+_COLOR_OF_PHOTO = 0.2  # what is left of the photo's own, which would mix with those of the classes
+_LINE = 0.8  # opacity of the outlines
+_INK, _GREY = (34, 34, 34), (110, 110, 110)
+
+# Okabe and Ito's, which the colour-blind can tell apart, then Paul Tol's indigo and wine, and grey.
+_FIRST_COLORS = (
+    (0, 114, 178),
+    (230, 159, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (86, 180, 233),
+    (213, 94, 0),
+    (240, 228, 66),
+    (51, 34, 136),
+    (136, 34, 85),
+    (153, 153, 153),
+)
+
+
+@cache
+def palette() -> np.ndarray:
+    """Colours (256, 3), uint8, of class 0, 1, ...; each is as far from all before as can be."""
+    steps = np.linspace(0, 255, 17).round()
+    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
+    lab = _oklab(candidates)
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    vivid = (chroma > 0.06) & (lab[:, 0] > 0.35) & (lab[:, 0] < 0.93)  # white is for the outlines
+    candidates, lab = candidates[vivid], lab[vivid]
+    colors = [np.array(color, float) for color in _FIRST_COLORS]
+    taken = _oklab(np.array(colors))
+    distance = np.linalg.norm(lab[:, None] - taken, axis=2).min(axis=1)
+    while len(colors) < MAX_CLASSES:
+        farthest = distance.argmax()
+        colors.append(candidates[farthest])
+        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=1))
+    return np.array(colors).astype(np.uint8)
+
+
+def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Image:
+    """The photo in the colours of its classes, and beside or below it a legend with their shares.
+
+    Args:
+        photo: RGB.
+        labels: (H, W), uint8, indices into names; of the photo's size.
+        names: of the classes.
+    """
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    found = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
+    shares = [_percent(counts[index] / labels.size) for index in found]
+    scale = min(1, LONG_SIDE / max(photo.size))
+    if scale < 1:
+        size = tuple(max(round(side * scale), 1) for side in photo.size)
+        photo = photo.resize(size, Image.Resampling.LANCZOS)
+        labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    em = min(max(round(0.026 * math.sqrt(photo.width * photo.height)), 13), 40)
+    legend = _Legend(ImageFont.truetype(_FONT, em), [names[i] for i in found], shares)
+    place = legend.place(photo.size)
+    canvas = Image.new("RGB", place.canvas, "white")
+    canvas.paste(_blend(photo, labels), (em, em))
+    legend.draw(canvas, place, [tuple(color) for color in palette()[found].tolist()])
+    return canvas
+
+
+def _blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    muted = Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
+    colored = Image.blend(muted, Image.fromarray(palette()[labels]), _OPACITY)
+    width = max(1, round(math.sqrt(labels.size) / 450))
+    colored.paste((255, 255, 255), mask=_outlines(labels, width))
+    return colored
+
+
+def _outlines(labels: np.ndarray, width: int) -> Image.Image:
+    """Opacity of the lines between classes, that many pixels wide, with soft sides."""
+    lines = np.zeros(labels.shape, bool)
+    lines[1:] |= labels[1:] != labels[:-1]
+    lines[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    for step in range(width - 1):  # to the left and up, then to the right and down
+        here, there = (slice(None, -1), slice(1, None))[:: 1 if step % 2 == 0 else -1]
+        before = lines.copy()
+        lines[here] |= before[there]
+        lines[:, here] |= before[:, there]
+    mask = Image.fromarray((255 * _LINE * lines).astype(np.uint8))
+    return mask.filter(ImageFilter.GaussianBlur(0.3 * width))
+
+
+class _Place(NamedTuple):
+    """A layout; sizes and corners in pixels, (x, y)."""
+
+    canvas: tuple[int, int]
+    corner: tuple[int, int]  # of the legend
+    rows: int  # of a column
+
+
+class _Legend:
+    """A swatch, a name and a share for each class, in columns."""
+
+    def __init__(self, font: ImageFont.FreeTypeFont, names: list[str], shares: list[str]) -> None:
+        self.font, self.em = font, font.size
+        self.names = [_shortened(name, font, 20 * self.em) for name in names]
+        self.shares = shares
+        self.row = round(1.75 * self.em)
+        self.gap = 2 * self.em  # between columns
+        self.name_width = math.ceil(max(map(font.getlength, self.names)))
+        self.share_width = math.ceil(font.getlength("100.0 %"))
+        self.column = round(1.6 * self.em) + self.name_width + self.em + self.share_width
+
+    def place(self, photo: tuple[int, int]) -> _Place:
+        """Beside or below the photo, in as many columns as make all small and no narrow strip."""
+        width, height = photo
+        em, places = self.em, []
+        for columns in range(1, len(self.names) + 1):
+            rows = math.ceil(len(self.names) / columns)
+            legend = columns * (self.column + self.gap) - self.gap, rows * self.row
+            beside = width + legend[0] + 3 * em + em // 2, max(height, legend[1]) + 2 * em
+            below = max(width, legend[0]) + 2 * em, height + legend[1] + 2 * em + em // 2
+            places.append(_Place(beside, (width + 2 * em + em // 2, em), rows))
+            places.append(_Place(below, (em, height + em + em // 2), rows))
+        return min(places, key=lambda place: _cost(*place.canvas))
+
+    def draw(self, canvas: Image.Image, place: _Place, colors: list[tuple[int, ...]]) -> None:
+        pen, em = ImageDraw.Draw(canvas), self.em
+        for index, color in enumerate(colors):
+            column, row = divmod(index, place.rows)
+            x = place.corner[0] + column * (self.column + self.gap)
+            middle = place.corner[1] + row * self.row + self.row // 2
+            top = middle - em // 2
+            pen.rounded_rectangle((x, top, x + em, top + em), radius=em // 4, fill=color)
+            text = x + round(1.6 * em)
+            pen.text((text, middle), self.names[index], _INK, self.font, anchor="lm")
+            pen.text((x + self.column, middle), self.shares[index], _GREY, self.font, anchor="rm")
+
+
+def _cost(width: int, height: int) -> float:
+    return width * height * max(max(width, height) / min(width, height), 1.6)
+
+
+def _shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(f"{name}…") > width:
+        name = name[:-1].rstrip()
+    return f"{name}…"
+
+
+def _percent(share: float) -> str:
+    return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+
+
+def _oklab(rgb: np.ndarray) -> np.ndarray:
+    """OKLab (Ottosson, 2020), where distances are about what eyes see, of sRGB (N, 3) to 255."""
+    srgb = rgb / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array(
+        [
+            [0.4122214708, 0.2119034982, 0.0883024619],
+            [0.5363325363, 0.6806995451, 0.2817188376],
+            [0.0514459929, 0.1073969566, 0.6299787005],
+        ]
+    )
+    return np.cbrt(cones) @ np.array(
+        [
+            [0.2104542553, 1.9779984951, 0.0259040371],
+            [0.7936177850, -2.4285922050, 0.7827717662],
+            [-0.0040720468, 0.4505937099, -0.8086757660],
+        ]
+    )

@@ -1,0 +1,41 @@
+"""Runs of `scclip-fast` in this process, on a tiny CLIP with random weights."""
+
+import json
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+
+from scclip_fast import cli
+
+
+def save_tiny(folder: Path) -> str:
+    """Write a tiny CLIP, the same at every call; returns open_clip's name of it."""
+    text = dict(context_length=16, vocab_size=49408, width=16, heads=1, layers=1)
+    vision = dict(image_size=32, patch_size=4, layers=3, width=32, head_width=16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(16, vision, text)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    config = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    settings = {"model_cfg": config, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return f"local-dir:{folder}"
+
+
+def run(*words) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `scclip-fast WORDS`."""
+    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as exit:  # of argparse
+            code = exit.code
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+def written(folder: Path) -> list[str]:
+    """The names of the files in a folder."""
+    return sorted(path.name for path in folder.iterdir())

@@ -1,0 +1,234 @@
+"""`scclip-fast eval`, run in this process on a tiny CLIP with random weights, and with torchrun."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from scclip_fast import cli, scenes
+from scclip_fast.clip import create_model
+from scclip_fast.evaluate import PROTOCOLS, confidence_interval, confusion_matrix, summary
+from scclip_fast.evaluate.metric import areas
+from scclip_fast.segment import Segmenter
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """open_clip's name of a tiny CLIP with random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    text = dict(context_length=16, vocab_size=49408, width=16, heads=1, layers=1)
+    vision = dict(image_size=224, patch_size=16, layers=3, width=32, head_width=16)
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = open_clip.CLIP(16, vision, text)
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    settings = {"model_cfg": config, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """Run `scclip-fast eval` in `tmp_path`; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words, model=tiny):
+        argv = ["eval", *words, "--model", model, "--device", "cpu"]
+        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+            try:
+                code = cli.main([str(word) for word in argv])
+            except SystemExit as exit:  # of argparse
+                code = exit.code
+        return code, stdout.getvalue(), stderr.getvalue()
+
+    return command
+
+
+@pytest.fixture
+def voc(tmp_path):
+    """Two images as VOC 2012; returns the path of the second."""
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (40, 32), "red").save(folder / "JPEGImages" / f"{name}.jpg")
+        labels = Image.fromarray(np.full((32, 40), 3, np.uint8))
+        labels.save(folder / "SegmentationClass" / f"{name}.png")
+    (folder / "ImageSets/Segmentation/val.txt").write_text("a\nb\n")
+    return folder / "JPEGImages" / "b.jpg"
+
+
+def results(path):
+    """Without what differs from run to run."""
+    found = json.loads(path.read_text())
+    assert found.pop("seconds") > 0
+    return found
+
+
+def test_command(command, tmp_path):
+    code, stdout, stderr = command("scenes", "--limit", 2)
+    assert (code, stderr) == (0, "")
+    found = results(tmp_path / "eval.json")
+    names = PROTOCOLS["scenes"].class_names()
+    assert (found["dataset"], found["images"], found["failures"]) == ("scenes", 2, [])
+    assert [row["name"] for row in found["classes"]] == found["prompts"] == names
+    assert found["protocol"]["logit_scale"] == 40 and found["protocol"]["slide_crop"] == 224
+    assert found["config"]["beta"] == 0.4 and found["config"]["repair"] is True
+    assert set(found["versions"]) >= {"scclip_fast", "torch", "open_clip_torch"}
+    heading, numbers = stdout.split("\n\n")[:2]
+    assert "scenes, 2 images" in heading and "logit_scale 40" in heading and "beta 0.4" in heading
+    assert len(numbers.splitlines()) == len(names) + 2
+    assert f"mIoU {100 * found['mIoU']:.2f} %" in stdout
+
+
+def test_command_is_the_library(command, tiny, tmp_path):
+    options = ["--slide-crop", 112, "--slide-stride", 56, "--pamr-steps", 1, "--no-repair"]
+    assert command("scenes", "--limit", 2, *options)[0] == 0
+    encoder, tokenizer = create_model(tiny)
+    encoder.config = replace(encoder.config, repair=False)
+    classes = PROTOCOLS["scenes"].class_names()
+    windows = dict(slide_crop=112, slide_stride=56, pamr_steps=1, short_side=None)
+    segmenter = Segmenter(encoder, tokenizer, classes, **windows)
+    dataset = PROTOCOLS["scenes"].dataset(limit=2)
+    confusions = [confusion_matrix(segmenter(image), labels, 42) for _, image, labels in dataset]
+    found = results(tmp_path / "eval.json")
+    assert found["mIoU"] == summary(areas(sum(confusions)))["mIoU"]
+    assert found["miou_ci95"] == list(confidence_interval(confusions))
+    assert [k for k, v in found["config"].items() if v is False] == ["repair"]
+
+
+@pytest.mark.parametrize("switch", ["repair", "pre-aggregate", "multi-level"])
+def test_other_settings_need_force_or_another_output(command, tmp_path, switch):
+    assert command("scenes", "--limit", 1)[0] == 0
+    code, _, stderr = command("scenes", "--limit", 1, f"--no-{switch}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"other settings (config.{switch.replace('-', '_')}); --force discards them" in stderr
+    assert results(tmp_path / "eval.json")["config"]["repair"] is True
+    assert command("scenes", "--limit", 1, f"--no-{switch}", "--out", "other.json")[0] == 0
+    assert command("scenes", "--limit", 1, f"--no-{switch}", "--force")[0] == 0
+    assert results(tmp_path / "eval.json") == results(tmp_path / "other.json")
+
+
+def test_other_weights_are_other_settings(command, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.removeprefix("local-dir:"), folder)
+    model = f"local-dir:{folder}"
+    assert command("scenes", "--limit", 1, model=model)[0] == 0
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["logit_scale"] += 1
+    save_file(weights, folder / "open_clip_model.safetensors")
+    code, _, stderr = command("scenes", "--limit", 1, model=model)
+    assert code == 2 and "(model.weights)" in stderr
+
+
+def test_command_with_a_damaged_image(command, voc, tmp_path):
+    voc.write_bytes(b"")
+    code, stdout, stderr = command("voc21", "--root", tmp_path)
+    assert code == 2
+    skipped, error = stderr.splitlines()
+    assert skipped.startswith(f"skipped b: {voc}: cannot identify")
+    assert error == "scclip-fast eval: error: 1 image(s) could not be read, see above"
+    assert ", 1 images\n" in stdout
+    found = results(tmp_path / "eval.json")
+    assert found["images"] == 1
+    assert found["failures"] == [{"name": "b", "error": skipped.removeprefix("skipped b: ")}]
+
+
+def test_all(command, voc, tmp_path):
+    code, _, stderr = command("all", "--root", tmp_path, "--limit", 1, "--out", "r.json")
+    assert code == 2
+    *skipped, error = stderr.splitlines()
+    missing = [name for name in PROTOCOLS if name not in ("voc20", "voc21", "scenes")]
+    assert [line.split(":")[0] for line in skipped] == [f"skipped {name}" for name in missing]
+    assert error == f"scclip-fast eval: error: not there: {', '.join(missing)}"
+    files = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert files == ["r_voc20.json", "r_voc21.json"]
+    for name, threshold in (("voc20", 0), ("voc21", 0.15)):
+        found = results(tmp_path / f"r_{name}.json")
+        assert found["protocol"]["prob_thd"] == threshold and found["images"] == 1
+
+
+ERRORS = {
+    "data set": (["voc07"], "there is no data set 'voc07'; choose from voc20, "),
+    "no root": (["ade20k"], "ade20k needs --root"),
+    "no folder": (["ade20k", "--root", "x"], "no ADE20K: none of x, x/ADEChallengeData2016, "),
+    "no folders": (["all", "--root", "x"], "none of the data sets is in x"),
+    "method": (["scenes", "--method", "clip", "--no-multi-level"], "--no-multi-level is for"),
+    "stride": (["scenes", "--slide-stride", "225"], "must be at most --slide-crop 224, got 225"),
+    "limit": (["scenes", "--limit", "0"], "--limit: must be a whole number above 0"),
+    "steps": (["scenes", "--pamr-steps", "-1"], "argument --pamr-steps"),
+    "directory": (["scenes", "--out", "."], "cannot write .: it is a directory"),
+    "long name": (["scenes", "--out", 250 * "x"], "File name too long"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_error(command, words, message):
+    code, _, stderr = command(*words)
+    error = stderr.splitlines()[-1]
+    assert code == 2 and len(stderr.splitlines()) == (9 if words[0] == "all" else 1)
+    assert error.startswith("scclip-fast eval: error: ") and message in error
+
+
+def test_out_of_memory_keeps_what_is_finished(command, tmp_path, monkeypatch):
+    original, images = Segmenter.forward, []
+
+    def forward(self, image):
+        images.append(image)
+        if len(images) == 2:
+            raise torch.OutOfMemoryError("CUDA")
+        return original(self, image)
+
+    monkeypatch.setattr(Segmenter, "forward", forward)
+    code, _, stderr = command("scenes", "--limit", 2)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "out of memory; try --precision fp16" in stderr
+    assert command("scenes", "--limit", 2)[0] == 0
+    assert len(images) == 3
+
+
+def test_help_names_every_data_set(command):
+    code, stdout, _ = command("--help")
+    assert code == 0
+    assert all(name in "".join(stdout.split()) for name in PROTOCOLS)  # lines break at hyphens
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_processes(command, tiny, tmp_path, one_thread):
+    weights = Path(scenes.__file__).with_name("open_clip_model.safetensors")
+    model = "scenes" if weights.exists() else tiny
+    assert command("scenes", "--limit", 5, "--out", "alone.json", model=model)[0] == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = ["scenes", "--limit", "5", "--out", "shared.json", "--model", model, "--device", "cpu"]
+    run = subprocess.run(
+        [sys.executable, *torchrun, "-m", "scclip_fast.evaluate", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("mIoU ") == 1
+    files = sorted(tmp_path.glob("shared.json.rank*.jsonl"))
+    assert [len(file.read_bytes().splitlines()) - 1 for file in files] == [3, 2]
+    assert results(tmp_path / "shared.json") == results(tmp_path / "alone.json")

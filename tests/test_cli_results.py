@@ -1,0 +1,70 @@
+"""The files of `scclip-fast segment`: found, named, written."""
+
+import os
+
+import pytest
+from cli_runs import written
+
+from scclip_fast.cli import results
+from scclip_fast.cli.common import CommandError
+
+
+def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
+    path = tmp_path / "x.png"
+    path.write_bytes(b"old")
+
+    def killed(*args):
+        assert len(written(tmp_path)) == 2
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        results.write(path, b"new")
+    assert (path.read_bytes(), written(tmp_path)) == (b"old", ["x.png"])
+    results.write(path, b"new")
+    assert (path.read_bytes(), written(tmp_path)) == (b"new", ["x.png"])
+
+
+def test_finding_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    inside = ("b.JPG", "a.png", ".hidden.png", "notes.txt", "out/a_labels.png", "deep/c.webp")
+    for name in inside:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    def find(*given, recursive=False):
+        found = results.find_images(given, recursive, tmp_path / "in" / "out")
+        return [path.as_posix() for path in found]
+
+    assert find("in") == ["in/a.png", "in/b.JPG"]
+    assert find("in", recursive=True) == ["in/a.png", "in/b.JPG", "in/deep/c.webp"]
+    assert find("in/*") == ["in/a.png", "in/b.JPG"]
+    assert find("in/**/*.webp") == ["in/deep/c.webp"]
+    assert find("in/b.JPG", "in", "in/../in/a.png") == ["in/b.JPG", "in/a.png"]
+    assert find("in/notes.txt", "in/out/a_labels.png") == ["in/notes.txt", "in/out/a_labels.png"]
+    for given, message in (("in/*.gif", "no image in"), ("no", "no file or folder no")):
+        with pytest.raises(CommandError, match=message):
+            find(given)
+    (tmp_path / "top" / "deep").mkdir(parents=True)
+    with pytest.raises(CommandError, match="--recursive looks into its folders"):
+        find("top")
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (("a/x.jpg", "a/y.jpg"), ["x", "y"]),
+        (("a/x.jpg", "b/x.jpg", "b/y.jpg"), ["a_x.jpg", "b_x.jpg", "y"]),
+        (("a/x.jpg", "a/x.png"), ["x.jpg", "x.png"]),
+        (("a/x.jpg", "a/b/X.jpg"), ["x.jpg", "b_X.jpg"]),
+    ],
+)
+def test_names_of_results(tmp_path, paths, expected):
+    assert results.names([tmp_path / path for path in paths]) == expected
+
+
+def test_names_that_cannot_differ(tmp_path):
+    paths = [tmp_path / path for path in ("a/x.jpg", "b/x.jpg", "a_x.jpg.png")]
+    with pytest.raises(CommandError, match=r"a_x.jpg.png would have one name"):
+        results.names(paths)

@@ -1,0 +1,184 @@
+"""`scclip-fast segment`, run in this process on a tiny CLIP with random weights."""
+
+import json
+
+import numpy as np
+import pytest
+from cli_runs import run, save_tiny, written
+from PIL import Image
+
+from scclip_fast.cli import overlay, results, segment_images
+from scclip_fast.clip import create_model
+from scclip_fast.scenes.draw import CLASSES, scene
+from scclip_fast.segment import Segmenter
+
+NAMES = "sky, tree|bush, building"
+ENTRIES = ["sky", "tree, bush", "building"]  # the same, as Segmenter takes them
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """Run `scclip-fast segment` in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words, classes=NAMES, model=tiny):
+        named = [] if classes is None else ["--classes", classes]
+        options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
+        return run("segment", *options, *words)
+
+    return command
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """photo.png, 60 x 40, in the folder where the command runs."""
+    return save_photo(tmp_path / "photo.png")
+
+
+def save_photo(path, index=0):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(scene("validation", index, (40, 60)).image).save(path)
+    return path
+
+
+def test_files_of_an_image(command, photo, tiny, tmp_path):
+    code, stdout, stderr = command(photo.name, "--json")
+    assert (code, stderr) == (0, "")
+    assert stdout == "1 image segmented. Results: segments\n"
+    out = tmp_path / "segments"
+    assert written(out) == ["photo.json", "photo_labels.png", "photo_overlay.png"]
+    segmenter = Segmenter(*create_model(tiny), ENTRIES, short_side=32)
+    image = Image.open(photo)
+    labels = segmenter(image).numpy()
+    assert len(np.unique(labels)) > 1
+    mask = Image.open(out / "photo_labels.png")
+    assert mask.mode == "P"
+    np.testing.assert_array_equal(np.asarray(mask), labels)
+    assert mask.getpalette()[:9] == overlay.palette()[:3].ravel().tolist()
+    picture = np.asarray(Image.open(out / "photo_overlay.png"))
+    expected = overlay.draw(image, labels.astype(np.uint8), segmenter.classes)
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+
+    report = json.loads((out / "photo.json").read_text())
+    assert (report["image"], report["width"], report["height"]) == ("photo.png", 60, 40)
+    assert (report["settings"]["model"], report["settings"]["method"]) == (tiny, "scclip")
+    assert [entry["name"] for entry in report["classes"]] == ["sky", "tree", "building"]
+    probabilities = segmenter.probabilities(image).numpy()
+    for index, entry in enumerate(report["classes"]):
+        own = labels == index
+        assert entry["share"] == own.mean()
+        mean = probabilities[index][own].mean() if own.any() else None
+        assert entry["mean_probability"] == (mean and pytest.approx(mean, rel=1e-5))
+
+
+def test_labels_do_not_depend_on_json(command, photo, tmp_path):
+    options = ("--prob-thd", "0.36", "--background", "building")
+    assert command(photo.name, "--out", "a", *options)[0] == 0
+    assert command(photo.name, "--out", "b", *options, "--json")[0] == 0
+    a, b = (np.asarray(Image.open(tmp_path / name / "photo_labels.png")) for name in "ab")
+    np.testing.assert_array_equal(a, b)
+    assert command(photo.name, "--out", "c", "--json")[0] == 0
+    assert (a != np.asarray(Image.open(tmp_path / "c" / "photo_labels.png"))).any()
+
+
+def test_options_reach_the_segmenter(command, photo, monkeypatch):
+    seen = {}
+
+    def segment(segmenter, jobs):
+        names = "logit_scale prob_thd area_thd background slide_crop slide_stride short_side"
+        seen.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
+        seen["method"] = segmenter.encoder.method
+        return 0
+
+    monkeypatch.setattr(segment_images, "segment", segment)
+    command(photo.name)
+    defaults = dict(
+        logit_scale=40, prob_thd=0, area_thd=None, background=None, slide_crop=224,
+        slide_stride=112, short_side=32, pamr_steps=0, method="scclip",
+    )  # fmt: skip
+    assert seen == defaults
+    changed = dict(
+        logit_scale=7.5, prob_thd=0.25, area_thd=0.125, background="tree", slide_crop=64,
+        slide_stride=48, short_side=48, pamr_steps=2, method="maskclip",
+    )  # fmt: skip
+    command(photo.name, *(w for k, v in changed.items() for w in (f"--{k.replace('_', '-')}", v)))
+    assert seen == changed | dict(background=1)
+    command(photo.name, "--slide-crop", "0", "--short-side", "0")
+    assert seen["slide_crop"] is seen["short_side"] is None
+
+
+def test_resumes(command, photo, tmp_path):
+    out = tmp_path / "segments"
+    command(photo.name)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    save_photo(tmp_path / "second.png", 1)
+    code, stdout, stderr = command(photo.name, "second.png")
+    assert (code, stderr) == (0, "1 of 2 done already; --force makes them again\n")
+    assert stdout.startswith("1 image segmented")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(written(out)) == 4
+
+    (out / "photo_overlay.png").unlink()  # of a run that was killed between the two
+    assert command(photo.name, "--json")[1].startswith("1 image segmented")
+    labels = out / "photo_labels.png"
+    assert labels.stat().st_mtime_ns == before[labels]
+    assert {"photo.json", "photo_overlay.png"} < set(written(out))
+
+
+def test_nothing_to_do_needs_no_model(command, photo, monkeypatch):
+    command(photo.name)
+    monkeypatch.setattr("scclip_fast.clip.create_model", None)
+    assert command(photo.name)[0] == 0
+
+
+def test_other_results_are_not_replaced_without_force(command, photo, tmp_path):
+    labels = tmp_path / "segments" / "photo_labels.png"
+    command(photo.name)
+    before = labels.read_bytes()
+    code, _, stderr = command(photo.name, classes="sky, tree")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "photo_labels.png is there, made with another classes; --force replaces it" in stderr
+    save_photo(photo, 1)
+    assert "made with another image" in command(photo.name)[2]
+    assert labels.read_bytes() == before
+    assert command(photo.name, "--force")[::2] == (0, "")
+    assert labels.read_bytes() != before
+    labels.write_bytes(b"mine")
+    assert "made by something else" in command(photo.name)[2]
+    assert labels.read_bytes() == b"mine"
+
+
+def test_same_stems_through_the_command(command, tmp_path):
+    for index, folder in enumerate("ab"):
+        save_photo(tmp_path / folder / "x.png", index)
+    assert command("a", "b")[0] == 0
+    assert command("a", "b")[2].startswith("2 of 2 done already")
+    for folder in "ab":
+        with Image.open(tmp_path / "segments" / f"{folder}_x.png_labels.png") as mask:
+            digest = results._digest(tmp_path / folder / "x.png")
+            assert json.loads(mask.info["scclip_fast"])["image"] == digest
+
+
+def test_classes_file(command, photo, tmp_path):
+    (tmp_path / "names.txt").write_text("sky\ntree, bush\n\nbuilding\n")
+    command(photo.name)
+    code, _, stderr = command(photo.name, "--classes-file", "names.txt", classes=None)
+    assert (code, stderr) == (0, "1 of 1 done already; --force makes them again\n")
+
+
+def test_example_of_the_scenes(command, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("scclip_fast.clip.loading.SCENES", tiny)
+    code, _, stderr = command(classes=None, model="scenes")
+    assert (code, stderr) == (0, "")
+    with Image.open(tmp_path / "segments" / "example_labels.png") as mask:
+        settings = json.loads(mask.info["scclip_fast"])
+        labels = np.asarray(mask)
+    assert (settings["model"], settings["pretrained"]) == ("scenes", None)
+    assert settings["classes"] == list(CLASSES)
+    segmenter = Segmenter(*create_model(tiny), CLASSES, short_side=32)
+    np.testing.assert_array_equal(labels, segmenter(scene("benchmark", 3).image).numpy())

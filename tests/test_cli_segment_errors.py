@@ -1,0 +1,140 @@
+"""What `scclip-fast segment` says when something is wrong: one line, and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli_runs import run, save_tiny, written
+from huggingface_hub import constants as hub
+from PIL import Image
+
+from scclip_fast import cli
+from scclip_fast.segment import Segmenter
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch):
+    """Run `scclip-fast segment` in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words, classes="sky, tree", model=tiny):
+        named = [] if classes is None else ["--classes", classes]
+        options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
+        return run("segment", *options, *words)
+
+    return command
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """photo.png in the folder where the command runs."""
+    path = tmp_path / "photo.png"
+    Image.effect_noise((60, 40), 50).save(path)
+    return path
+
+
+def test_a_damaged_image_does_not_stop_the_others(command, photo, tmp_path):
+    (tmp_path / "damaged.png").write_bytes(photo.read_bytes()[:1000])
+    code, stdout, stderr = command("damaged.png", photo.name)
+    assert code == 2
+    first, last = stderr.splitlines()
+    assert first.startswith("cannot read the photo damaged.png: ")
+    assert last == "scclip-fast segment: error: 1 image could not be read, see above"
+    assert stdout.startswith("1 image segmented")
+    assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
+
+
+def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
+    Image.new("RGB", (60, 40)).save(tmp_path / "second.png")
+    forward, calls = Segmenter.forward, []
+
+    def fails_later(segmenter, image):
+        calls.append(image)
+        if len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA")
+        return forward(segmenter, image)
+
+    monkeypatch.setattr(Segmenter, "forward", fails_later)
+    code, _, stderr = command(photo.name, "second.png")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "out of memory; try a smaller --short-side, or windows" in stderr
+    assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
+
+
+def test_weights_out_of_reach(command, photo, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    code, _, stderr = command(photo.name, model="ViT-B-16-quickgelu")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "cannot download ViT-B-16-quickgelu openai" in stderr
+    assert "--model scenes, for drawn scenes only" in stderr
+    assert written(tmp_path / "segments") == []
+
+
+ERRORS = {
+    "no image": ((), {}, "name an IMAGE"),
+    "absent": (("no.jpg",), {}, "there is no file or folder no.jpg"),
+    "long name": ((300 * "x",), {}, ": File name too long"),
+    "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
+    "empty name": (("photo.png",), dict(classes="sky,,tree"), "--classes has an empty name"),
+    "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),
+    "twice": (("photo.png",), dict(classes="sky, tree,sky "), "--classes names sky more than once"),
+    "257": (("photo.png",), dict(classes=",".join(map(str, range(257)))), "at most 256"),
+    "both": (("photo.png", "--classes-file", "x"), {}, "not allowed with"),
+    "no file": (
+        ("photo.png", "--classes-file", "no.txt"),
+        dict(classes=None),
+        "cannot read no.txt: No such file",
+    ),
+    "background": (("photo.png", "--background", "sea"), {}, "--background must be one of the"),
+    "threshold": (("photo.png", "--prob-thd", "0.1"), {}, "need --background NAME"),
+    "area": (("photo.png", "--area-thd", "0.1"), {}, "need --background NAME"),
+    "share": (("photo.png", "--prob-thd", "2"), {}, "--prob-thd: must be in [0, 1], got '2'"),
+    "nan": (("photo.png", "--prob-thd", "nan"), {}, "--prob-thd: must be in [0, 1], got 'nan'"),
+    "scale": (("photo.png", "--logit-scale", "-1"), {}, "--logit-scale: must be a number above 0"),
+    "stride": (("photo.png", "--slide-stride", "300"), {}, "must be at most --slide-crop 224"),
+    "crop": (("photo.png", "--slide-crop", "big"), {}, "--slide-crop: must be a whole number, 0"),
+    "method": (("photo.png", "--method", "magic"), {}, "--method: invalid choice: 'magic'"),
+    "device": (("photo.png", "--device", "tpu"), {}, "--device must be cpu, cuda"),
+    "model": (("photo.png",), dict(model="ViT-X"), "unknown model 'ViT-X'"),
+    "no tag": (
+        ("photo.png", "--pretrained", ""),
+        dict(model="ViT-B-32"),
+        "--pretrained must name weights",
+    ),
+    "folder": (("photo.png", "--out", "photo.png"), {}, "cannot write into photo.png"),
+}
+
+
+@pytest.mark.parametrize(("words", "named", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_error_is_one_line(command, photo, words, named, message):
+    code, _, stderr = command(*words, **named)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("scclip-fast segment: error: ")
+    assert message in stderr
+
+
+def test_missing_extra(command, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "scclip_fast.cli.overlay")
+    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_images")
+    for name in ("overlay", "segment_images"):
+        monkeypatch.delattr(cli, name)
+    code, _, stderr = command(photo.name)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert 'needs the package matplotlib: pip install "scclip_fast[demo]"' in stderr
+
+
+def test_help_loads_no_model_library():
+    code = "import sys, scclip_fast.cli; print(*sys.modules, sep='\\n')"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "scclip_fast.cli.segment" in loaded.stdout.splitlines()
+    heavy = {"open_clip", "matplotlib", "PIL", "torchmetrics", "sklearn"}
+    assert not heavy & set(loaded.stdout.splitlines())
