@@ -46,13 +46,18 @@ TIE = 1e-6
 SKIPPED = pytest.StashKey[list]()
 
 
-def cases(providers: dict[str, dict[str, Callable]], *dtypes: str) -> list:
-    """Parameters `ARGUMENTS`: each provider on each shape, on a GPU in `dtypes`, else float32."""
+def cases(
+    providers: dict[str, dict[str, Callable]], *dtypes: str, shapes: tuple[Shape, ...] = ()
+) -> list:
+    """Parameters `ARGUMENTS`: each provider on each shape, on a GPU in `dtypes`, else float32.
+
+    Without `shapes`, those of tokens in `SHAPES`.
+    """
     found = []
-    for device, shapes in SHAPES.items():
+    for device, usual in SHAPES.items():
         marks = pytest.mark.gpu if device == "cuda" else ()
         used = dtypes if device == "cuda" else ("float32",)
-        for shape, dtype, provider in product(shapes, used, providers[device]):
+        for shape, dtype, provider in product(shapes or usual, used, providers[device]):
             name = "-".join((device, "x".join(map(str, shape)), dtype, provider))
             found.append(pytest.param(device, shape, dtype, provider, id=name, marks=marks))
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 BASELINES = ("scclip_fast triton", "scclip_fast torch")
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 HEADER = (
-    "| op | tokens (B, N, D) | provider | relative time | peak extra memory |",
+    "| op | shape | provider | relative time | peak extra memory |",
     "|---|---|---|--:|--:|",
 )
 

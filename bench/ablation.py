@@ -1,0 +1,134 @@
+"""What each stage of SC-CLIP is worth on the drawn scenes: python bench/ablation.py --out JSON
+
+Every variant segments the same scenes, so that differences are paired. A seed is a set of scenes of
+its own; intervals are a bootstrap over images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
+from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, settings
+from scclip_fast.evaluate.metric import areas, iou
+from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
+from scclip_fast.segment import Segmenter
+
+BASELINES = {"CLIP": "clip", "MaskCLIP": "maskclip", "SCLIP": "sclip", "ClearCLIP": "clearclip"}
+STAGES = ("repair", "pre_aggregate", "content_attention", "post_aggregate", "multi_level")
+FULL = "SC-CLIP"
+GROUPS = {
+    "all": list(range(len(CLASSES))),
+    "grounds": [i for i, name in enumerate(CLASSES) if name in GROUNDS],
+    "shapes": [i for i, n in enumerate(CLASSES) if n not in GROUNDS and n not in HELD_OUT],
+    "held out": [i for i, name in enumerate(CLASSES) if name in HELD_OUT],
+}
+RESAMPLES = 2000
+
+
+def variants(model: torch.nn.Module) -> dict[str, SCCLIP]:
+    """The baselines, SC-CLIP, SC-CLIP less each stage, and less all of them."""
+    full = SCCLIPConfig.for_depth(len(model.visual.transformer.resblocks))
+    none = replace(full, **dict.fromkeys(STAGES, False))
+    return {
+        **{name: SCCLIP(model, method=method) for name, method in BASELINES.items()},
+        FULL: SCCLIP(model, full),
+        **{f"without {s}": SCCLIP(model, replace(full, **{s: False})) for s in STAGES},
+        "without all five": SCCLIP(model, none),
+    }
+
+
+def measure(encoders: dict[str, SCCLIP], tokenizer, indices: range) -> dict[str, np.ndarray]:
+    """Areas (images, 3, C) of each variant, as `scclip_fast.evaluate.metric.areas` counts them."""
+    protocol = PROTOCOLS["scenes"]
+    options = dict(short_side=protocol.short_side, logit_scale=protocol.logit_scale)
+    segmenters = {
+        name: Segmenter(encoder, tokenizer, CLASSES, **options)
+        for name, encoder in encoders.items()
+    }
+    found = {name: [] for name in encoders}
+    for index in tqdm(indices, unit="scene"):
+        image, labels, _ = scene("benchmark", index)
+        for name, segmenter in segmenters.items():
+            found[name].append(areas(confusion_matrix(segmenter(image), labels, len(CLASSES))))
+    return {name: np.stack(by_image) for name, by_image in found.items()}
+
+
+def mean_iou(summed: np.ndarray, group: str = "all") -> np.ndarray:
+    """(..., 3, C) -> (...), in per cent, over the classes of a group that occur."""
+    return 100 * np.nanmean(iou(summed)[..., GROUPS[group]], axis=-1)
+
+
+def interval(values: np.ndarray) -> list[float]:
+    return [round(float(end), 2) for end in np.quantile(values, (0.025, 0.975))]
+
+
+def summarise(found: dict[str, np.ndarray], seeds: int) -> list[dict]:
+    images = len(found[FULL])
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(float)
+    resampled = {
+        name: mean_iou((draws @ a.reshape(images, -1)).reshape(-1, *a.shape[1:]))
+        for name, a in found.items()
+    }
+    rows = []
+    for name, by_image in found.items():
+        by_seed = mean_iou(np.stack([part.sum(axis=0) for part in np.split(by_image, seeds)]))
+        total = by_image.sum(axis=0)
+        row = {"variant": name}
+        row |= {group: round(float(mean_iou(total, group)), 2) for group in GROUPS}
+        row["ci95"] = interval(resampled[name])
+        row["by_seed"] = [round(float(value), 2) for value in by_seed]
+        row["minus_full_ci95"] = interval(resampled[name] - resampled[FULL])
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; the standard deviation is that of the seeds."""
+    lines = [
+        "| variant | mIoU | 95 % interval | sd | minus SC-CLIP | grounds | shapes | held out |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        low, high = row["ci95"]
+        less = (
+            "" if row["variant"] == FULL else "{:+.1f} to {:+.1f}".format(*row["minus_full_ci95"])
+        )
+        lines.append(
+            f"| {row['variant']} | {row['all']:.1f} | {low:.1f} to {high:.1f} "
+            f"| {np.std(row['by_seed'], ddof=1):.1f} | {less} "
+            f"| {row['grounds']:.1f} | {row['shapes']:.1f} | {row['held out']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--model", default="scenes", help="what scclip_fast.clip.create_model takes"
+    )
+    parser.add_argument("--scenes", type=int, default=100, help="a seed")
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    encoder, tokenizer = create_model(args.model)
+    encoders = variants(encoder.model)
+    found = measure(encoders, tokenizer, range(args.seeds * args.scenes))
+    rows = summarise(found, args.seeds)
+    print(table(rows))
+    if args.out:
+        about = {"weights": settings.weights_digest(encoder), "versions": settings.versions()}
+        about |= {"scenes": args.scenes, "seeds": args.seeds}
+        args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
