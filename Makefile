@@ -4,7 +4,8 @@ READY := .venv/.ready
 .PHONY: demo test bench lint clean
 
 demo: $(READY)
-	$(BIN)/scclip-fast lof --out demo_lof.png
+	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --json --force --out demo
+	$(BIN)/scclip-fast lof --out demo/lof.png
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile
@@ -17,7 +18,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check --quiet
 
 clean:
-	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache demo_lof.png
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache demo
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One resolve, so that pip picks a torchvision that fits its torch.

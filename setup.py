@@ -2,11 +2,13 @@ from pathlib import Path
 
 from setuptools import setup
 
-clip = ["open_clip_torch>=3.0"]
-demo = [*clip, "matplotlib", "pillow", "scikit-learn"]
+clip = ["open_clip_torch>=3.0", "pillow", "tqdm"]
+evaluation = [*clip, "torchmetrics"]
+demo = [*clip, "matplotlib", "scikit-learn"]
 sam3 = ["transformers>=5.0"]
 test = [
     *demo,
+    *evaluation,
     "hypothesis",
     "pytest>=8",
     "pytest-benchmark",
@@ -18,6 +20,8 @@ test = [
 ]
 lint = ["ruff==0.17.6"]
 
+SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "scenes")
+
 setup(
     name="scclip_fast",
     version="0.1.0",
@@ -28,9 +32,20 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # scclip_fast/kernels is a link to ../kernels; wheel and sdist hold the files themselves.
-    packages=["scclip_fast", "scclip_fast.ops", "scclip_fast.kernels"],
-    package_data={"scclip_fast": ["py.typed"]},
+    packages=["scclip_fast", *(f"scclip_fast.{name}" for name in SUBPACKAGES)],
+    package_data={
+        "scclip_fast": ["py.typed"],
+        "scclip_fast.evaluate": ["names/*.txt"],
+        "scclip_fast.scenes": ["*.json", "*.safetensors"],
+    },
     install_requires=["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
-    extras_require={"clip": clip, "demo": demo, "sam3": sam3, "test": test, "lint": lint},
+    extras_require={
+        "clip": clip,
+        "eval": evaluation,
+        "demo": demo,
+        "sam3": sam3,
+        "test": test,
+        "lint": lint,
+    },
     entry_points={"console_scripts": ["scclip-fast = scclip_fast.cli:main"]},
 )

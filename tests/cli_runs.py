@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from scclip_fast import cli
 
 
-def save_tiny(folder: Path) -> str:
-    """Write a tiny CLIP, the same at every call; returns open_clip's name of it."""
+def save_tiny(folder: Path, **changed: int) -> str:
+    """Write a tiny CLIP, the same at every call; returns open_clip's name of it.
+
+    changed: settings of its vision tower.
+    """
     text = dict(context_length=16, vocab_size=49408, width=16, heads=1, layers=1)
-    vision = dict(image_size=32, patch_size=4, layers=3, width=32, head_width=16)
+    vision = dict(image_size=32, patch_size=4, layers=3, width=32, head_width=16) | changed
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CLIP(16, vision, text)

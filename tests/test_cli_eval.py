@@ -5,19 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
-from pathlib import Path
 
+import cli_runs
 import numpy as np
-import open_clip
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scclip_fast import cli, scenes
 from scclip_fast.clip import create_model
 from scclip_fast.evaluate import PROTOCOLS, confidence_interval, confusion_matrix, summary
 from scclip_fast.evaluate.metric import areas
@@ -27,17 +23,7 @@ from scclip_fast.segment import Segmenter
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """open_clip's name of a tiny CLIP with random weights."""
-    folder = tmp_path_factory.mktemp("tiny")
-    text = dict(context_length=16, vocab_size=49408, width=16, heads=1, layers=1)
-    vision = dict(image_size=224, patch_size=16, layers=3, width=32, head_width=16)
-    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.CLIP(16, vision, text)
-    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
-    settings = {"model_cfg": config, "preprocess_cfg": {}}
-    (folder / "open_clip_config.json").write_text(json.dumps(settings))
-    return f"local-dir:{folder}"
+    return cli_runs.save_tiny(tmp_path_factory.mktemp("tiny"), image_size=224, patch_size=16)
 
 
 @pytest.fixture
@@ -46,13 +32,7 @@ def command(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def command(*words, model=tiny):
-        argv = ["eval", *words, "--model", model, "--device", "cpu"]
-        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
-            try:
-                code = cli.main([str(word) for word in argv])
-            except SystemExit as exit:  # of argparse
-                code = exit.code
-        return code, stdout.getvalue(), stderr.getvalue()
+        return cli_runs.run("eval", *words, "--model", model, "--device", "cpu")
 
     return command
 
@@ -215,12 +195,11 @@ def one_thread():
 
 
 @pytest.mark.slow
-def test_torchrun_on_two_processes(command, tiny, tmp_path, one_thread):
-    weights = Path(scenes.__file__).with_name("open_clip_model.safetensors")
-    model = "scenes" if weights.exists() else tiny
-    assert command("scenes", "--limit", 5, "--out", "alone.json", model=model)[0] == 0
+def test_torchrun_on_two_processes(command, tmp_path, one_thread):
+    assert command("scenes", "--limit", 5, "--out", "alone.json", model="scenes")[0] == 0
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = ["scenes", "--limit", "5", "--out", "shared.json", "--model", model, "--device", "cpu"]
+    words = ["scenes", "--limit", "5", "--out", "shared.json", "--model", "scenes"]
+    words += ["--device", "cpu"]
     run = subprocess.run(
         [sys.executable, *torchrun, "-m", "scclip_fast.evaluate", *words],
         env=os.environ | {"OMP_NUM_THREADS": "1"},

@@ -181,4 +181,4 @@ def test_example_of_the_scenes(command, tiny, tmp_path, monkeypatch):
     assert (settings["model"], settings["pretrained"]) == ("scenes", None)
     assert settings["classes"] == list(CLASSES)
     segmenter = Segmenter(*create_model(tiny), CLASSES, short_side=32)
-    np.testing.assert_array_equal(labels, segmenter(scene("benchmark", 3).image).numpy())
+    np.testing.assert_array_equal(labels, segmenter(scene(*segment_images.EXAMPLE).image).numpy())

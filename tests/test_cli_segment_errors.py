@@ -52,15 +52,15 @@ def test_a_damaged_image_does_not_stop_the_others(command, photo, tmp_path):
 
 def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
     Image.new("RGB", (60, 40)).save(tmp_path / "second.png")
-    forward, calls = Segmenter.forward, []
+    bands, calls = Segmenter.bands, []
 
     def fails_later(segmenter, image):
         calls.append(image)
         if len(calls) > 1:
             raise torch.OutOfMemoryError("CUDA")
-        return forward(segmenter, image)
+        return bands(segmenter, image)
 
-    monkeypatch.setattr(Segmenter, "forward", fails_later)
+    monkeypatch.setattr(Segmenter, "bands", fails_later)
     code, _, stderr = command(photo.name, "second.png")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "out of memory; try a smaller --short-side, or windows" in stderr

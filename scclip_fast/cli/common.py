@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,13 @@ if TYPE_CHECKING:  # these are in extras
     from ..clip import SCCLIP
 
 METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
+SWITCHES = {  # of SCCLIPConfig, and what is left without
+    "repair": "the outlier tokens as they are",
+    "pre_aggregate": "no aggregation before the last block",
+    "content_attention": "the last block with its self-attention alone",
+    "post_aggregate": "no aggregation after the last block",
+    "multi_level": "no auxiliary branch",
+}
 
 
 class CommandError(Exception):
@@ -26,7 +34,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults that say something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:
+        if action.default is None or isinstance(action.default, bool):
             return action.help
         return super()._get_help_string(action)
 
@@ -64,7 +72,7 @@ def add_command(
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --pretrained, --method, --precision, --device: what `load_encoder` reads."""
+    """--model, --pretrained, --method, --no-STAGE, --precision, --device, for `load_encoder`."""
     add = parser.add_argument
     add(
         "--model",
@@ -79,6 +87,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="open_clip's name of the weights; scenes, hf-hub:... and local-dir:... bring theirs",
     )
     add("--method", choices=METHODS, default="scclip", help="what becomes of the patch features")
+    for switch, meaning in SWITCHES.items():
+        add(_option(switch), dest=switch, action="store_false", help=f"of scclip: {meaning}")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
     add_device(parser)
 
@@ -96,6 +106,9 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
         CommandError: there is no such model or device, or its weights are out of reach.
     """
     target = device(args.device)
+    off = [switch for switch in SWITCHES if not getattr(args, switch)]
+    if off and args.method != "scclip":
+        raise CommandError(f"{_option(off[0])} is for --method scclip, got {args.method}")
     from ..clip import create_model
 
     has_weights = brings_weights(args.model)
@@ -103,7 +116,9 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
         raise CommandError("--pretrained must name weights; random ones see nothing")
     options = {"method": args.method, "precision": args.precision, "device": target}
     try:
-        return create_model(args.model, None if has_weights else args.pretrained, **options)
+        encoder, tokenizer = create_model(
+            args.model, None if has_weights else args.pretrained, **options
+        )
     except ValueError as error:
         raise CommandError(str(error)) from None
     except RuntimeError as error:
@@ -113,6 +128,12 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
             raise CommandError(str(error)) from None
         offline = "without a network there is --model scenes, for drawn scenes only"
         raise CommandError(f"{error}; {offline}") from None
+    encoder.config = replace(encoder.config, **dict.fromkeys(off, False))
+    return encoder, tokenizer
+
+
+def _option(switch: str) -> str:
+    return f"--no-{switch.replace('_', '-')}"
 
 
 def brings_weights(model: str) -> bool:

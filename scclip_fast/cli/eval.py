@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,13 +25,6 @@ _DATASETS = (
     "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
     "these; scenes, the drawn ones that need no folder"
 )
-_SWITCHES = {
-    "repair": "the outlier tokens as they are",
-    "pre_aggregate": "no aggregation before the last block",
-    "content_attention": "the last block with its self-attention alone",
-    "post_aggregate": "no aggregation after the last block",
-    "multi_level": "no auxiliary branch",
-}
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -58,10 +51,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
     add("--force", action="store_true", help="discard what is finished")
-    for switch, meaning in _SWITCHES.items():
-        option = f"--no-{switch.replace('_', '-')}"
-        # Suppressed, as the help would say "default: True".
-        add(option, dest=switch, action="store_false", default=argparse.SUPPRESS, help=meaning)
     add("--pamr-steps", metavar="N", type=common.natural, default=0, help="of refinement by PAMR")
     add(
         "--slide-crop",
@@ -90,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
         if not found:
             raise CommandError(f"none of the data sets is in {args.root}")
         encoder, tokenizer = common.load_encoder(args)
-        encoder.config = replace(encoder.config, **dict.fromkeys(_switched_off(args), False))
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
@@ -114,9 +102,6 @@ def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
             f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
             f"got {args.slide_stride}"
         )
-    if _switched_off(args) and args.method != "scclip":
-        option = f"--no-{_switched_off(args)[0].replace('_', '-')}"
-        raise CommandError(f"{option} is for --method scclip, got {args.method}")
     common.check_writable(args.out)
 
 
@@ -214,7 +199,3 @@ def _heading(settings: dict, dataset: FolderDataset | Scenes) -> str:
 
 def _listed(settings: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
-
-
-def _switched_off(args: argparse.Namespace) -> list[str]:
-    return [name for name in _SWITCHES if hasattr(args, name)]

@@ -156,8 +156,16 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
             f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
             f"got {args.slide_stride}"
         )
-    used = ("model", "pretrained", "method", "precision", "short_side", "slide_crop")
-    used += ("slide_stride", "logit_scale", "prob_thd", "area_thd", "background", "pamr_steps")
+    used = ("model", "pretrained", "method", *common.SWITCHES, "precision", "short_side")
+    used += (
+        "slide_crop",
+        "slide_stride",
+        "logit_scale",
+        "prob_thd",
+        "area_thd",
+        "background",
+        "pamr_steps",
+    )
     settings = {"classes": classes} | {name: getattr(args, name) for name in used}
     return settings | ({"pretrained": None} if common.brings_weights(args.model) else {})
 

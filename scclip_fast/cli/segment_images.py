@@ -16,7 +16,7 @@ from . import overlay, results
 from .common import CommandError, read_photo
 from .results import Job
 
-EXAMPLE = ("benchmark", 3)  # the drawn scene that stands in where no image is given
+EXAMPLE = ("benchmark", 18)  # the drawn scene that stands in where no image is given
 
 
 def segment(segmenter: Segmenter, jobs: list[Job]) -> int:
