@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
 from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, settings
-from scclip_fast.evaluate.metric import areas, iou
+from scclip_fast.evaluate.metric import areas, bootstrap, iou
 from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
 from scclip_fast.segment import Segmenter
 
@@ -71,13 +71,7 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def summarise(found: dict[str, np.ndarray], seeds: int) -> list[dict]:
-    images = len(found[FULL])
-    rng = np.random.default_rng(0)
-    draws = rng.multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(float)
-    resampled = {
-        name: mean_iou((draws @ a.reshape(images, -1)).reshape(-1, *a.shape[1:]))
-        for name, a in found.items()
-    }
+    resampled = {name: mean_iou(bootstrap(a, RESAMPLES, seed=0)) for name, a in found.items()}
     rows = []
     for name, by_image in found.items():
         by_seed = mean_iou(np.stack([part.sum(axis=0) for part in np.split(by_image, seeds)]))

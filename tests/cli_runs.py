@@ -39,6 +39,13 @@ def run(*words) -> tuple[int, str, str]:
     return code, stdout.getvalue(), stderr.getvalue()
 
 
+def segment(*words, model: str, classes: str | None) -> tuple[int, str, str]:
+    """`scclip-fast segment WORDS` at 32 pixels."""
+    named = [] if classes is None else ["--classes", classes]
+    options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
+    return run("segment", *options, *words)
+
+
 def written(folder: Path) -> list[str]:
     """The names of the files in a folder."""
     return sorted(path.name for path in folder.iterdir())

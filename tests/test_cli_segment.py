@@ -1,10 +1,11 @@
 """`scclip-fast segment`, run in this process on a tiny CLIP with random weights."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
-from cli_runs import run, save_tiny, written
+from cli_runs import save_tiny, segment, written
 from PIL import Image
 
 from scclip_fast.cli import overlay, results, segment_images
@@ -25,13 +26,7 @@ def tiny(tmp_path_factory):
 def command(tiny, tmp_path, monkeypatch):
     """Run `scclip-fast segment` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*words, classes=NAMES, model=tiny):
-        named = [] if classes is None else ["--classes", classes]
-        options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
-        return run("segment", *options, *words)
-
-    return command
+    return partial(segment, model=tiny, classes=NAMES)
 
 
 @pytest.fixture

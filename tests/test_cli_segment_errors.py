@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
-from cli_runs import run, save_tiny, written
+from cli_runs import save_tiny, segment, written
 from huggingface_hub import constants as hub
 from PIL import Image
 
@@ -22,13 +23,7 @@ def tiny(tmp_path_factory):
 def command(tiny, tmp_path, monkeypatch):
     """Run `scclip-fast segment` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
-
-    def command(*words, classes="sky, tree", model=tiny):
-        named = [] if classes is None else ["--classes", classes]
-        options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
-        return run("segment", *options, *words)
-
-    return command
+    return partial(segment, model=tiny, classes="sky, tree")
 
 
 @pytest.fixture

@@ -181,6 +181,15 @@ def check_writable(path: Path) -> None:
         raise CommandError(f"cannot write {path}: permission denied")
 
 
+def check_windows(args: argparse.Namespace) -> None:
+    """CommandError unless windows of --slide-crop, --slide-stride apart, leave nothing out."""
+    if args.slide_crop and args.slide_stride > args.slide_crop:
+        raise CommandError(
+            f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
+            f"got {args.slide_stride}"
+        )
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether it is one of the errors for that."""
     # torch's allocator on the CPU raises a plain RuntimeError.

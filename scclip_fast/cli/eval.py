@@ -97,11 +97,7 @@ def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
         raise CommandError(f"there is no data set {args.dataset!r}; choose from {_DATASETS}")
     if args.root is None and args.dataset != "scenes":
         raise CommandError(f"{args.dataset} needs --root, the data set's folder or one above it")
-    if args.slide_crop and args.slide_stride > args.slide_crop:
-        raise CommandError(
-            f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
-            f"got {args.slide_stride}"
-        )
+    common.check_windows(args)
     common.check_writable(args.out)
 
 

@@ -92,10 +92,8 @@ def patch_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
         pixels: (3, H, W), preprocessed.
     """
     with torch.inference_mode():
-        tokens, _ = tower.embed(visual, pixels[None])
-        for block in visual.transformer.resblocks[:-1]:
-            tokens = tower.block(block, tokens)
-    return tokens[0, 1:].float()
+        layers, _ = tower.layers(visual, pixels[None])
+    return layers[-1][0, 1:].float()
 
 
 def plain_lof(x: Tensor, neighbors: int, contamination: float) -> tuple[Tensor, Tensor]:

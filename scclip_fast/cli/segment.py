@@ -151,11 +151,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")
     if args.background is None and (args.prob_thd > 0 or args.area_thd is not None):
         raise CommandError("--prob-thd and --area-thd need --background NAME")
-    if args.slide_crop and args.slide_stride > args.slide_crop:
-        raise CommandError(
-            f"--slide-stride must be at most --slide-crop {args.slide_crop}, "
-            f"got {args.slide_stride}"
-        )
+    common.check_windows(args)
     used = ("model", "pretrained", "method", *common.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",

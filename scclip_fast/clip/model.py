@@ -73,11 +73,7 @@ class SCCLIP(nn.Module):
             ValueError: not (B, 3, H, W).
         """
         visual = self.model.visual
-        tokens, grid = tower.embed(visual, self._whole_patches(images))
-        layers = []
-        for block in visual.transformer.resblocks[:-1]:
-            tokens = tower.block(block, tokens)
-            layers.append(tokens)
+        layers, grid = tower.layers(visual, self._whole_patches(images))
         dense = METHODS[self.method](visual, layers, grid, self.config)
         return tower.project(visual, dense).unflatten(1, grid)
 

@@ -43,6 +43,16 @@ def embed(visual: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int,
     return visual.ln_pre(tokens + positions(visual, grid).to(tokens.dtype)), grid
 
 
+def layers(visual: VisionTransformer, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+    """What every block but the last makes of images (B, 3, H, W), and the grid; see `embed`."""
+    tokens, grid = embed(visual, images)
+    outputs = []
+    for layer in visual.transformer.resblocks[:-1]:
+        tokens = block(layer, tokens)
+        outputs.append(tokens)
+    return outputs, grid
+
+
 def positions(visual: VisionTransformer, grid: tuple[int, int]) -> Tensor:
     """Positional embedding (1 + h w, D), stretched to the grid as SC-CLIP does.
 

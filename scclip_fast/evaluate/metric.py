@@ -96,14 +96,22 @@ def confidence_interval(
     if not by_image:
         raise ValueError("there must be at least one confusion matrix")
     stacked = np.stack(by_image).astype(float)  # (images, 3, C); whole numbers far below 2^53
-    images = len(stacked)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
-    resampled = (draws.astype(float) @ stacked.reshape(images, -1)).reshape(-1, *stacked.shape[1:])
+    resampled = bootstrap(stacked, resamples, seed)
     means = [mean for values in iou(resampled) if (mean := _mean(values)) is not None]
     if not means:
         return float("nan"), float("nan")
     lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(lower), float(upper)
+
+
+def bootstrap(by_image: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Sums over as many images, drawn with replacement: (images, ...) -> (resamples, ...).
+
+    The same images for the same seed, so that differences of two methods are paired.
+    """
+    images = len(by_image)
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
+    return (draws.astype(float) @ by_image.reshape(images, -1)).reshape(-1, *by_image.shape[1:])
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
