@@ -1,59 +1,98 @@
-"""Nearest neighbours of every token among the others, fused: distances never leave the chip.
+"""Nearest neighbours of every token among the others: distances never leave the chip.
 
-    score(i, j) = ||x_j - m||^2 - 2 (x_i - m)(x_j - m)
-    indices(i)  = the k columns j != i with the smallest (score, j), in that order
+    indices(i) = the k columns j != i with the smallest (||x_i - x_j||^2, j), in that order
 
-x (B, N, D) any strides, m (B, D) float32, the mean token -> indices (B, N, K) int64. A score ranks
-like the squared distance along a row. The matrix of scores would be N^2 floats, 27.5 GB at
-N = 82,944; what is written here is N K indices.
+x (B, N, D) any strides, mean (B, D) float32 -> indices (B, N, k) int64 and squared distances. The
+matrix of distances would be N^2 floats, 27.5 GB at N = 82,944.
 
-Each program owns BLOCK_M rows and streams over all columns. A score and its column make one 64-bit
-key, ties by the lower column. Per tile, the nearest remaining column of every row replaces the
-worst of its K best until no row gains: after c columns a tile brings about K BLOCK_N / c (the
-selection of FlashLib's insert kernel, here on keys).
+A search finds a table of candidates for every row, and `settle` measures those whose place is open
+as sum (x_i - x_j)^2, exactly 0 for duplicates, and sorts. `nearest.py` chooses between two
+searches:
 
-`pair_distances` measures chosen pairs as sum (x_i - x_j)^2, exactly 0 for duplicates, where the
-score only ranks.
+- in single precision (here): scores ||x_j - m||^2 - 2 (x_i - m)(x_j - m), which rank like the
+  distance along a row. A score and its column make one 64-bit key, ties by the lower column. Per
+  tile, the nearest remaining column of every row replaces the worst of its K best until no row
+  gains: after c columns a tile brings about K BLOCK_N / c (the selection of FlashLib's insert
+  kernel, here on keys).
+- in half precision (`candidates.py`), where a certificate (`certify.py`) says for each row that no
+  neighbour was missed. Rows without one go through the search in single precision, in the same
+  chain of launches and without waiting for the GPU to count them.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, dot_precision, power_of_two, strides
+from .certify import NO_COLUMN, SURE
 
 MAX_K = 128
+BAND = 4  # single-precision candidates on either side of the k-th place that are measured
+MOST_SPLITS = 32  # programs that share the columns of one block of rows
+PROGRAMS = 256  # that listed rows are shared out to, at least: some 132 SMs, two each
 NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
 FARTHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 
 @triton.jit
-def _neighbors_kernel(
+def _share(count, BLOCK_M: tl.constexpr, programs, MOST_SPLITS: tl.constexpr):
+    """How many programs share the columns of a block when `count` rows are shared out."""
+    blocks = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
+    return tl.maximum(tl.minimum(programs // blocks, MOST_SPLITS), 1)
+
+
+@triton.jit
+def _keep_nearest(best, key):
+    """Row by row, the smallest keys of best [R, K] and key [R, C], in any order."""
+    nearest = tl.min(key, axis=1)
+    worst = tl.max(best, axis=1)
+    while tl.max((nearest < worst).to(tl.int32), axis=0) > 0:
+        best = tl.where(
+            (nearest < worst)[:, None] & (best == worst[:, None]), nearest[:, None], best
+        )
+        key = tl.where(key == nearest[:, None], NO_KEY, key)
+        nearest = tl.min(key, axis=1)
+        worst = tl.max(best, axis=1)
+    return best
+
+
+@triton.jit
+def _search_kernel(
     # tensors
     x_ptr,
     mean_ptr,
-    indices_ptr,
+    listed_ptr,
+    count_ptr,
+    keys_ptr,
     # sizes
     N,
     D,
     K,
+    rows_per_image,
+    programs,
     # strides
     stride_xb,
     stride_xn,
     stride_xd,
+    LISTED: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    blocks = tl.cdiv(N, BLOCK_M)
-    image = (pid // blocks).to(tl.int64)
-    rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    image = (pid // programs).to(tl.int64)
+    count = tl.load(count_ptr + image) if LISTED else N
+    splits = _share(count, BLOCK_M, programs, MOST_SPLITS)
+    block, split = pid % programs // splits, pid % programs % splits
+    slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    if LISTED:
+        rows = tl.load(listed_ptr + image * rows_per_image + slot, mask=slot < count, other=N)
+    else:
+        rows = slot
     x_ptr += image * stride_xb
     row_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xn  # [BLOCK_M, 1]
     slots = tl.arange(0, BLOCK_K).to(tl.int64)
@@ -61,7 +100,9 @@ def _neighbors_kernel(
     # Unlike each other, so that one replacement fills one slot; slots beyond K are never the worst.
     empty = tl.where(slots < K, NO_KEY - slots, -NO_KEY)
     best = tl.zeros([BLOCK_M, 1], tl.int64) + empty[None, :]  # [BLOCK_M, BLOCK_K]
-    for start in range(0, N, BLOCK_N):
+    # Blocks beyond the rows, of which a list may leave many, have no columns to look at.
+    end = tl.where(block * BLOCK_M < count, N, 0)
+    for start in range(split * BLOCK_N, end, splits * BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col_ptrs = x_ptr + cols.to(tl.int64)[:, None] * stride_xn  # [BLOCK_N, 1]
         dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -91,116 +132,131 @@ def _neighbors_kernel(
         key = (bits.to(tl.int64) << 32) | cols.to(tl.int64)[None, :]  # [BLOCK_M, BLOCK_N]
         key = tl.where((cols < N)[None, :] & (cols[None, :] != rows[:, None]), key, NO_KEY)
 
-        nearest = tl.min(key, axis=1)
-        worst = tl.max(best, axis=1)
-        while tl.max((nearest < worst).to(tl.int32), axis=0) > 0:
-            best = tl.where(
-                (nearest < worst)[:, None] & (best == worst[:, None]), nearest[:, None], best
-            )
-            key = tl.where(key == nearest[:, None], NO_KEY, key)
-            nearest = tl.min(key, axis=1)
-            worst = tl.max(best, axis=1)
+        best = _keep_nearest(best, key)
 
     best = tl.where((slots < K)[None, :], best, NO_KEY)
-    out = indices_ptr + (image * N + rows.to(tl.int64)) * K
-    for slot in range(0, K):
-        nearest = tl.min(best, axis=1)
-        tl.store(out + slot, nearest & 0xFFFFFFFF, mask=rows < N)
-        best = tl.where(best == nearest[:, None], NO_KEY, best)
+    keys_ptr += pid.to(tl.int64) * (BLOCK_M * BLOCK_K)
+    offsets = tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(keys_ptr + offsets, best)
 
 
 @triton.jit
-def _pair_distances_kernel(
+def _merge_kernel(
+    # tensors
+    keys_ptr,
+    listed_ptr,
+    count_ptr,
+    table_ptr,
+    # sizes
+    N,
+    K,
+    sure,
+    first,
+    rows_per_image,
+    programs,
+    LISTED: tl.constexpr,
+    # tile
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(rows_per_image, BLOCK_R)
+    image = (pid // blocks).to(tl.int64)
+    place = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    count = tl.load(count_ptr + image) if LISTED else N
+    exists = place < count
+    if LISTED:
+        row = tl.load(listed_ptr + image * rows_per_image + place, mask=exists, other=first)
+    else:
+        row = place
+    splits = _share(count, BLOCK_M, programs, MOST_SPLITS)
+    places = tl.arange(0, BLOCK_K)[None, :]
+    item = (image * programs + place // BLOCK_M * splits) * BLOCK_M + place % BLOCK_M
+    key_ptrs = keys_ptr + item[:, None] * BLOCK_K + places  # [BLOCK_R, BLOCK_K]
+    best = tl.load(key_ptrs, mask=exists[:, None], other=NO_KEY)
+    best = tl.where(places < K, best, -NO_KEY)  # what nothing replaces
+    # Of a list that ends before this block, nothing is read.
+    for split in range(1, tl.where((pid % blocks) * BLOCK_R < count, splits, 1)):
+        ptrs = key_ptrs + split * (BLOCK_M * BLOCK_K)
+        best = _keep_nearest(best, tl.load(ptrs, mask=exists[:, None], other=NO_KEY))
+    best = tl.where(places < K, best, NO_KEY)
+    out = table_ptr + (image * rows_per_image + row - first) * BLOCK_C
+    for slot in range(0, K):
+        nearest = tl.min(best, axis=1)
+        column = (nearest & 0xFFFFFFFF).to(tl.int32)
+        tl.store(out + slot, tl.where(slot < sure, column | SURE, column), mask=exists)
+        best = tl.where(best == nearest[:, None], NO_KEY, best)
+    rest = tl.arange(0, BLOCK_C)[None, :]
+    empty = tl.zeros([BLOCK_R, BLOCK_C], tl.int32) + NO_COLUMN
+    tl.store(out[:, None] + rest, empty, mask=exists[:, None] & (rest >= K))
+
+
+@triton.jit
+def _settle_kernel(
     # tensors
     x_ptr,
+    table_ptr,
     indices_ptr,
     distances_ptr,
     # sizes
-    pairs,
     N,
     D,
     K,
+    first,
+    rows_per_image,
     # strides
     stride_xb,
     stride_xn,
     stride_xd,
+    ALL: tl.constexpr,
     # tile
-    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    exists = pair < pairs
-    token = pair // K
-    image = x_ptr + (token // N) * stride_xb
-    left = image + (token % N) * stride_xn
-    right = image + tl.load(indices_ptr + pair, mask=exists, other=0) * stride_xn
-    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(rows_per_image, BLOCK_R)
+    image = (pid // blocks).to(tl.int64)
+    local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = first + local
+    inside = (local < rows_per_image) & (row < N)
+    places = tl.arange(0, BLOCK_C)[None, :]
+    table_row = (image * rows_per_image + local)[:, None] * BLOCK_C
+    entry = tl.load(table_ptr + table_row + places, mask=inside[:, None], other=NO_COLUMN)
+    exists = entry >= 0  # [BLOCK_R, BLOCK_C]
+    column = tl.where(exists, entry & (SURE - 1), 0)
+    unsure = exists & (ALL | ((entry & SURE) == 0))
+    x_ptr += image * stride_xb
+    row_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xn
+    column_ptrs = x_ptr + column.to(tl.int64) * stride_xn
+    total = tl.zeros([BLOCK_R, BLOCK_C, BLOCK_D], tl.float32)
     for d in range(0, D, BLOCK_D):
         dims = d + tl.arange(0, BLOCK_D)
-        offsets = dims.to(tl.int64)[None, :] * stride_xd
-        inside = exists[:, None] & (dims < D)[None, :]
-        xi = tl.load(left[:, None] + offsets, mask=inside, other=0.0).to(tl.float32)
-        xj = tl.load(right[:, None] + offsets, mask=inside, other=0.0).to(tl.float32)
-        total += (xi - xj) * (xi - xj)
-    distance = tl.sum(total, axis=1)
+        offsets = dims.to(tl.int64) * stride_xd
+        has = dims < D
+        xi = tl.load(
+            row_ptrs + offsets[None, :], mask=inside[:, None] & has[None, :], other=0.0
+        )  # [BLOCK_R, BLOCK_D]
+        xj = tl.load(
+            column_ptrs[:, :, None] + offsets[None, None, :],
+            mask=unsure[:, :, None] & has[None, None, :],
+            other=0.0,
+        )  # [BLOCK_R, BLOCK_C, BLOCK_D]
+        difference = xi.to(tl.float32)[:, None, :] - xj.to(tl.float32)
+        total += difference * difference
+    distance = tl.sum(total, axis=2)
     distance = tl.where(distance == distance, distance, float("inf"))
-    tl.store(distances_ptr + pair, distance, mask=exists)
-
-
-def neighbors_launch(
-    x: torch.Tensor, mean: torch.Tensor, indices: torch.Tensor, precision: str | None = None
-) -> Launch:
-    """x (B, N, D), mean (B, D) float32, indices (B, N, K <= 128) int64 to fill; both contiguous."""
-    batch, n, d = x.shape
-    k = indices.shape[-1]
-    assert k <= MAX_K and mean.is_contiguous() and indices.is_contiguous()
-    block_k = power_of_two(k, 2, MAX_K)
-    # 64 rows are what Hopper's wgmma takes; a list of more than 64 keys, two registers each, leaves
-    # room for 16. With these stages neither spills on Triton 3.8 and 3.9; on 3.6 the long list
-    # spills 24 bytes.
-    block_m, warps, stages = (64, 8, 3) if block_k <= 64 else (16, 4, 1)
-    return Launch(
-        _neighbors_kernel,
-        batch * triton.cdiv(n, block_m),
-        dict(x_ptr=x, mean_ptr=mean, indices_ptr=indices, N=n, D=d, K=k, **strides("x", x, "bnd")),
-        dict(
-            BLOCK_M=block_m,
-            BLOCK_N=64,
-            BLOCK_D=16,
-            BLOCK_K=block_k,
-            PRECISION=precision or dot_precision(),
-        ),
-        dict(num_warps=warps, num_stages=stages),
-    )
-
-
-def pair_distances_launch(
-    x: torch.Tensor, indices: torch.Tensor, distances: torch.Tensor
-) -> Launch:
-    """x (B, N, D), indices (B, N, K) int64, distances (B, N, K) float32, both contiguous."""
-    _, n, d = x.shape
-    assert indices.is_contiguous() and distances.is_contiguous()
-    block_d = power_of_two(d, 16, 256)
-    block_p = 2048 // block_d
-    return Launch(
-        _pair_distances_kernel,
-        triton.cdiv(indices.numel(), block_p),
-        dict(x_ptr=x, indices_ptr=indices, distances_ptr=distances)
-        | dict(pairs=indices.numel(), N=n, D=d, K=indices.shape[-1], **strides("x", x, "bnd")),
-        dict(BLOCK_P=block_p, BLOCK_D=block_d),
-        dict(num_warps=4),
-    )
-
-
-def neighbors_triton(x: torch.Tensor, mean: torch.Tensor, k: int) -> torch.Tensor:
-    """Indices (B, N, k) int64 of each token's k nearest others, nearest first, of x (B, N, D)."""
-    indices = torch.empty((*x.shape[:2], k), dtype=torch.int64, device=x.device)
-    neighbors_launch(x, mean, indices).run()
-    return indices
-
-
-def pair_distances_triton(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """||x_i - x_j||^2 float32 for j in indices (B, N, K); +inf where a token is not finite."""
-    distances = torch.empty(indices.shape, dtype=torch.float32, device=x.device)
-    pair_distances_launch(x, indices.contiguous(), distances).run()
-    return distances
+    bits = tl.where(unsure, distance.to(tl.int32, bitcast=True), -1)  # sure columns come first
+    key = (bits.to(tl.int64) << 32) | column.to(tl.int64)
+    key = tl.where(exists, key, NO_KEY)
+    place = tl.sum((key[:, :, None] > key[:, None, :]).to(tl.int32), axis=2)
+    out = (image * N + row)[:, None]
+    chosen = exists & (place < K)
+    tl.store(indices_ptr + out * K + place, column.to(tl.int64), mask=chosen)
+    if ALL:
+        tl.store(distances_ptr + out * K + place, distance, mask=chosen)
+    else:
+        tl.store(distances_ptr + out + place * 0, distance, mask=chosen & (place == K - 1))

@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from scclip_fast.kernels._launch import Launch, dot_precision
 from scclip_fast.kernels.aggregate import aggregate_launch
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.knn import neighbors_launch, pair_distances_launch
+from scclip_fast.kernels.candidates import bins_launch, round_launch
+from scclip_fast.kernels.certify import certify_launch
+from scclip_fast.kernels.nearest import merge_launch, search_launch, settle_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,6 +38,7 @@ SIGNATURE = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 
@@ -44,13 +47,28 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def integers(*shape: int) -> torch.Tensor:
+    return meta(*shape, dtype=torch.int32)
+
+
 def launches(precision: str) -> Iterator[tuple[str, Launch]]:
     """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
     for name, dtype in DTYPES.items():
-        for k in (1, 30, 64, 128):
-            x, indices = meta(1, 5184, 1024, dtype=dtype), meta(1, 5184, k, dtype=torch.int64)
-            yield f"neighbors-{name}-k{k}", neighbors_launch(x, meta(1, 1024), indices, precision)
-        yield f"pair_distances-{name}", pair_distances_launch(x, indices, meta(1, 5184, 128))
+        x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
+        for k in (1, 30, 60, 128):
+            search = search_launch(x, mean, k, precision=precision)
+            yield f"search-{name}-k{k}", search
+            width = search.constants["BLOCK_K"]
+            table, indices = integers(1, 5184, width), meta(1, 5184, k, dtype=torch.int64)
+            yield f"merge-{name}-k{k}", merge_launch(search, k, table)
+            yield f"settle-{name}-k{k}", settle_launch(x, table, indices, meta(1, 5184, 1))
+        listed = search_launch(x, mean, 30, integers(1, 5184), integers(1), precision)
+        table, indices = integers(1, 5184, 64), meta(1, 5184, 30, dtype=torch.int64)
+        yield f"search-listed-{name}", listed
+        yield f"merge-listed-{name}", merge_launch(listed, 30, table)
+        yield f"settle-all-{name}", settle_launch(x, table, indices, meta(1, 5184, 30))
+        half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376)
+        yield f"round-{name}", round_launch(x, mean, meta(1), *half, meta(1, 5376))
         for width in (16, 1024):
             for gamma in (None, 3.0):
                 v, f = meta(1, 5184, width, dtype=dtype), meta(1, 5184, 1024, dtype=dtype)
@@ -63,13 +81,17 @@ def launches(precision: str) -> Iterator[tuple[str, Launch]]:
         for d in (16, 64, 128):
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield f"attention-{name}-d{d}", attention_launch(q, q, q, q, 0.5, 0.125, q, precision)
+    for n, d, splits in ((5376, 1024, 7), (82944, 256, 4)):
+        half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
+        bins = integers(1, 5248, splits, 3, 64)
+        yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0)
+        out = integers(1, 5248, 64), integers(1, 5248), integers(1)
+        bound = square, square, meta(1)
+        yield f"certify-{n}x{d}", certify_launch(bins, *bound, *out, 0, n, 30, 1e-4)
     far = (
         meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
     )  # image stride over 2^31
-    yield (
-        "neighbors-fp32-far",
-        neighbors_launch(far, meta(2, 2), meta(2, 5184, 30, dtype=torch.int64), precision),
-    )
+    yield "search-fp32-far", search_launch(far, meta(2, 2), 30, precision=precision)
     mixed = meta(1, 5184, 64, dtype=torch.float16), meta(1, 5184, 64), meta(1, 5184), meta(1)
     yield (
         "aggregate-mixed",
@@ -86,7 +108,9 @@ def source(launch: Launch) -> ASTSource:
             continue
         value = launch.args[name]
         divisible = True
-        if isinstance(value, torch.Tensor):
+        if value is None:
+            signature[name], constants[name], divisible = "constexpr", None, False
+        elif isinstance(value, torch.Tensor):
             signature[name] = SIGNATURE[value.dtype]
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False

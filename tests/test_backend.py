@@ -81,12 +81,13 @@ def test_every_op_takes_every_backend():
 
 def test_the_kernels_are_what_runs(monkeypatch):
     """backend="triton" enters the launchers and the others do not."""
-    from scclip_fast.kernels import aggregate, attention, knn
+    from scclip_fast.kernels import aggregate, attention, nearest
 
     launched = []
     for module, name in (
-        (knn, "neighbors_launch"),
-        (knn, "pair_distances_launch"),
+        (nearest, "search_launch"),
+        (nearest, "merge_launch"),
+        (nearest, "settle_launch"),
         (aggregate, "aggregate_launch"),
         (attention, "attention_launch"),
     ):
@@ -103,8 +104,9 @@ def test_the_kernels_are_what_runs(monkeypatch):
     sf.knn(x, 2, backend="triton")
     sf.blended_attention(q, q, q, x, backend="triton")
     assert launched == [
-        "neighbors_launch",
-        "pair_distances_launch",
+        "search_launch",
+        "merge_launch",
+        "settle_launch",
         "aggregate_launch",
         "attention_launch",
     ]

@@ -115,11 +115,10 @@ class TestOpcheck:
     def tensors(self, *shapes, grad=False):
         return [torch.randn(shape, device=self.device, requires_grad=grad) for shape in shapes]
 
-    def test_neighbors(self, backend):
+    @pytest.mark.parametrize("measure_all", [True, False])
+    def test_nearest(self, backend, measure_all):
         (x,) = self.tensors((2, 20, 4))
-        self.check(outliers._neighbors, x, 3, backend)
-        indices = outliers._neighbors(x, 3, backend)
-        self.check(outliers._pair_distances, x, indices, backend)
+        self.check(outliers._nearest, x, 3, measure_all, backend)
 
     @pytest.mark.parametrize("gamma", [None, 3.0])
     def test_weighted_mean(self, backend, gamma):

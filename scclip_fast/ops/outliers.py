@@ -14,38 +14,44 @@ BAND = 4  # candidates on either side of the k-th place whose order is measured,
 VARIANTS = ("scclip", "breunig")
 
 
-@torch.library.custom_op("scclip_fast::neighbors", mutates_args=())
-def _neighbors(x: Tensor, k: int, backend: str) -> Tensor:
-    """Indices (B, N, k) of the nearest other tokens of x (B, N, D)."""
+@torch.library.custom_op("scclip_fast::nearest", mutates_args=())
+def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices (B, N, k) of the nearest others of x (B, N, D), nearest first.
+
+    Without measure_all: the distance of the k-th alone (B, N, 1), and indices whose last is its.
+    """
     if backend == "triton" and x.numel():
-        from ..kernels.knn import neighbors_triton
+        from ..kernels.nearest import nearest_triton
 
-        return neighbors_triton(x, chunked.finite_mean(x).squeeze(1), k)
+        return nearest_triton(x, chunked.finite_mean(x).squeeze(1), k, measure_all)
     if backend == "reference":
-        return reference.knn(x.to(chunked.compute_dtype(x)), k)[1].contiguous()
-    return chunked.neighbors(x, k)
+        distances, indices = reference.knn(x.to(chunked.compute_dtype(x)), k)
+    else:
+        distances, indices = _settled(x, k, k if measure_all else BAND)
+    distances = distances if measure_all else distances[..., -1:]
+    return distances.contiguous(), indices.contiguous()
 
 
-@_neighbors.register_fake
-def _(x: Tensor, k: int, backend: str) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64)
+@_nearest.register_fake
+def _(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tensor]:
+    dtype = chunked.compute_dtype(x)
+    distances = x.new_empty((*x.shape[:2], k if measure_all else 1), dtype=dtype)
+    return distances, x.new_empty((*x.shape[:2], k), dtype=torch.int64)
 
 
-@torch.library.custom_op("scclip_fast::pair_distances", mutates_args=())
-def _pair_distances(x: Tensor, neighbors: Tensor, backend: str) -> Tensor:
-    """||x_i - x_j||^2 for j in neighbors (B, N, m), as (B, N, m), in float32 or longer."""
-    if backend == "triton" and x.numel():
-        from ..kernels.knn import pair_distances_triton
+def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, N, k) of the nearest others and the squared distances of the last `measured`.
 
-        return pair_distances_triton(x, neighbors)
-    if backend == "reference":
-        return reference.squared_distances(x.to(chunked.compute_dtype(x))).gather(-1, neighbors)
-    return chunked.pair_distances(x, neighbors)
-
-
-@_pair_distances.register_fake
-def _(x: Tensor, neighbors: Tensor, backend: str) -> Tensor:
-    return x.new_empty(neighbors.shape, dtype=chunked.compute_dtype(x))
+    The search ranks by products whose rounding is that of the norms. A few candidates more than k,
+    measured as sums of squared differences, settle who is among the k.
+    """
+    candidates = chunked.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
+    settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
+    undecided = undecided.sort(dim=-1).values  # of equal distances, the lower index
+    distances, order = chunked.pair_distances(tokens, undecided).sort(dim=-1, stable=True)
+    places = k - settled.shape[-1]
+    chosen = undecided.gather(-1, order[..., :places])
+    return distances[..., :places], torch.cat([settled, chosen], dim=-1)
 
 
 def knn(
@@ -75,7 +81,7 @@ def knn(
             token that is not finite (with check_finite), or a backend that cannot run.
     """
     tokens, k, backend = _prepare(x, "x", k, "k", check_finite, backend)
-    distances, indices = _nearest(tokens, k, backend, measured=k)
+    distances, indices = _nearest(tokens, k, True, backend)
     return (distances, indices) if x.dim() == 3 else (distances[0], indices[0])
 
 
@@ -116,10 +122,10 @@ def lof_scores(
         features, "features", n_neighbors, "n_neighbors", check_finite, backend
     )
     if variant == "scclip":
-        distances, neighbors = _nearest(tokens, k, backend, measured=BAND)
+        distances, neighbors = _nearest(tokens, k, False, backend)
         scores = reference.simplified_lof(distances[..., -1], neighbors)
     else:
-        distances, neighbors = _nearest(tokens, k, backend, measured=k)
+        distances, neighbors = _nearest(tokens, k, True, backend)
         scores = reference.breunig_lof(distances.sqrt(), neighbors)
     return scores if features.dim() == 3 else scores[0]
 
@@ -181,22 +187,6 @@ def lof(
     )
     indices = outlier_mask(scores, contamination).nonzero()
     return (indices if features.dim() == 3 else indices[:, 0]), scores
-
-
-def _nearest(tokens: Tensor, k: int, backend: str, measured: int) -> tuple[Tensor, Tensor]:
-    """Indices (B, N, k) of the nearest others and the squared distances of the last `measured`.
-
-    The search ranks by products whose rounding is that of the norms. A few candidates more than k,
-    measured as sums of squared differences, settle who is among the k.
-    """
-    most = tokens.shape[1] - 1 if backend != "triton" else min(tokens.shape[1] - 1, MAX_NEIGHBORS)
-    candidates = _neighbors(tokens, min(k + BAND, most), backend)
-    settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
-    undecided = undecided.sort(dim=-1).values  # of equal distances, the lower index
-    distances, order = _pair_distances(tokens, undecided, backend).sort(dim=-1, stable=True)
-    places = k - settled.shape[-1]
-    chosen = undecided.gather(-1, order[..., :places])
-    return distances[..., :places], torch.cat([settled, chosen], dim=-1)
 
 
 def _prepare(

@@ -1,0 +1,60 @@
+"""CUDA graphs: nothing in the ops or the calibrated forward waits for the GPU."""
+
+import pytest
+import torch
+from tiny_clip import tiny_clip
+
+import scclip_fast as sf
+from scclip_fast.clip import SCCLIP
+
+pytestmark = pytest.mark.gpu
+
+
+def replayed(call, first, second):
+    """What a graph of `call`, captured with one input, gives for another."""
+    held = first.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles
+            call(held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(held)
+    held.copy_(second)
+    graph.replay()
+    return out
+
+
+@pytest.mark.parametrize("tokens", [196, 2304])  # either search
+def test_lof_scores(tokens):
+    x = torch.randn(2, 1, tokens, 64, device="cuda")
+    assert torch.equal(replayed(sf.lof_scores, *x), sf.lof_scores(x[1]))
+
+
+def test_aggregate():
+    x = torch.randn(2, 1, 300, 64, device="cuda")
+    features = torch.randn(1, 300, 48, device="cuda")
+
+    def call(values):
+        return sf.aggregate(values, features)
+
+    assert torch.equal(replayed(call, *x), call(x[1]))
+
+
+def test_blended_attention():
+    q = torch.randn(2, 1, 4, 300, 16, device="cuda")
+    features = torch.randn(1, 300, 48, device="cuda")
+
+    def call(q):
+        return sf.blended_attention(q, q, q, features)
+
+    assert torch.equal(replayed(call, *q), call(q[1]))
+
+
+def test_calibrated_forward():
+    encoder = SCCLIP(tiny_clip().cuda()).eval()
+    images = torch.randn(2, 2, 3, 96, 96, device="cuda")
+    with torch.no_grad():
+        assert torch.equal(replayed(encoder, *images), encoder(images[1]))

@@ -1,0 +1,132 @@
+"""The search in half precision: its certificate, and the rows that have none."""
+
+import pytest
+import torch
+from cases import FEATURES, GPU
+from tolerance import assert_neighbors
+
+import scclip_fast as sf
+from scclip_fast import chunked, reference
+from scclip_fast.kernels import candidates, certify, nearest
+
+DEVICE = "cuda" if GPU else "cpu"
+K = 30
+
+
+def flat(b, n, d):
+    """A third of the tokens differ by less than fp16 can tell."""
+    x = torch.randn(b, n, d)
+    x[:, : n // 3] = 3 + 1e-5 * torch.randn(b, n // 3, d)
+    return x
+
+
+def giants(b, n, d):
+    """A few tokens whose norm is a thousand times the others'."""
+    x = torch.randn(b, n, d)
+    x[:, ::60] *= 1000
+    return x
+
+
+KINDS = FEATURES | {"flat": flat, "giants": giants}
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """The half-precision chain for short inputs too, and how many rows each pass left undecided."""
+    monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
+    undecided = []
+    search = nearest._search
+    monkeypatch.setattr(
+        nearest, "_search", lambda *args: (undecided.extend(args[-1].tolist()), search(*args))
+    )
+    return undecided
+
+
+def table_of(x, k, device=DEVICE):
+    """The certificate's table (N, 64) of one image, and its undecided rows."""
+    x = x[None].float().to(device)
+    n, d = x.shape[1:]
+    half, square, bound, ratio = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits=4)
+    rows = -(-n // candidates.BLOCK_M) * candidates.BLOCK_M
+    options = dict(dtype=torch.int32, device=device)
+    bins = torch.empty(1, rows, 4, candidates.DEPTH, candidates.BLOCK_N, **options)
+    table, listed = torch.empty(1, rows, 64, **options), torch.empty(1, rows, **options)
+    count = torch.zeros(1, **options)
+    candidates.bins_launch(half, square, bins, 0).run()
+    out = (table, listed, count)
+    certify.certify_launch(bins, square, bound, ratio, *out, 0, n, k, nearest.gamma(d)).run()
+    return table[0, :n].cpu(), listed[0, : count.item()].cpu().long()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_certificate_holds(kind):
+    """In the table are all neighbours, and what is sure is one; float64 says who is."""
+    x = KINDS[kind](1, 350, 72)[0]
+    table, undecided = table_of(x, K)
+    true = reference.knn(x.double()[None], K)[1][0]
+    decided = torch.ones(len(x), dtype=torch.bool)
+    decided[undecided] = False
+    # A third of the tokens beyond fp16 may be left; of the others a few.
+    assert decided.float().mean() > (0.6 if kind == "flat" else 0.9)
+    sure_columns = 0
+    for row in decided.nonzero()[:, 0].tolist():
+        entries = table[row][table[row] >= 0]
+        columns, sure = entries & (2**30 - 1), entries >= 2**30
+        assert set(true[row].tolist()) <= set(columns.tolist())
+        assert set(columns[sure].tolist()) <= set(true[row].tolist())
+        assert len(columns.unique()) == len(columns)
+        sure_columns += sure.sum().item()
+    assert sure_columns > 15 * decided.sum()  # it spares most of the measuring
+
+
+def test_data_that_fp16_cannot_hold_are_left_to_float32(half):
+    """Two clusters of 100, each finer than fp16's step at that distance: 99 candidates a row."""
+    x = torch.randn(1, 200, 8) * 1e-7
+    x[:, ::2] += 1
+    _, undecided = table_of(x[0], 9)
+    assert len(undecided) == 200
+    _, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
+    assert half == [200]
+    assert_neighbors(indices, x=x, k=9)
+
+
+@pytest.mark.usefixtures("poisoned", "half")
+@pytest.mark.parametrize("kind", KINDS)
+def test_neighbours(kind):
+    x = KINDS[kind](1, 250, 40)
+    distances, indices = sf.knn(x.to(DEVICE), K, backend="triton")
+    assert_neighbors(indices, x=x, k=K)
+    expected = reference.squared_distances(x.double()).gather(-1, indices.cpu())
+    assert torch.allclose(distances.cpu().double(), expected, rtol=2e-6, atol=1e-30)
+    assert (distances.diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.usefixtures("half")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_short_types_and_strides(dtype):
+    x = torch.randn(1, 70, 2, 180, device=DEVICE).to(dtype)[:, :, 1, ::2].transpose(1, 2)
+    assert not x.is_contiguous()
+    found = sf.lof_scores(x, 9, backend="triton")
+    expected = sf.lof_scores(x.double(), 9, backend="reference")
+    assert torch.allclose(found.double(), expected, rtol=1e-5)
+
+
+def test_tokens_that_are_not_finite(half):
+    x = torch.randn(1, 140, 12)
+    clean = sf.knn(x[:, 3:].to(DEVICE), 9, backend="triton")[1]
+    x[:, 0, 0], x[:, 1, 3], x[:, 2] = torch.nan, torch.inf, -torch.inf
+    distances, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
+    assert torch.equal(indices[:, 3:] - 3, clean)
+    assert distances[:, :3].isinf().all() and distances[:, 3:].isfinite().all()
+    assert half == [0, 3]
+
+
+def test_passes_and_images_agree(half, monkeypatch):
+    """Rows in several passes, images one by one or together: the same to the last bit."""
+    x = torch.randn(2, 150, 20, device=DEVICE)
+    whole = sf.knn(x, 9, backend="triton")
+    monkeypatch.setattr(nearest, "BINS_BYTES", 1)
+    half.clear()
+    parts = sf.knn(x, 9, backend="triton")
+    assert len(half) == 4  # two images of two blocks of rows
+    assert all(map(torch.equal, whole, parts))
