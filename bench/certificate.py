@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from scclip_fast import chunked
-from scclip_fast.kernels import candidates, certify, nearest
+from scclip_fast.kernels import nearest
 
 K = 30
 HEADER = (
@@ -100,15 +100,8 @@ def run(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x[None].to(device)
     n, d = x.shape[1:]
     splits = nearest.splits(1, n)
-    half, square, bound, ratio = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits)
-    rows = -(-n // candidates.BLOCK_M) * candidates.BLOCK_M
-    options = dict(dtype=torch.int32, device=device)
-    bins = torch.empty(1, rows, splits, candidates.DEPTH, candidates.BLOCK_N, **options)
-    table = torch.empty(1, rows, certify.CAPACITY, **options)
-    listed, count = torch.empty(1, rows, **options), torch.zeros(1, **options)
-    candidates.bins_launch(half, square, bins, 0).run()
-    out = (table, listed, count)
-    certify.certify_launch(bins, square, bound, ratio, *out, 0, n, K, nearest.gamma(d)).run()
+    tokens = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits)
+    table, listed, count = nearest.decide(tokens, splits, 0, n, n, d, K)
     return table[0, :n].cpu(), listed[0, : count.item()].cpu().long()
 
 

@@ -28,13 +28,11 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch
-from .candidates import BLOCK_N, DEPTH, tile_mask
+from .candidates import BLOCK_N, DEPTH, FARTHEST, NO_KEY, tile_mask
 
 CAPACITY = 64  # columns a row of the table
 SURE: tl.constexpr = tl.constexpr(1 << 30)  # flags a column that need not be measured
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)
-FARTHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # the largest float32
-NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
 SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
 

@@ -24,14 +24,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .candidates import FARTHEST
 from .certify import NO_COLUMN, SURE
 
-MAX_K = 128
-BAND = 4  # single-precision candidates on either side of the k-th place that are measured
-MOST_SPLITS = 32  # programs that share the columns of one block of rows
-PROGRAMS = 256  # that listed rows are shared out to, at least: some 132 SMs, two each
 NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
-FARTHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 
 @triton.jit

@@ -8,6 +8,9 @@ The half-precision chain runs a bounded number of rows at a time. Nothing waits 
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 
@@ -18,6 +21,10 @@ from ._launch import Launch, dot_precision, power_of_two, strides
 # yet measured on a GPU, as are the shares and sizes below.
 LEAST_TOKENS_FOR_HALF = 1024
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
+MAX_K = 128
+BAND = 4  # single-precision candidates on either side of the k-th place that are measured
+MOST_SPLITS = 32  # programs that share the columns of one block of rows
+PROGRAMS = 256  # that listed rows are shared out to, at least: some 132 SMs, two each
 BINS_BYTES = 32 * 2**20
 SAMPLE = 64  # tokens from which the scale of the half-precision copy is taken
 HALF_ROOT_MEAN_SQUARE = -6  # log2: elements 4 million times as large fit, ones of 1/256 are normal
@@ -45,35 +52,55 @@ def nearest_triton(
     return distances, indices
 
 
+class Rounded(NamedTuple):
+    """What the half-precision pass reads of an image batch: y, a^2, e and u of `certify.py`."""
+
+    half: torch.Tensor
+    square: torch.Tensor
+    bound: torch.Tensor
+    ratio: torch.Tensor
+
+
 def _nearest_half(
     x: torch.Tensor, mean: torch.Tensor, indices: torch.Tensor, distances: torch.Tensor
 ) -> None:
     batch, n, d = x.shape
+    k = indices.shape[-1]
     shares = splits(batch, n)
-    half, square, bound, ratio = rounded(x, mean, shares)
-    row_bytes = shares * candidates.DEPTH * candidates.BLOCK_N * 4
-    rows = max(1, BINS_BYTES // row_bytes // candidates.BLOCK_M) * candidates.BLOCK_M
-    rows = min(rows, triton.cdiv(n, candidates.BLOCK_M) * candidates.BLOCK_M)
-    images = max(1, BINS_BYTES // row_bytes // rows)
-    new = x.new_empty
+    whole = rounded(x, mean, shares)
+    fitting = BINS_BYTES // (shares * candidates.DEPTH * candidates.BLOCK_N * 4)
+    rows = max(1, fitting // candidates.BLOCK_M) * candidates.BLOCK_M
+    rows = min(rows, _whole_blocks(n))
+    images = max(1, fitting // rows)
     for image in range(0, batch, images):
-        part = slice(image, min(image + images, batch))
-        size = part.stop - part.start
-        bins = new(size, rows, shares, candidates.DEPTH, candidates.BLOCK_N, dtype=torch.int32)
-        table = new(size, rows, certify.CAPACITY, dtype=torch.int32)
-        listed = new(size, rows, dtype=torch.int32)
+        part = slice(image, image + images)
+        tokens = Rounded(*(t[part] for t in whole))
         for first in range(0, n, rows):
-            # Fewer rows in the last pass; several passes are of one image, so these are contiguous.
-            left = triton.cdiv(n - first, candidates.BLOCK_M) * candidates.BLOCK_M
-            pass_bins, pass_table, pass_listed = (t[:, :left] for t in (bins, table, listed))
-            count = torch.zeros(size, dtype=torch.int32, device=x.device)
-            candidates.bins_launch(half[part], square[part], pass_bins, first).run()
-            certify.certify_launch(
-                *(pass_bins, square[part], bound[part], ratio[part]),
-                *(pass_table, pass_listed, count, first, n, indices.shape[-1], gamma(d)),
-            ).run()
-            _search(x[part], mean[part], indices.shape[-1], pass_table, first, pass_listed, count)
-            settle_launch(x[part], pass_table, indices[part], distances[part], first).run()
+            found = decide(tokens, shares, first, min(rows, n - first), n, d, k)
+            _search(x[part], mean[part], k, found[0], first, *found[1:])
+            settle_launch(x[part], found[0], indices[part], distances[part], first).run()
+
+
+def decide(
+    tokens: Rounded, shares: int, first: int, rows: int, n: int, d: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The certificate's table (B, R, 64) of the rows from `first` on, R whole blocks of them.
+
+    With it come the rows that it leaves undecided, (B, R) int32, and how many they are, (B,) int32.
+    """
+    size, rows = len(tokens.half), _whole_blocks(rows)
+    new, integer = tokens.half.new_empty, torch.int32
+    bins = new(size, rows, shares, candidates.DEPTH, candidates.BLOCK_N, dtype=integer)
+    table = new(size, rows, certify.CAPACITY, dtype=integer)
+    listed = new(size, rows, dtype=integer)
+    count = torch.zeros(size, dtype=integer, device=table.device)
+    candidates.bins_launch(tokens.half, tokens.square, bins, first).run()
+    certify.certify_launch(bins, *tokens[1:], table, listed, count, first, n, k, gamma(d)).run()
+    return table, listed, count
+
+
+def _whole_blocks(rows: int) -> int:
+    return triton.cdiv(rows, candidates.BLOCK_M) * candidates.BLOCK_M
 
 
 def gamma(d: int) -> float:
@@ -85,13 +112,10 @@ def gamma(d: int) -> float:
     return (1.1 * d + 64) * 2.0**-23
 
 
-def rounded(
-    x: torch.Tensor, mean: torch.Tensor, splits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the half-precision pass reads: y, a^2, e and u of `certify.py`."""
+def rounded(x: torch.Tensor, mean: torch.Tensor, splits: int) -> Rounded:
+    """x (B, N, D) less its mean, padded to whole blocks of rows and equal shares of columns."""
     batch, n, d = x.shape
-    multiple = splits * candidates.BLOCK_N  # and whole blocks of rows
-    multiple *= 1 if multiple % candidates.BLOCK_M == 0 else 2
+    multiple = math.lcm(splits * candidates.BLOCK_N, candidates.BLOCK_M)
     padded_n = triton.cdiv(n, multiple) * multiple
     padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64
     half = torch.empty(batch, padded_n, padded_d, dtype=torch.float16, device=x.device)
@@ -103,7 +127,7 @@ def rounded(
     length = torch.where(square.isfinite(), square, 0).sqrt()
     share = (error - eta).clamp(min=0) / length.clamp(min=torch.finfo(torch.float32).tiny)
     ratio = share.amax(dim=1) * (1 + 2**-20)
-    return half, square, error + ratio[:, None] * length + eta, ratio
+    return Rounded(half, square, error + ratio[:, None] * length + eta, ratio)
 
 
 def _scale(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -145,7 +169,7 @@ def search_launch(
 ) -> Launch:
     """mean (B, D) float32; listed (B, R) int32, of which count (B,) int32 are rows to search."""
     batch, n, d = x.shape
-    limit = min(k + knn.BAND, n - 1, knn.MAX_K)
+    limit = min(k + BAND, n - 1, MAX_K)
     block_k = _block_k(k, n)
     # 64 rows are what Hopper's wgmma takes; a list of more than 64 keys, two registers each, leaves
     # room for 16. With these stages neither spills on Triton 3.8 and 3.9.
@@ -153,10 +177,10 @@ def search_launch(
     rows = n if listed is None else listed.shape[1]
     blocks = triton.cdiv(rows, block_m)
     if listed is None:  # as many programs as fill a GPU, in whole blocks
-        share = max(1, min(knn.MOST_SPLITS, triton.cdiv(n, 128), 132 // (batch * blocks)))
+        share = max(1, min(MOST_SPLITS, triton.cdiv(n, 128), 132 // (batch * blocks)))
         programs = blocks * share
     else:
-        programs = max(knn.PROGRAMS, blocks)
+        programs = max(PROGRAMS, blocks)
     keys = torch.empty(batch * programs, block_m, block_k, dtype=torch.int64, device=x.device)
     return Launch(
         knn._search_kernel,
@@ -165,7 +189,7 @@ def search_launch(
         | dict(N=n, D=d, K=limit, rows_per_image=rows, programs=programs)
         | strides("x", x, "bnd"),
         dict(LISTED=listed is not None, BLOCK_M=block_m, BLOCK_N=32, BLOCK_D=16, BLOCK_K=block_k)
-        | dict(MOST_SPLITS=knn.MOST_SPLITS, PRECISION=precision or dot_precision()),
+        | dict(MOST_SPLITS=MOST_SPLITS, PRECISION=precision or dot_precision()),
         dict(num_warps=warps, num_stages=stages),
     )
 
@@ -181,7 +205,7 @@ def merge_launch(search: Launch, k: int, table: torch.Tensor, first: int = 0) ->
         knn._merge_kernel,
         batch * triton.cdiv(rows, block_r),
         {name: search.args[name] for name in shared}
-        | dict(table_ptr=table, sure=max(0, k - knn.BAND), first=first, rows_per_image=rows),
+        | dict(table_ptr=table, sure=max(0, k - BAND), first=first, rows_per_image=rows),
         {name: search.constants[name] for name in same} | dict(BLOCK_R=block_r, BLOCK_C=width),
         dict(num_warps=warps),
     )
@@ -212,4 +236,4 @@ def settle_launch(
 
 
 def _block_k(k: int, n: int) -> int:
-    return power_of_two(min(k + knn.BAND, n - 1, knn.MAX_K), 2, knn.MAX_K)
+    return power_of_two(min(k + BAND, n - 1, MAX_K), 2, MAX_K)

@@ -7,7 +7,7 @@ from tolerance import assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import chunked, reference
-from scclip_fast.kernels import candidates, certify, nearest
+from scclip_fast.kernels import nearest
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
@@ -42,19 +42,12 @@ def half(monkeypatch):
     return undecided
 
 
-def table_of(x, k, device=DEVICE):
+def table_of(x, k):
     """The certificate's table (N, 64) of one image, and its undecided rows."""
-    x = x[None].float().to(device)
+    x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
-    half, square, bound, ratio = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits=4)
-    rows = -(-n // candidates.BLOCK_M) * candidates.BLOCK_M
-    options = dict(dtype=torch.int32, device=device)
-    bins = torch.empty(1, rows, 4, candidates.DEPTH, candidates.BLOCK_N, **options)
-    table, listed = torch.empty(1, rows, 64, **options), torch.empty(1, rows, **options)
-    count = torch.zeros(1, **options)
-    candidates.bins_launch(half, square, bins, 0).run()
-    out = (table, listed, count)
-    certify.certify_launch(bins, square, bound, ratio, *out, 0, n, k, nearest.gamma(d)).run()
+    tokens = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits=4)
+    table, listed, count = nearest.decide(tokens, 4, 0, n, n, d, k)
     return table[0, :n].cpu(), listed[0, : count.item()].cpu().long()
 
 
