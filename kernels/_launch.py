@@ -20,7 +20,7 @@ class Launch:
         programs: size of the one-dimensional grid.
         args: its run-time arguments by name.
         constants: its `tl.constexpr` arguments by name.
-        options: `num_warps`, `num_stages`.
+        options: `num_warps`, `num_stages`, for Hopper.
     """
 
     kernel: Any
@@ -29,12 +29,27 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
 
+    def compile_options(self, hopper: bool, hip: bool) -> dict[str, int]:
+        """The options for Hopper, other NVIDIA GPUs, or AMD's (hip).
+
+        Others have less shared memory, AMD's 64 KiB, and spill what four warps hold on Hopper.
+        """
+        if hopper or "num_stages" not in self.options:
+            return self.options
+        stages = 1 if hip else min(2, self.options["num_stages"])
+        warps = self.options["num_warps"]
+        return dict(num_warps=max(8, warps) if self.options["num_stages"] > 1 else warps) | dict(
+            num_stages=stages
+        )
+
     def run(self) -> None:
         """Enqueue the kernel on the device of its tensors."""
         if self.programs == 0:
             return
-        with _on_device(self.args), _widened(self.args) as args:
-            self.kernel[(self.programs,)](**args, **self.constants, **self.options)
+        device = next(a.device for a in self.args.values() if isinstance(a, torch.Tensor))
+        options = self.compile_options(on_hopper(device), torch.version.hip is not None)
+        with _on_device(device), _widened(self.args) as args:
+            self.kernel[(self.programs,)](**args, **self.constants, **options)
 
 
 def power_of_two(n: int, low: int, high: int) -> int:
@@ -51,6 +66,12 @@ def dot_precision(hip: bool | None = None) -> str:
     return "ieee" if hip else "tf32x3"
 
 
+def on_hopper(device: torch.device) -> bool:
+    """Whether the GPU has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     """{"stride_<name><dim>": stride} for each letter of `dims`."""
     return {
@@ -58,10 +79,9 @@ def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     }
 
 
-def _on_device(args: dict[str, Any]):
+def _on_device(device: torch.device):
     # Triton launches on the current device, not on that of its arguments ("Pointer argument cannot
     # be accessed").
-    device = next(a.device for a in args.values() if isinstance(a, torch.Tensor))
     on_gpu = device.type in ("cuda", "xpu")
     return torch.get_device_module(device).device(device) if on_gpu else nullcontext()
 

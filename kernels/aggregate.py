@@ -1,4 +1,4 @@
-"""Similarity-weighted means of the values, fused: similarities and weights never leave the chip.
+"""Similarity-weighted means of the values: which kernels for which shape, and their workspace.
 
     s_ij  = r_i r_j f_i f_j                          cosine similarity, r = 1 / ||f||
     w_ij  = 1[s_ij >= floor] s_ij                    SC-CLIP's aggregation, or
@@ -8,152 +8,37 @@
 f (B, N, D), v (B, N, DV) any strides, r (B, N) and floor (B,) float32
 -> out (B, N, DV), total (B, N) float32, the sums of the weights.
 
-s <= 1 bounds the exponent, so the softmax needs no running maximum. The weights would be N^2
-floats, 27.5 GB at N = 82,944; what is written here is out and total.
+- A panel of the weights, as many rows as the workspace holds, is written by one product and read by
+  another (`panel.py`): no similarity is computed twice, however wide the values are, and of a panel
+  that holds all rows only one triangle is computed.
+- Where N is so large that a panel has few rows, the weights never leave the chip (`stream.py`).
 
-Each program owns BLOCK_M rows and BLOCK_V channels of the values and streams over all tokens.
-Values wider than BLOCK_V cost the similarities once more per slice: one program cannot hold 1024
-channels, as 64 x 1024 floats are a whole register file.
+Half-precision operands are multiplied as they are. Float32 ones are split into two of fp16 each,
+x = x_1 + x_2 to 22 bits, and three of the four products taken: fp16 rather than tf32, as its tensor
+cores are twice as fast, and split once rather than in every tile.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 
-from ._launch import Launch, dot_precision, power_of_two, strides
+from .panel import product_launch, weights_launch
+from .stream import stream_launch
 
-
-@triton.jit
-def _aggregate_kernel(
-    # tensors
-    values_ptr,
-    features_ptr,
-    scale_ptr,
-    floor_ptr,
-    out_ptr,
-    total_ptr,
-    # sizes
-    N,
-    D,
-    DV,
-    # strides
-    stride_vb,
-    stride_vn,
-    stride_vd,
-    stride_fb,
-    stride_fn,
-    stride_fd,
-    # weights
-    gamma,
-    eps,
-    SOFTMAX: tl.constexpr,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    slices = tl.cdiv(DV, BLOCK_V)
-    blocks = tl.cdiv(N, BLOCK_M)
-    image = (pid // (slices * blocks)).to(tl.int64)
-    rows = (pid // slices % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
-    features_ptr += image * stride_fb
-    values_ptr += image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
-    row_ptrs = features_ptr + rows.to(tl.int64)[:, None] * stride_fn  # [BLOCK_M, 1]
-    row_scale = tl.load(scale_ptr + image * N + rows, mask=rows < N, other=0.0)
-    floor = tl.load(floor_ptr + image)
-
-    average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col_ptrs = features_ptr + cols.to(tl.int64)[:, None] * stride_fn  # [BLOCK_N, 1]
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            dims = d + tl.arange(0, BLOCK_D)
-            offsets = dims.to(tl.int64)[None, :] * stride_fd
-            fi = tl.load(
-                row_ptrs + offsets, mask=(rows < N)[:, None] & (dims < D)[None, :], other=0.0
-            )
-            fj = tl.load(
-                col_ptrs + offsets, mask=(cols < N)[:, None] & (dims < D)[None, :], other=0.0
-            )
-            s = tl.dot(fi, tl.trans(fj), s, input_precision=PRECISION)
-        col_scale = tl.load(scale_ptr + image * N + cols, mask=cols < N, other=0.0)
-        s = s * row_scale[:, None] * col_scale[None, :]
-
-        weight = tl.exp(gamma * (s - 1.0)) if SOFTMAX else s
-        # [BLOCK_M, BLOCK_N]; NaN stays NaN
-        weight = tl.where((s < floor) | (cols >= N)[None, :], 0.0, weight)
-        total += tl.sum(weight, axis=1)
-        v = tl.load(
-            values_ptr + cols.to(tl.int64)[:, None] * stride_vn,
-            mask=(cols < N)[:, None] & (channels < DV)[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_V]
-        average = tl.dot(weight.to(v.dtype), v, average, input_precision=PRECISION)
-
-    average = average / (total + eps)[:, None]
-    token = image * N + rows
-    if pid % slices == 0:
-        tl.store(total_ptr + token, total, mask=rows < N)
-    out_ptrs = out_ptr + token[:, None] * DV + channels[None, :]
-    tl.store(
-        out_ptrs,
-        average.to(out_ptr.dtype.element_ty),
-        mask=(rows < N)[:, None] & (channels < DV)[None, :],
-    )
+WORKSPACE_BYTES = 64 * 2**20
+LEAST_ROWS = 1024  # of a panel; fewer leave the second product too few programs
+FEATURE_SCALE = 64.0  # brings the second half of a unit feature into fp16's normal range
+VALUE_SCALE = 8  # log2, of the largest value of a channel
 
 
-def aggregate_launch(
-    values: torch.Tensor,
-    features: torch.Tensor,
-    scale: torch.Tensor,
-    floor: torch.Tensor,
-    gamma: float | None,
-    eps: float,
-    out: torch.Tensor,
-    total: torch.Tensor,
-    precision: str | None = None,
-) -> Launch:
-    """The module's shapes; all but values and features contiguous."""
-    batch, n, dv = values.shape
-    assert all(t.is_contiguous() for t in (scale, floor, out, total))
-    single = values.dtype == torch.float32 or features.dtype == torch.float32
-    block_v = power_of_two(dv, 16, 64 if single else 128)
-    return Launch(
-        _aggregate_kernel,
-        batch * triton.cdiv(n, 64) * triton.cdiv(dv, block_v),
-        dict(
-            values_ptr=values,
-            features_ptr=features,
-            scale_ptr=scale,
-            floor_ptr=floor,
-            out_ptr=out,
-            total_ptr=total,
-        )
-        | dict(
-            N=n,
-            D=features.shape[-1],
-            DV=dv,
-            **strides("v", values, "bnd"),
-            **strides("f", features, "bnd"),
-        )
-        | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
-        dict(
-            SOFTMAX=gamma is not None,
-            BLOCK_M=64,
-            BLOCK_N=32 if single else 64,
-            BLOCK_D=32 if single else 64,
-        )
-        | dict(BLOCK_V=block_v, PRECISION=precision or dot_precision()),
-        dict(num_warps=4, num_stages=2),
-    )
+class Operand(NamedTuple):
+    """A tensor as the products read it: itself, or two float16 ones whose sum it is."""
+
+    first: torch.Tensor
+    second: torch.Tensor | None
 
 
 def aggregate_triton(
@@ -165,9 +50,63 @@ def aggregate_triton(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, total) of the module's equations; gamma=None for the thresholded similarity itself."""
+    batch, n, _ = values.shape
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
-    total = torch.empty(values.shape[:2], dtype=torch.float32, device=values.device)
-    aggregate_launch(
-        values, features, scale.contiguous(), floor.contiguous(), gamma, eps, out, total
-    ).run()
-    return out, total
+    total = torch.empty(batch, n, dtype=torch.float32, device=values.device)
+    unit = None
+    if torch.float32 in (values.dtype, features.dtype):
+        f = _split(features.float() * (scale * FEATURE_SCALE).unsqueeze(-1))
+        scale = torch.full_like(scale, 1 / FEATURE_SCALE)
+        v, unit = _split_values(values.float())
+    else:
+        f, v = Operand(features, None), Operand(values, None)
+    weight = dict(scale=scale.contiguous(), floor=floor.contiguous(), gamma=gamma)
+    halves = 1 if f.second is None else 2
+    columns = triton.cdiv(n, 128) * 128
+    rows = WORKSPACE_BYTES // (2 * halves * columns)
+    if rows >= min(n, LEAST_ROWS):
+        _by_panels(v, f, weight, eps, out, total, rows, columns)
+    else:
+        stream_launch(v, f, **weight, eps=eps, out=out, total=total).run()
+    return (out if unit is None else out.mul_(unit)), total
+
+
+def _by_panels(
+    v: Operand,
+    f: Operand,
+    weight: dict,
+    eps: float,
+    out: torch.Tensor,
+    total: torch.Tensor,
+    rows: int,
+    columns: int,
+) -> None:
+    batch, n, _ = out.shape
+    images = min(batch, max(1, rows // columns))
+    rows = min(columns, rows // 128 * 128)
+    dtype = v.first.dtype
+    for image in range(0, batch, images):
+        part = slice(image, image + images)
+        fs, vs = (Operand(*(t if t is None else t[part] for t in o)) for o in (f, v))
+        some = {k: t[part] if isinstance(t, torch.Tensor) else t for k, t in weight.items()}
+        for first in range(0, n, rows):
+            shape = (len(fs.first), min(rows, columns - first), columns)
+            panel = Operand(*(t if t is None else t.new_empty(shape, dtype=dtype) for t in fs))
+            sums = total.new_empty(shape[0], columns // 128, shape[1])
+            weights_launch(fs, **some, panel=panel, sums=sums, first=first).run()
+            last = min(n, first + rows)
+            torch.sum(sums[..., : last - first], dim=1, out=total[part, first:last])
+            product_launch(panel, vs, total[part], eps, out[part], first).run()
+
+
+def _split(x: torch.Tensor) -> Operand:
+    first = x.half()
+    return Operand(first, (x - first).half())
+
+
+def _split_values(values: torch.Tensor) -> tuple[Operand, torch.Tensor]:
+    """Values (B, N, DV) over a power of two a channel, and those (B, 1, DV)."""
+    largest = values.abs().amax(dim=1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, 1)
+    exponent = torch.frexp(largest).exponent - VALUE_SCALE
+    return _split(torch.ldexp(values, -exponent)), torch.ldexp(torch.ones_like(largest), exponent)

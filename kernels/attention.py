@@ -19,7 +19,22 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, dot_precision, power_of_two, strides
+from ._launch import Launch, dot_precision, on_hopper, power_of_two, strides
+
+# Of a head: what fits registers and shared memory beside the others' keys and values.
+MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
+
+
+@triton.jit
+def _attend(s, v, average, total, largest, PRECISION: tl.constexpr):
+    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .]."""
+    above = tl.maximum(largest, tl.max(s, axis=1))
+    weight = tl.exp2(s - above[:, None])
+    shrink = tl.exp2(largest - above)
+    total = total * shrink + tl.sum(weight, axis=1)
+    average = average * shrink[:, None]
+    average = tl.dot(weight.to(v.dtype), v, average, input_precision=PRECISION)
+    return average, total, above
 
 
 @triton.jit
@@ -55,6 +70,7 @@ def _attention_kernel(
     # blend
     log2_scale,
     alpha,
+    WHOLE: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -63,66 +79,57 @@ def _attention_kernel(
     PRECISION: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    slices = tl.cdiv(DV, BLOCK_V)
     blocks = tl.cdiv(N, BLOCK_M)
-    head = pid // (slices * blocks)
+    head = pid // blocks
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    rows = (pid // slices % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
-    q_ptr += b * stride_qb + h * stride_qh + rows.to(tl.int64)[:, None] * stride_qn  # [BLOCK_M, 1]
+    rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    channels = tl.arange(0, BLOCK_V)
+    has, has_v = dims < D, channels < DV
+    q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += (
-        b * stride_vb + h * stride_vh + channels.to(tl.int64)[None, :] * stride_vd
-    )  # [1, BLOCK_V]
-    content_ptr += (
-        b * stride_cb + h * stride_ch + channels.to(tl.int64)[None, :] * stride_cd
-    )  # [1, BLOCK_V]
-    inside = (rows < N)[:, None] & (channels < DV)[None, :]
+    v_ptr += b * stride_vb + h * stride_vh
+    content_ptr += b * stride_cb + h * stride_ch
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # loads beyond the tokens read the last
+    q = tl.load(
+        q_ptr + row * stride_qn + dims.to(tl.int64)[None, :] * stride_qd,
+        mask=has[None, :],
+        other=0.0,
+    )
+    k_offsets = dims.to(tl.int64)[:, None] * stride_kd  # [BLOCK_D, 1]
+    v_offsets = channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
 
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col_ptrs = k_ptr + cols.to(tl.int64)[:, None] * stride_kn  # [BLOCK_N, 1]
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            dims = d + tl.arange(0, BLOCK_D)
-            offsets = dims.to(tl.int64)[None, :]
-            q = tl.load(
-                q_ptr + offsets * stride_qd,
-                mask=(rows < N)[:, None] & (dims < D)[None, :],
-                other=0.0,
-            )
-            k = tl.load(
-                col_ptrs + offsets * stride_kd,
-                mask=(cols < N)[:, None] & (dims < D)[None, :],
-                other=0.0,
-            )
-            s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)
-        s = tl.where((cols < N)[None, :], s * log2_scale, -float("inf"))
-
-        above = tl.maximum(largest, tl.max(s, axis=1))
-        weight = tl.exp2(s - above[:, None])  # [BLOCK_M, BLOCK_N]
-        shrink = tl.exp2(largest - above)
-        total = total * shrink + tl.sum(weight, axis=1)
-        v = tl.load(
-            v_ptr + cols.to(tl.int64)[:, None] * stride_vn,
-            mask=(cols < N)[:, None] & (channels < DV)[None, :],
-            other=0.0,
-        )  # [BLOCK_N, BLOCK_V]
-        average = tl.dot(
-            weight.to(v.dtype), v, average * shrink[:, None], input_precision=PRECISION
-        )
-        largest = above
+    cols = tl.arange(0, BLOCK_N)
+    k_ptrs = k_ptr + cols.to(tl.int64)[None, :] * stride_kn + k_offsets  # [BLOCK_D, BLOCK_N]
+    v_ptrs = v_ptr + cols.to(tl.int64)[:, None] * stride_vn + v_offsets  # [BLOCK_N, BLOCK_V]
+    whole = N // BLOCK_N * BLOCK_N
+    for _ in range(0, whole, BLOCK_N):
+        k = tl.load(k_ptrs) if WHOLE else tl.load(k_ptrs, mask=has[:, None], other=0.0)
+        s = tl.dot(q, k, input_precision=PRECISION) * log2_scale
+        v = tl.load(v_ptrs) if WHOLE else tl.load(v_ptrs, mask=has_v[None, :], other=0.0)
+        average, total, largest = _attend(s, v, average, total, largest, PRECISION)
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
+    if whole < N:
+        exists = whole + cols < N
+        k = tl.load(k_ptrs, mask=exists[None, :] & has[:, None], other=0.0)
+        s = tl.dot(q, k, input_precision=PRECISION) * log2_scale
+        s = tl.where(exists[None, :], s, -float("inf"))
+        v = tl.load(v_ptrs, mask=exists[:, None] & has_v[None, :], other=0.0)
+        average, total, largest = _attend(s, v, average, total, largest, PRECISION)
 
     content = tl.load(
-        content_ptr + rows.to(tl.int64)[:, None] * stride_cn, mask=inside, other=0.0
+        content_ptr + row * stride_cn + channels.to(tl.int64)[None, :] * stride_cd,
+        mask=has_v[None, :],
+        other=0.0,
     ).to(tl.float32)
     out = (1.0 - alpha) * average / total[:, None] + alpha * content
     out_ptrs = out_ptr + (head.to(tl.int64) * N + rows)[:, None] * DV + channels[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & has_v[None, :])
 
 
 def attention_launch(
@@ -134,29 +141,29 @@ def attention_launch(
     scale: float,
     out: torch.Tensor,
     precision: str | None = None,
+    hopper: bool | None = None,
 ) -> Launch:
     """The module's shapes; one dtype for q, k and v; out contiguous."""
     batch, heads, n, d = q.shape
     dv = v.shape[-1]
-    assert out.is_contiguous()
+    assert out.is_contiguous() and max(d, dv) <= MAX_WIDTH[q.dtype]
     single = q.dtype == torch.float32
-    block_v = power_of_two(dv, 16, 64 if single else 128)
+    block_d, block_v = power_of_two(d, 16, 128), power_of_two(dv, 16, 128)
+    hopper = on_hopper(q.device) if hopper is None else hopper
+    block_n = 32 if single and not hopper else 64
     return Launch(
         _attention_kernel,
-        batch * heads * triton.cdiv(n, 64) * triton.cdiv(dv, block_v),
+        batch * heads * triton.cdiv(n, 128),
         dict(q_ptr=q, k_ptr=k, v_ptr=v, content_ptr=content, out_ptr=out, H=heads, N=n, D=d, DV=dv)
         | strides("q", q, "bhnd")
         | strides("k", k, "bhnd")
         | strides("v", v, "bhnd")
         | strides("c", content, "bhnd")
         | dict(log2_scale=scale * math.log2(math.e), alpha=alpha),
-        dict(
-            BLOCK_M=64,
-            BLOCK_N=32 if single else 64,
-            BLOCK_D=32 if single else power_of_two(d, 16, 64),
-        )
-        | dict(BLOCK_V=block_v, PRECISION=precision or dot_precision()),
-        dict(num_warps=4 if block_v <= 64 else 8, num_stages=2),
+        dict(WHOLE=(d, dv) == (block_d, block_v), BLOCK_M=128)
+        | dict(BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v)
+        | dict(PRECISION=precision or dot_precision()),
+        dict(num_warps=8, num_stages=3),
     )
 
 
@@ -168,7 +175,7 @@ def attention_triton(
     alpha: float,
     scale: float,
 ) -> torch.Tensor:
-    """out of the module's equation."""
+    """out of the module's equation, for heads up to `MAX_WIDTH` wide."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     attention_launch(q, k, v, content, alpha, scale, out).run()
     return out

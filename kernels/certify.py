@@ -1,8 +1,8 @@
 """The certificate of a half-precision pass: which columns hold the k nearest neighbours for sure.
 
-bins of `candidates.py`, a^2 and e (B, padded N), u (B,) float32
--> table (B, rows, 64) int32 of columns that hold the k nearest others of each row, or the row in a
-list of those that this pass cannot decide.
+bins of `candidates.py`, a^2 and r (B, padded N), u (B,) float32
+-> table (B, rows, 64) int32 of columns that hold the k nearest others of each row, those to be
+measured first; or the row in a list of those that the bins do not decide.
 
 In the scaled units, d is the true distance, h = ||y_i - y_j||, and r_j <= u a_j + eta for all j.
 With a_j <= a_i + h and e_i = r_i + u a_i + eta,
@@ -17,8 +17,8 @@ k-th smallest c, and l from below where c is not among the k - 1 smallest. Then
     c <= S^2 - g(S) with S = (L - e) / (1 + u) gives d <= L: surely one of the k
 
 If no bin is full below W, all neighbours are among the columns with c <= W, at most 64 as a rule;
-only those that are not sure need to be measured. Data that suit fp16 badly make rows undecided,
-never wrong.
+only those that are not sure need to be measured. Else W, which holds for any k columns, is what
+`collect` needs. Data that suit fp16 badly make rows undecided, never wrong.
 """
 
 from __future__ import annotations
@@ -28,13 +28,26 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch
-from .candidates import BLOCK_N, DEPTH, FARTHEST, NO_KEY, tile_mask
+from .candidates import CAPACITY, DEPTH, NO_KEY, tile_mask
+from .rounding import FARTHEST, TILE, eta, token_at
 
-CAPACITY = 64  # columns a row of the table
 SURE: tl.constexpr = tl.constexpr(1 << 30)  # flags a column that need not be measured
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
+# A row a warp, so that its sums need no shared memory; the interpreter pays by the program.
+ROWS = 16 if triton.knobs.runtime.interpret else 1
 SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
+
+
+@triton.jit
+def _kth_smallest(order, K, BITS: tl.constexpr):
+    """Row by row, the largest number that fewer than K are below, its lowest BITS zero."""
+    kth = tl.zeros([order.shape[0]], tl.int32)
+    for step in range(0, 31 - BITS):
+        trial = kth | (1 << (30 - step))
+        fewer = tl.sum((order < trial[:, None]).to(tl.int32), axis=1) < K
+        kth = tl.where(fewer, trial, kth)
+    return kth
 
 
 @triton.jit
@@ -42,11 +55,13 @@ def _certify_kernel(
     # tensors
     bins_ptr,
     square_ptr,
-    bound_ptr,
+    error_ptr,
     ratio_ptr,
     table_ptr,
     listed_ptr,
     count_ptr,
+    limit_ptr,
+    found_ptr,
     # sizes
     first,
     rows_per_image,
@@ -55,38 +70,33 @@ def _certify_kernel(
     tiles,
     K,
     gamma,
-    SPLITS: tl.constexpr,
-    TILE_MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    eta,
+    WIDTH: tl.constexpr,
+    TILE_BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     KEYS: tl.constexpr,
-    CAPACITY: tl.constexpr,
 ):
     pid = tl.program_id(0)
     blocks = rows_per_image // BLOCK_R
     image = (pid // blocks).to(tl.int64)
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     row = first + local
+    exists = token_at(row) < N
     position = tl.arange(0, KEYS)[None, :]
-    width: tl.constexpr = 3 * BLOCK_N * SPLITS
     entry_row = image * rows_per_image + local
     keys = tl.load(
-        bins_ptr + entry_row[:, None] * width + position, mask=position < width, other=NO_KEY
+        bins_ptr + entry_row[:, None] * WIDTH + position, mask=position < WIDTH, other=NO_KEY
     )  # [BLOCK_R, KEYS]
-
-    order = tl.maximum(keys, 0)
-    kth = tl.zeros([BLOCK_R], tl.int32)
-    for bit in range(0, 31):  # the largest number that fewer than K keys are below
-        trial = kth | (1 << (30 - bit))
-        fewer = tl.sum((order < trial[:, None]).to(tl.int32), axis=1) < K
-        kth = tl.where(fewer, trial, kth)
+    # The k-th key up to its number of a tile, of which nothing below depends.
+    kth = _kth_smallest(tl.maximum(keys, 0), K, TILE_BITS)
+    TILE_MASK: tl.constexpr = (1 << TILE_BITS) - 1
     held = tl.minimum(kth, INFINITE_KEY - 1)
     at_most = (held | TILE_MASK).to(tl.float32, bitcast=True)
     at_least = (held & ~TILE_MASK).to(tl.float32, bitcast=True)
 
     a = tl.sqrt(tl.load(square_ptr + image * padded_n + row))
-    e = tl.load(bound_ptr + image * padded_n + row)
     u = tl.load(ratio_ptr + image)
+    e = tl.load(error_ptr + image * padded_n + row) + u * a + eta
     gamma_a = gamma * a
     t = (gamma_a + tl.sqrt(at_most + 2.0 * gamma_a * a + gamma_a * gamma_a)) * SLACK
     below = (tl.sqrt(tl.maximum(at_least / SLACK - 2.0 * gamma_a * a, 0.0)) - gamma_a) / SLACK
@@ -96,59 +106,75 @@ def _certify_kernel(
     sure_limit = s * s / SLACK - 2.0 * gamma_a * (a + s)
     # u >= 1/2: half precision says nothing of this image. Not finite: nor of this row.
     limit = tl.where(u < 0.5, limit, float("inf"))
-    decided = (kth < INFINITE_KEY) & (limit <= FARTHEST)
-    limit_key = tl.where(decided, limit, 0.0).to(tl.int32, bitcast=True)
+    bounded = (kth < INFINITE_KEY) & (limit <= FARTHEST)
+    limit_key = tl.where(bounded, limit, 0.0).to(tl.int32, bitcast=True)
     sure_key = tl.where((s > 0.0) & (sure_limit > 0.0), sure_limit, 0.0).to(tl.int32, bitcast=True)
 
     candidate = keys <= limit_key[:, None]
     candidates = tl.sum(candidate.to(tl.int32), axis=1)
-    full = candidate & (position // BLOCK_N % 3 == 2)  # who came fourth to this bin is not known
-    decided = decided & (candidates <= CAPACITY) & (tl.sum(full.to(tl.int32), axis=1) == 0)
-    exists = row < N
+    full = candidate & (position // TILE % 3 == 2)  # who came fourth to this bin is not known
+    complete = (candidates <= CAPACITY) & (tl.sum(full.to(tl.int32), axis=1) == 0)
+    decided = bounded & complete & exists
 
-    tile = (position // (3 * BLOCK_N)) * tiles + (keys & TILE_MASK)
-    column = tile * BLOCK_N + position % BLOCK_N
-    sure = ((keys | TILE_MASK) < sure_key[:, None]) & (sure_key > 0)[:, None]
-    slot = tl.cumsum(candidate.to(tl.int32), axis=1) - 1
+    tile = (position // (3 * TILE)) * tiles + (keys & TILE_MASK)
+    column = token_at(tile * TILE + position % TILE)
+    sure = candidate & ((keys | TILE_MASK) < sure_key[:, None]) & (sure_key > 0)[:, None]
+    measured = (candidate & (sure == 0)).to(tl.int32)
+    slot = tl.cumsum(measured, axis=1) - 1
+    after = tl.sum(measured, axis=1)[:, None] + tl.cumsum(sure.to(tl.int32), axis=1) - 1
     out = table_ptr + entry_row[:, None] * CAPACITY
-    written = candidate & (decided & exists)[:, None]
-    tl.store(out + slot, tl.where(sure, column | SURE, column), mask=written)
+    entry = tl.where(sure, column | SURE, column)
+    tl.store(out + tl.where(sure, after, slot), entry, mask=candidate & decided[:, None])
     slots = tl.arange(0, CAPACITY)[None, :]
     rest = tl.zeros([BLOCK_R, CAPACITY], tl.int32) + NO_COLUMN
-    tl.store(out + slots, rest, mask=slots >= candidates[:, None])
+    tl.store(out + slots, rest, mask=(slots >= candidates[:, None]) | (decided == 0)[:, None])
     undecided = exists & (decided == 0)
     place = tl.atomic_add(count_ptr + image + local * 0, 1, mask=undecided)
-    tl.store(listed_ptr + image * rows_per_image + place, row, mask=undecided)
+    item = image * rows_per_image + place
+    tl.store(listed_ptr + item, row, mask=undecided)
+    tl.store(limit_ptr + item, tl.where(bounded, limit, -1.0), mask=undecided)
+    tl.store(found_ptr + item, tl.where(bounded, 0, CAPACITY + 1), mask=undecided)
 
 
 def certify_launch(
     bins: torch.Tensor,
     square: torch.Tensor,
-    bound: torch.Tensor,
+    error: torch.Tensor,
     ratio: torch.Tensor,
     table: torch.Tensor,
-    listed: torch.Tensor,
-    count: torch.Tensor,
+    undecided: tuple[torch.Tensor, ...],
     first: int,
     n: int,
+    d: int,
     k: int,
-    gamma: float,
 ) -> Launch:
-    """bound and ratio are e and u; listed (B, rows) int32, count (B,) int32, zeros."""
+    """error and ratio are r and u; undecided rows are listed with W, or -1 where nothing bounds it.
+
+    undecided: rows (B, rows) int32, how many they are (B,), zeros, W (B, rows) float32, and how
+    many candidates `collect` has found (B, rows) int32: over 64 for rows that it need not try.
+    """
     batch, rows, splits = bins.shape[:3]
     padded_n = square.shape[1]
-    assert table.shape == (batch, rows, CAPACITY) and table.is_contiguous() and k <= CAPACITY
-    tiles = padded_n // BLOCK_N // splits
-    keys = triton.next_power_of_2(DEPTH * BLOCK_N * splits)
-    block_r = max(1, min(8, 4096 // keys))
+    assert table.shape == (batch, rows, CAPACITY.value) and table.is_contiguous()
+    listed, count, limit, found = undecided
+    width = DEPTH * TILE.value * splits
     return Launch(
         _certify_kernel,
-        batch * (rows // block_r),
-        dict(bins_ptr=bins, square_ptr=square, bound_ptr=bound, ratio_ptr=ratio)
-        | dict(table_ptr=table, listed_ptr=listed, count_ptr=count)
-        | dict(first=first, rows_per_image=rows, N=n, padded_n=padded_n, tiles=tiles, K=k)
-        | dict(gamma=gamma),
-        dict(SPLITS=splits, TILE_MASK=tile_mask(tiles), BLOCK_N=BLOCK_N)
-        | dict(BLOCK_R=block_r, KEYS=keys, CAPACITY=CAPACITY),
-        dict(num_warps=4),
+        batch * (rows // ROWS),
+        dict(bins_ptr=bins, square_ptr=square, error_ptr=error, ratio_ptr=ratio, table_ptr=table)
+        | dict(listed_ptr=listed, count_ptr=count, limit_ptr=limit, found_ptr=found)
+        | dict(first=first, rows_per_image=rows, N=n, padded_n=padded_n, K=k)
+        | dict(tiles=padded_n // TILE.value // splits, gamma=gamma(d), eta=eta(d)),
+        dict(WIDTH=width, TILE_BITS=tile_mask(padded_n // splits).bit_length())
+        | dict(BLOCK_R=ROWS, KEYS=triton.next_power_of_2(width)),
+        dict(num_warps=1),
     )
+
+
+def gamma(d: int) -> float:
+    """What bounds the rounding of a sum of d products, as a share of the product of the norms.
+
+    Tensor cores add 16 products at a time to the sum and truncate each to the largest of them: 17
+    units of 2^-23 a step.
+    """
+    return (1.1 * d + 64) * 2.0**-23

@@ -5,9 +5,8 @@
 x (B, N, D) any strides, mean (B, D) float32 -> indices (B, N, k) int64 and squared distances. The
 matrix of distances would be N^2 floats, 27.5 GB at N = 82,944.
 
-A search finds a table of candidates for every row, and `settle` measures those whose place is open
-as sum (x_i - x_j)^2, exactly 0 for duplicates, and sorts. `nearest.py` chooses between two
-searches:
+A search finds a table of candidates for every row, and `settle.py` measures those whose place is
+open. `nearest.py` chooses between two searches:
 
 - in single precision (here): scores ||x_j - m||^2 - 2 (x_i - m)(x_j - m), which rank like the
   distance along a row. A score and its column make one 64-bit key, ties by the lower column. Per
@@ -15,8 +14,9 @@ searches:
   gains: after c columns a tile brings about K BLOCK_N / c (the selection of FlashLib's insert
   kernel, here on keys).
 - in half precision (`candidates.py`), where a certificate (`certify.py`) says for each row that no
-  neighbour was missed. Rows without one go through the search in single precision, in the same
-  chain of launches and without waiting for the GPU to count them.
+  neighbour was missed. Rows without one, for which `collect` finds too many candidates, go through
+  the search in single precision, in the same chain of launches and without waiting for the GPU to
+  count them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .candidates import FARTHEST
+from .candidates import CAPACITY, share
 from .certify import NO_COLUMN, SURE
+from .rounding import FARTHEST, token_at
 
 NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
-
-
-@triton.jit
-def _share(count, BLOCK_M: tl.constexpr, programs, MOST_SPLITS: tl.constexpr):
-    """How many programs share the columns of a block when `count` rows are shared out."""
-    blocks = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
-    return tl.maximum(tl.minimum(programs // blocks, MOST_SPLITS), 1)
 
 
 @triton.jit
@@ -59,6 +53,7 @@ def _search_kernel(
     mean_ptr,
     listed_ptr,
     count_ptr,
+    found_ptr,
     keys_ptr,
     # sizes
     N,
@@ -82,11 +77,16 @@ def _search_kernel(
     pid = tl.program_id(0)
     image = (pid // programs).to(tl.int64)
     count = tl.load(count_ptr + image) if LISTED else N
-    splits = _share(count, BLOCK_M, programs, MOST_SPLITS)
+    splits = share(count, BLOCK_M, programs, MOST_SPLITS)
     block, split = pid % programs // splits, pid % programs % splits
     slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    # Blocks beyond the rows, of which a list may leave many, have no columns to look at.
+    end = tl.where(block * BLOCK_M < count, N, 0)
     if LISTED:
-        rows = tl.load(listed_ptr + image * rows_per_image + slot, mask=slot < count, other=N)
+        item = image * rows_per_image + slot
+        rows = token_at(tl.load(listed_ptr + item, mask=slot < count, other=0))
+        found = tl.load(found_ptr + item, mask=slot < count, other=0)
+        end = tl.where(tl.max(found, axis=0) > CAPACITY, N, 0)
     else:
         rows = slot
     x_ptr += image * stride_xb
@@ -96,8 +96,6 @@ def _search_kernel(
     # Unlike each other, so that one replacement fills one slot; slots beyond K are never the worst.
     empty = tl.where(slots < K, NO_KEY - slots, -NO_KEY)
     best = tl.zeros([BLOCK_M, 1], tl.int64) + empty[None, :]  # [BLOCK_M, BLOCK_K]
-    # Blocks beyond the rows, of which a list may leave many, have no columns to look at.
-    end = tl.where(block * BLOCK_M < count, N, 0)
     for start in range(split * BLOCK_N, end, splits * BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col_ptrs = x_ptr + cols.to(tl.int64)[:, None] * stride_xn  # [BLOCK_N, 1]
@@ -142,6 +140,7 @@ def _merge_kernel(
     keys_ptr,
     listed_ptr,
     count_ptr,
+    found_ptr,
     table_ptr,
     # sizes
     N,
@@ -165,17 +164,20 @@ def _merge_kernel(
     count = tl.load(count_ptr + image) if LISTED else N
     exists = place < count
     if LISTED:
-        row = tl.load(listed_ptr + image * rows_per_image + place, mask=exists, other=first)
+        item = image * rows_per_image + place
+        row = tl.load(listed_ptr + item, mask=exists, other=first)
+        exists = tl.load(found_ptr + item, mask=exists, other=0) > CAPACITY
+        if tl.max(exists.to(tl.int32), axis=0) == 0:
+            return
     else:
         row = place
-    splits = _share(count, BLOCK_M, programs, MOST_SPLITS)
+    splits = share(count, BLOCK_M, programs, MOST_SPLITS)
     places = tl.arange(0, BLOCK_K)[None, :]
     item = (image * programs + place // BLOCK_M * splits) * BLOCK_M + place % BLOCK_M
     key_ptrs = keys_ptr + item[:, None] * BLOCK_K + places  # [BLOCK_R, BLOCK_K]
     best = tl.load(key_ptrs, mask=exists[:, None], other=NO_KEY)
     best = tl.where(places < K, best, -NO_KEY)  # what nothing replaces
-    # Of a list that ends before this block, nothing is read.
-    for split in range(1, tl.where((pid % blocks) * BLOCK_R < count, splits, 1)):
+    for split in range(1, splits):
         ptrs = key_ptrs + split * (BLOCK_M * BLOCK_K)
         best = _keep_nearest(best, tl.load(ptrs, mask=exists[:, None], other=NO_KEY))
     best = tl.where(places < K, best, NO_KEY)
@@ -183,76 +185,10 @@ def _merge_kernel(
     for slot in range(0, K):
         nearest = tl.min(best, axis=1)
         column = (nearest & 0xFFFFFFFF).to(tl.int32)
-        tl.store(out + slot, tl.where(slot < sure, column | SURE, column), mask=exists)
+        # Those to be measured come first.
+        entry = tl.where(slot < sure, column | SURE, column)
+        tl.store(out + tl.where(slot < sure, K - sure + slot, slot - sure), entry, mask=exists)
         best = tl.where(best == nearest[:, None], NO_KEY, best)
     rest = tl.arange(0, BLOCK_C)[None, :]
     empty = tl.zeros([BLOCK_R, BLOCK_C], tl.int32) + NO_COLUMN
     tl.store(out[:, None] + rest, empty, mask=exists[:, None] & (rest >= K))
-
-
-@triton.jit
-def _settle_kernel(
-    # tensors
-    x_ptr,
-    table_ptr,
-    indices_ptr,
-    distances_ptr,
-    # sizes
-    N,
-    D,
-    K,
-    first,
-    rows_per_image,
-    # strides
-    stride_xb,
-    stride_xn,
-    stride_xd,
-    ALL: tl.constexpr,
-    # tile
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(rows_per_image, BLOCK_R)
-    image = (pid // blocks).to(tl.int64)
-    local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = first + local
-    inside = (local < rows_per_image) & (row < N)
-    places = tl.arange(0, BLOCK_C)[None, :]
-    table_row = (image * rows_per_image + local)[:, None] * BLOCK_C
-    entry = tl.load(table_ptr + table_row + places, mask=inside[:, None], other=NO_COLUMN)
-    exists = entry >= 0  # [BLOCK_R, BLOCK_C]
-    column = tl.where(exists, entry & (SURE - 1), 0)
-    unsure = exists & (ALL | ((entry & SURE) == 0))
-    x_ptr += image * stride_xb
-    row_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xn
-    column_ptrs = x_ptr + column.to(tl.int64) * stride_xn
-    total = tl.zeros([BLOCK_R, BLOCK_C, BLOCK_D], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        dims = d + tl.arange(0, BLOCK_D)
-        offsets = dims.to(tl.int64) * stride_xd
-        has = dims < D
-        xi = tl.load(
-            row_ptrs + offsets[None, :], mask=inside[:, None] & has[None, :], other=0.0
-        )  # [BLOCK_R, BLOCK_D]
-        xj = tl.load(
-            column_ptrs[:, :, None] + offsets[None, None, :],
-            mask=unsure[:, :, None] & has[None, None, :],
-            other=0.0,
-        )  # [BLOCK_R, BLOCK_C, BLOCK_D]
-        difference = xi.to(tl.float32)[:, None, :] - xj.to(tl.float32)
-        total += difference * difference
-    distance = tl.sum(total, axis=2)
-    distance = tl.where(distance == distance, distance, float("inf"))
-    bits = tl.where(unsure, distance.to(tl.int32, bitcast=True), -1)  # sure columns come first
-    key = (bits.to(tl.int64) << 32) | column.to(tl.int64)
-    key = tl.where(exists, key, NO_KEY)
-    place = tl.sum((key[:, :, None] > key[:, None, :]).to(tl.int32), axis=2)
-    out = (image * N + row)[:, None]
-    chosen = exists & (place < K)
-    tl.store(indices_ptr + out * K + place, column.to(tl.int64), mask=chosen)
-    if ALL:
-        tl.store(distances_ptr + out * K + place, distance, mask=chosen)
-    else:
-        tl.store(distances_ptr + out + place * 0, distance, mask=chosen & (place == K - 1))

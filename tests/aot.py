@@ -19,13 +19,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels._launch import Launch, dot_precision
-from scclip_fast.kernels.aggregate import aggregate_launch
+from scclip_fast.kernels.aggregate import Operand
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.candidates import bins_launch, round_launch
+from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_launch
 from scclip_fast.kernels.certify import certify_launch
-from scclip_fast.kernels.nearest import merge_launch, search_launch, settle_launch
+from scclip_fast.kernels.lof import lof_launch
+from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
+from scclip_fast.kernels.panel import product_launch, weights_launch
+from scclip_fast.kernels.rounding import centre_launch, round_launch
+from scclip_fast.kernels.settle import settle_launch
+from scclip_fast.kernels.stream import stream_launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,7 +57,7 @@ def integers(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def launches(precision: str) -> Iterator[tuple[str, Launch]]:
+def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch]]:
     """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
     for name, dtype in DTYPES.items():
         x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
@@ -62,41 +68,65 @@ def launches(precision: str) -> Iterator[tuple[str, Launch]]:
             table, indices = integers(1, 5184, width), meta(1, 5184, k, dtype=torch.int64)
             yield f"merge-{name}-k{k}", merge_launch(search, k, table)
             yield f"settle-{name}-k{k}", settle_launch(x, table, indices, meta(1, 5184, 1))
-        listed = search_launch(x, mean, 30, integers(1, 5184), integers(1), precision)
+        listed = search_launch(x, mean, 30, undecided(5184), precision)
         table, indices = integers(1, 5184, 64), meta(1, 5184, 30, dtype=torch.int64)
         yield f"search-listed-{name}", listed
         yield f"merge-listed-{name}", merge_launch(listed, 30, table)
         yield f"settle-all-{name}", settle_launch(x, table, indices, meta(1, 5184, 30))
-        half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376)
-        yield f"round-{name}", round_launch(x, mean, meta(1), *half, meta(1, 5376))
-        for width in (16, 1024):
-            for gamma in (None, 3.0):
-                v, f = meta(1, 5184, width, dtype=dtype), meta(1, 5184, 1024, dtype=dtype)
-                sums = meta(1, 5184), meta(1)
-                kind = "threshold" if gamma is None else "softmax"
-                yield (
-                    f"aggregate-{name}-{kind}-v{width}",
-                    aggregate_launch(v, f, *sums, gamma, 1e-6, v, meta(1, 5184), precision),
-                )
-        for d in (16, 64, 128):
+        yield f"settle-rotated-{name}", settle_launch(x, table, indices, meta(1, 5184, 1), 0)
+        half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376), meta(1, 5376)
+        yield f"centre-{name}", centre_launch(x, mean, mean)
+        yield f"round-{name}", round_launch(x, mean, mean, *half, meta(1))
+        for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
-            yield f"attention-{name}-d{d}", attention_launch(q, q, q, q, 0.5, 0.125, q, precision)
-    for n, d, splits in ((5376, 1024, 7), (82944, 256, 4)):
+            yield (
+                f"attention-{name}-d{d}",
+                attention_launch(q, q, q, q, 0.5, 0.125, q, precision, hopper),
+            )
+        yield from aggregations(name, dtype)
+    for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (82944, 256, 4)):
         half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
-        bins = integers(1, 5248, splits, 3, 64)
-        yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0)
-        out = integers(1, 5248, 64), integers(1, 5248), integers(1)
-        bound = square, square, meta(1)
-        yield f"certify-{n}x{d}", certify_launch(bins, *bound, *out, 0, n, 30, 1e-4)
+        bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
+        block_n = block_columns(n, d, hopper)
+        yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0, block_n)
+        certified = square, square, meta(1), table, undecided(1024)
+        yield f"certify-{n}x{d}", certify_launch(bins, *certified, 0, n, d, 30)
+        yield (
+            f"collect-{n}x{d}",
+            collect_launch(half, square, undecided(1024), table, 0, n, 264),
+        )
+    neighbors = meta(1, 5184, 30, dtype=torch.int64)
+    yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1), meta(1, 5184))
     far = (
         meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
     )  # image stride over 2^31
     yield "search-fp32-far", search_launch(far, meta(2, 2), 30, precision=precision)
-    mixed = meta(1, 5184, 64, dtype=torch.float16), meta(1, 5184, 64), meta(1, 5184), meta(1)
-    yield (
-        "aggregate-mixed",
-        aggregate_launch(*mixed, None, 1e-6, mixed[0], meta(1, 5184), precision),
-    )
+
+
+def undecided(rows: int) -> Undecided:
+    return Undecided(integers(1, rows), integers(1), meta(1, rows), integers(1, rows))
+
+
+def operand(dtype: torch.dtype, *shape: int) -> Operand:
+    """As `aggregate_triton` hands it on: float32 in two halves."""
+    if dtype == torch.float32:
+        return Operand(*(meta(*shape, dtype=torch.float16) for _ in range(2)))
+    return Operand(meta(*shape, dtype=dtype), None)
+
+
+def aggregations(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
+    for width in (17, 256, 1024):
+        f = operand(dtype, 1, 5184, width)
+        for rows in (2560, 5248):
+            panel = operand(dtype, 1, rows, 5248)
+            for gamma in (None, 3.0) if width == 1024 else (3.0,):
+                kind = f"{name}-d{width}-r{rows}" + ("" if gamma else "-threshold")
+                launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0)
+                yield f"weights-{kind}", launch
+        yield f"product-{name}-v{width}", product_launch(panel, f, sums[0], 1e-6, out, 0)
+        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184))
+        yield f"stream-{name}-v{width}", launch
 
 
 def source(launch: Launch) -> ASTSource:
@@ -112,6 +142,12 @@ def source(launch: Launch) -> ASTSource:
             signature[name], constants[name], divisible = "constexpr", None, False
         elif isinstance(value, torch.Tensor):
             signature[name] = SIGNATURE[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name], divisible = (
+                f"tensordesc<{SIGNATURE[value.base.dtype][1:]}[{block}]>",
+                False,
+            )
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
         elif value == 1:
@@ -147,11 +183,17 @@ def resources(compiled, target: GPUTarget) -> dict[str, int]:
 MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v_smfma"}
 
 
+def all_launches(target: GPUTarget) -> list[tuple[str, Launch]]:
+    precision = dot_precision(hip=target.backend == "hip")
+    return list(launches(precision, hopper=target.arch == 90))
+
+
 def compile_row(job: tuple[int, str]) -> dict:
     index, target_name = job
     target = TARGETS[target_name]
-    name, launch = list(launches(dot_precision(hip=target.backend == "hip")))[index]
-    compiled = triton.compile(source(launch), target=target, options=launch.options)
+    name, launch = all_launches(target)[index]
+    options = launch.compile_options(target.arch == 90, target.backend == "hip")
+    compiled = triton.compile(source(launch), target=target, options=options)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     instructions = sorted(set(re.findall(MATRIX_INSTRUCTION[target.backend], text)))
     row = dict(

@@ -17,6 +17,10 @@ def published_aggregate(values, features, beta=0.4):
     return s @ values
 
 
+#: Similarities near the threshold in `test_shapes`, 0.4 at most, are off by less.
+ROOM = 1e-6
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("device, backend, b, n, d, dtype", runs_and_shapes())
 def test_shapes(device, backend, b, n, d, dtype):
@@ -26,7 +30,12 @@ def test_shapes(device, backend, b, n, d, dtype):
     beta = 0.4 if d < 64 else 0.05  # random directions in many dimensions are nearly orthogonal
     out = sf.aggregate(values.to(device), features.to(device), beta, backend=backend)
     assert out.dtype == dtype
-    assert_close(out, ref=published_aggregate(values.double(), features.double(), beta))
+    low, high = (
+        published_aggregate(values.double(), features.double(), beta + off) for off in (-ROOM, ROOM)
+    )
+    sure = (low == high).all(dim=-1)  # no similarity within rounding of the threshold
+    assert sure.double().mean() > 0.8
+    assert_close(out.cpu()[sure], ref=low[sure])
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
@@ -81,7 +90,8 @@ def test_nan_spreads_as_in_the_matrix_product(device, backend):
 def test_unbatched_and_empty(device, backend):
     x = torch.randn(3, 40, 8, device=device)
     batch = sf.aggregate(x, x, backend=backend)
-    assert torch.equal(sf.aggregate(x[1], x[1], backend=backend), batch[1])
+    # On a GPU the matrix library may sum in another order.
+    assert torch.allclose(sf.aggregate(x[1], x[1], backend=backend), batch[1], rtol=1e-5)
     assert sf.aggregate(x[:0], x[:0], backend=backend).shape == (0, 40, 8)
 
 

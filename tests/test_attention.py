@@ -9,12 +9,15 @@ import scclip_fast as sf
 from scclip_fast import chunked
 
 
-def published_attention(q, k, v, features, gamma=3.0, alpha=0.5, scale=None):
-    """The equation written out on its own: two softmaxes on explicit matrices, blended."""
+def published_attention(q, k, v, features, gamma=3.0, alpha=0.5, scale=None, room=0.0):
+    """The equation written out on its own: two softmaxes on explicit matrices, blended.
+
+    Content looks at what is alike by `room` more than the mean.
+    """
     unit = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     s = unit @ unit.transpose(1, 2)
     centred = s - s.mean(dim=(1, 2), keepdim=True)
-    content = torch.softmax((gamma * centred).masked_fill(centred < 0, -torch.inf), dim=-1)
+    content = torch.softmax((gamma * centred).masked_fill(centred < room, -torch.inf), dim=-1)
     own = torch.softmax(
         q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1
     )
@@ -30,10 +33,16 @@ def inputs(b, h, n, d, dv, width, dtype):
 def compare(device, backend, tensors, factor=1.0, **options):
     out = sf.blended_attention(*(t.to(device) for t in tensors), **options, backend=backend)
     assert out.dtype == tensors[2].dtype
-    assert_close(
-        out, ref=published_attention(*(t.double() for t in tensors), **options), factor=factor
-    )
+    exact = [t.double() for t in tensors]
+    low, high = (published_attention(*exact, **options, room=off) for off in (-ROOM, ROOM))
+    # No similarity within rounding of the mean; that of a single token is the mean.
+    sure = (low == high).all(dim=-1) | (tensors[0].shape[2] == 1)
+    assert sure.double().mean() > 0.8
+    assert_close(out.cpu()[sure], ref=low[sure], factor=factor)
 
+
+#: Similarities near their mean, of 0.5 at most, are off by less.
+ROOM = 1e-6
 
 #: B, H, N, d, dv, D: every N and head width of the grid; D, the width of the features, is
 #: test_aggregate's to vary.

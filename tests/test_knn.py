@@ -77,7 +77,8 @@ def test_strided_input(device, backend):
     for x in views:
         assert not x.is_contiguous()
         found, expected = (sf.knn(t, 5, backend=backend) for t in (x, x.contiguous()))
-        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+        assert torch.allclose(found[0], expected[0], rtol=1e-6)  # loads decide how sums are cut
 
 
 @pytest.mark.parametrize("device, backend", RUNS)

@@ -6,7 +6,7 @@ from cases import FEATURES, GPU
 from tolerance import assert_neighbors
 
 import scclip_fast as sf
-from scclip_fast import chunked, reference
+from scclip_fast import reference
 from scclip_fast.kernels import nearest
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -32,23 +32,36 @@ KINDS = FEATURES | {"flat": flat, "giants": giants}
 
 @pytest.fixture
 def half(monkeypatch):
-    """The half-precision chain for short inputs too, and how many rows each pass left undecided."""
+    """The half-precision chain for short inputs too; how many rows each pass leaves to float32."""
     monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
-    undecided = []
+    left = []
     search = nearest._search
-    monkeypatch.setattr(
-        nearest, "_search", lambda *args: (undecided.extend(args[-1].tolist()), search(*args))
-    )
-    return undecided
+
+    def counting(*args):
+        if isinstance(args[-1], nearest.Undecided):
+            _, count, _, found = args[-1]
+            left.extend((f[:c] > 64).sum().item() for f, c in zip(found, count, strict=True))
+        return search(*args)
+
+    monkeypatch.setattr(nearest, "_search", counting)
+    return left
 
 
 def table_of(x, k):
     """The certificate's table (N, 64) of one image, and its undecided rows."""
     x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
-    tokens = nearest.rounded(x, chunked.finite_mean(x).squeeze(1), splits=4)
-    table, listed, count = nearest.decide(tokens, 4, 0, n, n, d, k)
-    return table[0, :n].cpu(), listed[0, : count.item()].cpu().long()
+    _, tokens = nearest.rounded(x, splits=4)
+    table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
+    listed = undecided.rows[0, : undecided.count.item()].cpu()
+    order = torch.tensor([position(token) for token in range(n)])
+    return table[0].cpu()[order], torch.tensor([order.tolist().index(row) for row in listed]).long()
+
+
+def position(token):
+    """Where `rounding.position_of` stores it."""
+    tile = token // 64
+    return tile * 64 + (token + (tile * 2654435769 % 2**32 >> 26)) % 64
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,9 +17,10 @@ def _attention(
 ) -> Tensor:
     """(1 - alpha) softmax(scale q k^T) v + alpha content; all (B, H, N, .)."""
     if backend == "triton" and v.numel():
-        from ..kernels.attention import attention_triton
+        from ..kernels.attention import MAX_WIDTH, attention_triton
 
-        return attention_triton(q, k, v, content, alpha, scale)
+        if max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH[q.dtype]:
+            return attention_triton(q, k, v, content, alpha, scale)
     if backend == "reference":
         dtype = chunked.compute_dtype(q)
         return reference.attention(*(t.to(dtype) for t in (q, k, v, content)), alpha, scale).to(
@@ -78,6 +79,7 @@ def blended_attention(
     >= mu} of gamma (S_ij - mu), S the cosine similarity of the features and mu its mean over the
     image. C is the same for all heads. SC-CLIP itself passes its keys as q as well. Differentiable
     by q, k, v and features (once); the backward pass recomputes both halves in chunked torch code.
+    The self half of heads wider than 128, in float32 than 64, is torch's own on every backend.
 
     Args:
         q, k: (H, N, d) or (B, H, N, d), floating, any strides.

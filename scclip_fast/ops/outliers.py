@@ -23,7 +23,7 @@ def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor
     if backend == "triton" and x.numel():
         from ..kernels.nearest import nearest_triton
 
-        return nearest_triton(x, chunked.finite_mean(x).squeeze(1), k, measure_all)
+        return nearest_triton(x, k, measure_all)
     if backend == "reference":
         distances, indices = reference.knn(x.to(chunked.compute_dtype(x)), k)
     else:
@@ -37,6 +37,21 @@ def _(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tenso
     dtype = chunked.compute_dtype(x)
     distances = x.new_empty((*x.shape[:2], k if measure_all else 1), dtype=dtype)
     return distances, x.new_empty((*x.shape[:2], k), dtype=torch.int64)
+
+
+@torch.library.custom_op("scclip_fast::simplified_lof", mutates_args=())
+def _simplified_lof(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
+    """`reference.simplified_lof`: scores (B, N)."""
+    if backend == "triton" and k_distance.numel():
+        from ..kernels.lof import simplified_lof_triton
+
+        return simplified_lof_triton(k_distance, neighbors)
+    return reference.simplified_lof(k_distance, neighbors)
+
+
+@_simplified_lof.register_fake
+def _(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
+    return torch.empty_like(k_distance, memory_format=torch.contiguous_format)
 
 
 def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
@@ -123,7 +138,7 @@ def lof_scores(
     )
     if variant == "scclip":
         distances, neighbors = _nearest(tokens, k, False, backend)
-        scores = reference.simplified_lof(distances[..., -1], neighbors)
+        scores = _simplified_lof(distances[..., -1], neighbors, backend)
     else:
         distances, neighbors = _nearest(tokens, k, True, backend)
         scores = reference.breunig_lof(distances.sqrt(), neighbors)

@@ -1,0 +1,131 @@
+"""The last step of a search: the candidates whose place is open are measured, and all are ordered.
+
+    d2(i, j) = sum (x_i - x_j)^2        exactly 0 for duplicates
+
+table (B, R, C) int32 of `certify.py` or `knn.py` -> indices (B, N, k) int64 and squared distances.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import Launch, power_of_two, strides
+from .certify import NO_COLUMN, ROWS, SURE
+from .rounding import token_at
+
+NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
+
+
+@triton.jit
+def _settle_kernel(
+    # tensors
+    x_ptr,
+    table_ptr,
+    indices_ptr,
+    distances_ptr,
+    # sizes
+    N,
+    D,
+    K,
+    first,
+    rows_per_image,
+    # strides
+    stride_xb,
+    stride_xn,
+    stride_xd,
+    ROTATED: tl.constexpr,
+    ALL: tl.constexpr,
+    # tile
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(rows_per_image, BLOCK_R)
+    image = (pid // blocks).to(tl.int64)
+    local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = first + local
+    if ROTATED:
+        row = token_at(row)
+    inside = (local < rows_per_image) & (row < N)
+    x_ptr += image * stride_xb
+    row_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
+    table_ptr += (image * rows_per_image + local)[:, None] * BLOCK_C
+    entry = tl.load(
+        table_ptr + tl.arange(0, BLOCK_C)[None, :], mask=inside[:, None], other=NO_COLUMN
+    )
+    exists = entry >= 0  # [BLOCK_R, BLOCK_C]
+    open_ = exists & (ALL | ((entry & SURE) == 0))  # the first of a row
+    most = tl.max(tl.sum(open_.to(tl.int32), axis=1), axis=0)
+    # Sure columns come first, in the end.
+    bits = tl.full([BLOCK_R, BLOCK_C // CHUNK, CHUNK], -1, tl.int32)
+    for chunk in range(0, tl.cdiv(most, CHUNK)):
+        places = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        part = tl.load(table_ptr + places, mask=inside[:, None], other=NO_COLUMN)
+        measured = (part >= 0) & (ALL | ((part & SURE) == 0))  # [BLOCK_R, CHUNK]
+        column = tl.where(measured, part & (SURE - 1), 0)
+        column_ptrs = x_ptr + column.to(tl.int64)[:, :, None] * stride_xn
+        total = tl.zeros([BLOCK_R, CHUNK, BLOCK_D], tl.float32)
+        for d in range(0, D, BLOCK_D):
+            dims = d + tl.arange(0, BLOCK_D)
+            offsets = dims.to(tl.int64) * stride_xd
+            has = dims < D
+            xi = tl.load(
+                row_ptrs + offsets[None, :], mask=inside[:, None] & has[None, :], other=0.0
+            )  # [BLOCK_R, BLOCK_D]
+            xj = tl.load(
+                column_ptrs + offsets[None, None, :],
+                mask=measured[:, :, None] & has[None, None, :],
+                other=0.0,
+            )  # [BLOCK_R, CHUNK, BLOCK_D]
+            difference = xi.to(tl.float32)[:, None, :] - xj.to(tl.float32)
+            total += difference * difference
+        distance = tl.sum(total, axis=2)
+        distance = tl.where(distance == distance, distance, float("inf"))
+        found = tl.where(measured, distance.to(tl.int32, bitcast=True), -1)
+        here = tl.arange(0, BLOCK_C // CHUNK)[None, :, None] == chunk
+        bits = tl.where(here, found[:, None, :], bits)
+
+    bits = tl.reshape(bits, [BLOCK_R, BLOCK_C])
+    column = tl.where(exists, entry & (SURE - 1), 0)
+    key = (bits.to(tl.int64) << 32) | column.to(tl.int64)
+    key = tl.where(exists, key, NO_KEY)
+    place = tl.sum((key[:, :, None] > key[:, None, :]).to(tl.int32), axis=2)
+    out = (image * N + row)[:, None]
+    chosen = exists & (place < K)
+    tl.store(indices_ptr + out * K + place, column.to(tl.int64), mask=chosen)
+    distance = bits.to(tl.float32, bitcast=True)
+    if ALL:
+        tl.store(distances_ptr + out * K + place, distance, mask=chosen)
+    else:
+        tl.store(distances_ptr + out + place * 0, distance, mask=chosen & (place == K - 1))
+
+
+def settle_launch(
+    x: torch.Tensor,
+    table: torch.Tensor,
+    indices: torch.Tensor,
+    distances: torch.Tensor,
+    first: int | None = None,
+) -> Launch:
+    """Indices (B, N, k) and distances (B, N, k or 1) of the rows of a table.
+
+    first: the position of the first row, for a table whose rows are stored as by `rounding.py`.
+    """
+    batch, rows, width = table.shape
+    _, n, d = x.shape
+    assert indices.is_contiguous() and distances.is_contiguous()
+    return Launch(
+        _settle_kernel,
+        batch * triton.cdiv(rows, ROWS),
+        dict(x_ptr=x, table_ptr=table, indices_ptr=indices, distances_ptr=distances)
+        | dict(N=n, D=d, K=indices.shape[-1], first=first or 0, rows_per_image=rows)
+        | strides("x", x, "bnd"),
+        dict(ROTATED=first is not None, ALL=distances.shape[-1] == indices.shape[-1])
+        | dict(BLOCK_R=ROWS, BLOCK_C=width, BLOCK_D=power_of_two(d, 16, 128))
+        | dict(CHUNK=min(8, width)),
+        dict(num_warps=1 if width <= 64 else 4),
+    )

@@ -1,0 +1,157 @@
+"""Aggregation in one pass, for so many tokens that not even rows of the weights should be written.
+
+The equations of `aggregate.py`. As s <= 1 bounds the exponent, the softmax needs no running
+maximum.
+
+Each program owns BLOCK_M rows and BLOCK_V channels of the values and streams over all tokens.
+Values wider than BLOCK_V cost the similarities once more per slice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import Launch, power_of_two, strides
+from .panel import split_dot, weight_of
+
+
+@triton.jit
+def _stream_kernel(
+    # tensors
+    f_ptr,
+    f2_ptr,
+    v_ptr,
+    v2_ptr,
+    scale_ptr,
+    floor_ptr,
+    out_ptr,
+    total_ptr,
+    # sizes
+    N,
+    D,
+    DV,
+    # strides
+    stride_fb,
+    stride_fn,
+    stride_fd,
+    stride_vb,
+    stride_vn,
+    stride_vd,
+    # weights
+    gamma,
+    eps,
+    SOFTMAX: tl.constexpr,
+    SPLIT: tl.constexpr,
+    HELD: tl.constexpr,
+    # tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    slices = tl.cdiv(DV, BLOCK_V)
+    blocks = tl.cdiv(N, BLOCK_M)
+    image = (pid // (slices * blocks)).to(tl.int64)
+    rows = (pid // slices % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
+    has = (channels < DV)[None, :]
+    v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
+    # Loads beyond the tokens read the last: their weights are not used.
+    row = tl.minimum(rows, N - 1)
+    row_offsets = image * stride_fb + row.to(tl.int64)[:, None] * stride_fn  # [BLOCK_M, 1]
+    dims = tl.arange(0, BLOCK_D)
+    depth = dims.to(tl.int64) * stride_fd
+    scale_ptr += image * N
+    row_scale = tl.load(scale_ptr + row)
+    floor = tl.load(floor_ptr + image)
+    if HELD:  # the features of the rows fit one block of channels
+        own = row_offsets + depth[None, :]
+        fi = tl.load(f_ptr + own, mask=(dims < D)[None, :], other=0.0)
+        fi2 = fi
+        if SPLIT:
+            fi2 = tl.load(f2_ptr + own, mask=(dims < D)[None, :], other=0.0)
+
+    average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        cols = start + tl.arange(0, BLOCK_N)
+        col = tl.minimum(cols, N - 1)
+        col_offsets = image * stride_fb + col.to(tl.int64)[None, :] * stride_fn + depth[:, None]
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if HELD:
+            inside = (dims < D)[:, None]
+            fj = tl.load(f_ptr + col_offsets, mask=inside, other=0.0)
+            fj2 = fj
+            if SPLIT:
+                fj2 = tl.load(f2_ptr + col_offsets, mask=inside, other=0.0)
+            s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
+        else:
+            for d in range(0, D, BLOCK_D):
+                deep = d + dims < D
+                step = tl.cast(d, tl.int64) * stride_fd
+                left = row_offsets + depth[None, :] + step
+                fi = tl.load(f_ptr + left, mask=deep[None, :], other=0.0)
+                fj = tl.load(f_ptr + col_offsets + step, mask=deep[:, None], other=0.0)
+                fi2, fj2 = fi, fj
+                if SPLIT:
+                    fi2 = tl.load(f2_ptr + left, mask=deep[None, :], other=0.0)
+                    fj2 = tl.load(f2_ptr + col_offsets + step, mask=deep[:, None], other=0.0)
+                s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
+        s = s * row_scale[:, None] * tl.load(scale_ptr + col)[None, :]
+        weight = weight_of(s, floor, gamma, SOFTMAX)
+        weight = tl.where((cols < N)[None, :], weight, 0.0)
+        total += tl.sum(weight, axis=1)
+        offsets = v_offsets + col.to(tl.int64)[:, None] * stride_vn
+        v = tl.load(v_ptr + offsets, mask=has, other=0.0)  # [BLOCK_N, BLOCK_V]
+        w = weight.to(v.dtype)
+        w2, v2 = w, v
+        if SPLIT:
+            v2 = tl.load(v2_ptr + offsets, mask=has, other=0.0)
+            w2 = (weight - w).to(v.dtype)
+        average = split_dot(w, w2, v, v2, average, SPLIT)
+
+    average = average / (total + eps)[:, None]
+    token = image * N + rows
+    if pid % slices == 0:
+        tl.store(total_ptr + token, total, mask=rows < N)
+    tl.store(
+        out_ptr + token[:, None] * DV + channels[None, :],
+        average.to(out_ptr.dtype.element_ty),
+        mask=(rows < N)[:, None] & has,
+    )
+
+
+def stream_launch(
+    v,
+    f,
+    scale: torch.Tensor,
+    floor: torch.Tensor,
+    gamma: float | None,
+    eps: float,
+    out: torch.Tensor,
+    total: torch.Tensor,
+) -> Launch:
+    """The shapes of `aggregate.py`; all but values and features contiguous."""
+    batch, n, dv = v.first.shape
+    d = f.first.shape[-1]
+    assert all(t.is_contiguous() for t in (scale, floor, out, total))
+    split = f.second is not None
+    held = d <= 256 and not split  # both halves would leave no room
+    block_v = power_of_two(dv, 16, 256)
+    return Launch(
+        _stream_kernel,
+        batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
+        dict(f_ptr=f.first, f2_ptr=f.second)
+        | dict(v_ptr=v.first, v2_ptr=v.second)
+        | dict(scale_ptr=scale, floor_ptr=floor, out_ptr=out, total_ptr=total, N=n, D=d, DV=dv)
+        | strides("f", f.first, "bnd")
+        | strides("v", v.first, "bnd")
+        | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
+        dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=128)
+        | dict(BLOCK_N=32 if held else 64, BLOCK_V=block_v)
+        | dict(BLOCK_D=power_of_two(d, 16, 256) if held else power_of_two(d, 16, 64)),
+        dict(num_warps=8, num_stages=2 if split else 3),
+    )
