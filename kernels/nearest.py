@@ -127,7 +127,8 @@ def rounded(x: torch.Tensor, splits: int) -> tuple[torch.Tensor, Rounded]:
     block_n = candidates.block_columns(n, d, on_hopper(x.device))
     multiple = math.lcm(splits * block_n, candidates.BLOCK_M)
     padded_n = triton.cdiv(n, multiple) * multiple
-    half = x.new_empty(batch, padded_n, triton.cdiv(d, 64) * 64, dtype=torch.float16)
+    padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64
+    half = x.new_empty(batch, padded_n, padded_d, dtype=torch.float16)
     square, error = x.new_empty(2, batch, padded_n, dtype=torch.float32)
     ratio = x.new_zeros(batch, dtype=torch.float32)
     mean, spread = _centre(x)

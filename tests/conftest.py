@@ -9,6 +9,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    from scclip_fast.kernels import nearest
+
+    nearest.PROGRAMS = 8  # which the interpreter runs one after the other
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads wait for each other
     torch.set_num_threads(1)

@@ -85,15 +85,19 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
     launched = []
     for module, name in (
+        (nearest, "centre_launch"),
         (nearest, "search_launch"),
         (nearest, "merge_launch"),
         (nearest, "settle_launch"),
-        (aggregate, "aggregate_launch"),
+        (aggregate, "weights_launch"),
+        (aggregate, "product_launch"),
         (attention, "attention_launch"),
     ):
         original = getattr(module, name)
         monkeypatch.setattr(
-            module, name, lambda *a, _f=original, _n=name: launched.append(_n) or _f(*a)
+            module,
+            name,
+            lambda *a, _f=original, _n=name, **k: launched.append(_n) or _f(*a, **k),
         )
     x = X.cuda() if GPU else X
     q = torch.randn(1, 2, 4, 3, device=x.device)
@@ -104,9 +108,11 @@ def test_the_kernels_are_what_runs(monkeypatch):
     sf.knn(x, 2, backend="triton")
     sf.blended_attention(q, q, q, x, backend="triton")
     assert launched == [
+        "centre_launch",
         "search_launch",
         "merge_launch",
         "settle_launch",
-        "aggregate_launch",
+        "weights_launch",
+        "product_launch",
         "attention_launch",
     ]

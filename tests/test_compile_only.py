@@ -12,7 +12,7 @@ AOT = Path(__file__).with_name("aot.py")
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
-WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle")
+WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof")
 
 
 def has_products(row):

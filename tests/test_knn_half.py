@@ -117,6 +117,24 @@ def test_short_types_and_strides(dtype):
     assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
+@pytest.mark.skipif(GPU, reason="there the tiles are the GPU's")
+@pytest.mark.parametrize("width", [20, 160, 300])
+def test_tiles_for_hopper(width, monkeypatch):
+    """128 columns beside rows that are held, 256 for more channels."""
+    monkeypatch.setattr(nearest, "on_hopper", lambda device: True)
+    x = torch.randn(1, 1030, width)
+    _, indices = sf.knn(x, 5, backend="triton")
+    assert_neighbors(indices, x=x, k=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [20, 160, 300])
+def test_many_tokens_on_the_gpu(width):
+    x = torch.randn(2, 1500, width)
+    _, indices = sf.knn(x.cuda(), K, backend="triton")
+    assert_neighbors(indices, x=x, k=K)
+
+
 def test_tokens_that_are_not_finite(half):
     x = torch.randn(1, 140, 12)
     clean = sf.knn(x[:, 3:].to(DEVICE), 9, backend="triton")[1]

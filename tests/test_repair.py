@@ -84,3 +84,13 @@ def test_gradcheck():
     tokens = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 12) < 0.4
     assert gradcheck(lambda t: sf.repair(t, mask, (3, 4)), (tokens,))
+
+
+def test_rows_of_tokens_in_memory():
+    """Whichever rule runs: what channels come first in is slow to read."""
+    from scclip_fast.ops.repair import _pooled
+
+    tokens, mask = torch.randn(2, 48, 5), torch.rand(2, 48) < 0.2
+    for out in (_pooled(tokens, mask, (6, 8)), sf.repair(tokens, mask, (6, 8))):
+        assert out.is_contiguous()
+        assert torch.allclose(out, sf.repair(tokens, mask, (6, 8)), atol=1e-6)

@@ -59,8 +59,9 @@ def _pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     good_sum = F.avg_pool2d(image.masked_fill(bad, 0), kernel_size=3, stride=1, padding=1)
     good_count = F.avg_pool2d((~bad).to(image.dtype), kernel_size=3, stride=1, padding=1)
     mean = good_sum / good_count.clamp(min=torch.finfo(image.dtype).tiny)
-    repaired = torch.where(bad & (good_count > 0), mean, image)
-    return repaired.permute(0, 2, 3, 1).flatten(1, 2)
+    replaced = (bad & (good_count > 0)).flatten(1).unsqueeze(-1)
+    # Rows of tokens again, in memory too, for the kernels that read them next.
+    return torch.where(replaced, mean.permute(0, 2, 3, 1).flatten(1, 2), tokens).contiguous()
 
 
 def _check_grid(grid: tuple[int, int], n: int) -> tuple[int, int]:
