@@ -20,7 +20,7 @@ test = [
 ]
 lint = ["ruff==0.17.6"]
 
-SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "scenes")
+SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
 
 setup(
     name="scclip_fast",

@@ -1,0 +1,202 @@
+"""SAM3's own modules with a stage in their forward; a module becomes one by its `__class__`.
+
+Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
+does not of forward hooks (measured on transformers 5.0 and 5.23). Each class adds to what its
+parent returns, so that nothing of SAM3 is written twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Sam3Model
+from transformers.models.sam3 import modeling_sam3 as sam3
+
+from ..ops import blended_attention
+from . import stages
+from .config import Sam3CalibrationConfig
+from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
+
+ATTENTION = "scclip_blended"
+
+
+@dataclass
+class Shared:
+    """What the modules of one model leave for each other during a forward pass."""
+
+    config: Sam3CalibrationConfig
+    features: dict[int, Tensor] = field(default_factory=dict)
+    found: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, *names: str) -> dict[str, Tensor | None]:
+        """What was found, given once: nothing outlives the forward pass."""
+        return {name: self.found.pop(name, None) for name in names}
+
+
+class TappedLayer(sam3.Sam3ViTLayer):
+    """A layer of the trunk whose output a later stage reads."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        out = super().forward(hidden_states, **kwargs)
+        self.scclip.features[self.scclip_index] = out.flatten(1, 2)
+        return out
+
+
+class CalibratedLastLayer(sam3.Sam3ViTLayer):
+    """The trunk's last layer, in the middle of `stages.calibrate_trunk`."""
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        config, features = self.scclip.config, self.scclip.features
+        grid = (hidden_states.shape[1], hidden_states.shape[2])
+
+        def last(tokens: Tensor, content: Tensor | None) -> Tensor:
+            blend = {} if content is None else {"scclip_content": (content, config)}
+            out = super(CalibratedLastLayer, self).forward(
+                tokens.unflatten(1, grid), **kwargs, **blend
+            )
+            return out.flatten(1, 2)
+
+        tokens, outliers = stages.calibrate_trunk(
+            hidden_states.flatten(1, 2), features, last, grid, config
+        )
+        features.clear()
+        if outliers is not None:
+            self.scclip.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
+            self.scclip.found["lof_scores"] = outliers.scores.unflatten(1, grid)
+        self.scclip.found["calibrated_features"] = tokens
+        return tokens.unflatten(1, grid)
+
+
+def blended(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    scclip_content: tuple[Tensor, Sam3CalibrationConfig],
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (B, H, N, d), after the rotary embedding, to (B, N, H, d).
+
+    Under autocast q and k come in the rotary embedding's float32.
+    """
+    content, config = scclip_content
+    out = blended_attention(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        content,
+        gamma=config.gamma,
+        alpha=config.residual_weight,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+class CalibratedVisionModel(sam3.Sam3VisionModel):
+    """The vision encoder, whose output carries what was found: reused, it is found once."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        out = super().forward(*args, **kwargs)
+        found = self.scclip.take("outlier_mask", "lof_scores", "calibrated_features")
+        return _extended(CalibratedVisionOutput, out, found)
+
+
+class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
+    """A layer of the DETR decoder; its token 0, for presence, is no object query."""
+
+    def forward(self, *args, **kwargs) -> Tensor:
+        out = super().forward(*args, **kwargs)
+        presence, queries = out[:, :1], out[:, 1:]
+        return torch.cat([presence, stages.calibrate_queries(queries, self.scclip.config)], dim=1)
+
+
+class TappedDecoder(sam3.Sam3DetrDecoder):
+    """The DETR decoder, whose queries of all layers the output shows."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        out = super().forward(*args, **kwargs)
+        self.scclip.found["query_features"] = out.intermediate_hidden_states
+        return out
+
+
+class RepairedPixelDecoder(sam3.Sam3PixelDecoder):
+    """The mask head's pyramid, from repaired tokens."""
+
+    def forward(self, backbone_features: list[Tensor]) -> Tensor:
+        *finer, coarsest = backbone_features
+        return super().forward([*finer, stages.repair_map(coarsest, self.scclip.config)])
+
+
+class CalibratedProjection(nn.Conv2d):
+    """What makes the pixel features that meet the queries."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        out, config = super().forward(pixels), self.scclip.config
+        if config.mask_repair and config.mask_grid == "pixels":
+            out = stages.repair_map(out, config)
+        if config.mask_threshold:
+            self.scclip.found["pixel_norms"] = out.norm(dim=1)
+        return out
+
+
+class MeasuredMaskEmbedder(sam3.Sam3MaskEmbedder):
+    """What makes the queries' embeddings, whose lengths the threshold needs."""
+
+    def forward(self, queries: Tensor) -> Tensor:
+        out = super().forward(queries)
+        self.scclip.found["query_norms"] = out.norm(dim=-1)
+        return out
+
+
+class ThresholdedMaskDecoder(sam3.Sam3MaskDecoder):
+    """The mask head without the logits of pixels that are unlike the query."""
+
+    def forward(self, *args, **kwargs) -> Any:
+        out = super().forward(*args, **kwargs)
+        norms = self.scclip.take("query_norms", "pixel_norms")
+        beta = self.scclip.config.similarity_beta
+        out.pred_masks = stages.threshold_logits(out.pred_masks, *norms.values(), beta)
+        return out
+
+
+class CalibratedModel(Sam3Model):
+    """The whole model: checks its pixels, and its output is `CalibratedSegmentationOutput`."""
+
+    def forward(self, pixel_values=None, vision_embeds=None, **kwargs) -> Any:
+        if pixel_values is not None and vision_embeds is None:
+            _check_pixels(pixel_values)
+            context = {k: v for k, v in kwargs.items() if k not in _PROMPTS}
+            vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
+            pixel_values = None
+        out = super().forward(pixel_values=pixel_values, vision_embeds=vision_embeds, **kwargs)
+        found = {
+            name: getattr(vision_embeds, name, None)
+            for name in ("outlier_mask", "lof_scores", "calibrated_features")
+        }
+        return _extended(
+            CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")
+        )
+
+
+# save_pretrained writes this name, by which the checkpoint is loaded without this package.
+CalibratedModel.__name__ = Sam3Model.__name__
+_PROMPTS = ("input_ids", "attention_mask", "text_embeds", "input_boxes", "input_boxes_labels")
+
+
+def _check_pixels(pixels: Tensor) -> None:
+    """On the CPU only: elsewhere it would wait for the device."""
+    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not pixels.isfinite().all():
+            raise ValueError("pixel_values must be finite, got NaN or infinity; check the images")
+
+
+def _extended(kind: type, out: Any, found: dict[str, Tensor | None]) -> Any:
+    """transformers' output as the dataclass that adds fields to it; tuples as they are."""
+    if isinstance(out, tuple):
+        return out
+    return kind(**{f.name: getattr(out, f.name) for f in fields(out)}, **found)

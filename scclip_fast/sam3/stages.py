@@ -1,0 +1,105 @@
+"""What is calibrated, against the ops: the trunk, the object queries, the mask head's features.
+
+The trunk, w = residual_weight; `last` is the trunk's last layer, run twice:
+
+    x = output of the last layer but one      f_i = output of layer i
+    outliers of x -- repair --> x', f_pre'    x' -- aggregate by f_pre' --> x''
+    x <- x + w (x'' - x)
+    y = last(x), its attention (1 - w) self + w content of f_pre'
+    z = last(mean of f_start, ..., f_end-1)   y <- y + w (z - y)
+    y <- y + w (aggregate by f_post (y) - y)
+
+The design this follows adds the sum of the middle layers, as SC-CLIP does; SAM3's neck was trained
+on the frozen trunk, so everything enters as a blend, and the mean keeps its scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import aggregate, lof_scores, outlier_mask, repair
+from .config import Sam3CalibrationConfig
+
+
+class Outliers(NamedTuple):
+    """LOF scores (B, N) and the mask (B, N) of the outliers."""
+
+    scores: Tensor
+    mask: Tensor
+
+
+def calibrate_trunk(
+    tokens: Tensor,
+    features: Mapping[int, Tensor],
+    last: Callable[[Tensor, Tensor | None], Tensor],
+    grid: tuple[int, int],
+    config: Sam3CalibrationConfig,
+) -> tuple[Tensor, Outliers | None]:
+    """The last layer's output (B, N, D) by the module's equations.
+
+    Args:
+        tokens: (B, N, D), the last layer's input.
+        features: outputs (B, N, D) of layers by index, as many as the config names.
+        last: the last layer of tokens, with the features of its content attention or None.
+        grid: rows and columns of the tokens.
+
+    Returns:
+        Tokens, and the outliers found or, where there is no repair, None.
+    """
+    beta, w = config.similarity_beta, config.residual_weight
+    middle, changed, outliers = features[config.pre_adjust_idx], tokens, None
+    # Where all others are neighbours, LOF says nothing.
+    if config.trunk_repair and tokens.shape[1] > config.outlier_n_neighbors:
+        outliers = find_outliers(tokens, config)
+        changed, middle = (repair(t, outliers.mask, grid) for t in (tokens, middle))
+    if config.trunk_aggregate:
+        changed = aggregate(changed, middle, beta)
+    content = middle if config.trunk_attention else None
+    y = last(torch.lerp(tokens, changed, w), content)
+    if config.trunk_fusion:
+        levels = [features[i] for i in range(config.multi_start_idx, config.multi_end_idx)]
+        y = torch.lerp(y, last(sum(levels) / len(levels), content), w)
+    if config.trunk_aggregate:
+        y = torch.lerp(y, aggregate(y, features[config.post_adjust_idx], beta), w)
+    return y, outliers
+
+
+def calibrate_queries(queries: Tensor, config: Sam3CalibrationConfig) -> Tensor:
+    """Object queries (B, Q, C), aggregated in the images that have outliers among them."""
+    if queries.shape[1] <= config.outlier_n_neighbors:
+        return queries
+    aggregated = aggregate(queries, queries, config.similarity_beta)
+    has_outliers = find_outliers(queries, config).mask.any(dim=1)
+    return torch.where(has_outliers[:, None, None], aggregated, queries)
+
+
+def repair_map(features: Tensor, config: Sam3CalibrationConfig) -> Tensor:
+    """Feature maps (B, C, h, w) with outlier pixels repaired."""
+    height, width = features.shape[-2:]
+    if height * width <= config.outlier_n_neighbors:
+        return features
+    tokens = features.flatten(2).mT
+    repaired = repair(tokens, find_outliers(tokens, config).mask, (height, width))
+    return repaired.mT.unflatten(2, (height, width))
+
+
+def threshold_logits(
+    logits: Tensor, query_norms: Tensor, pixel_norms: Tensor, beta: float
+) -> Tensor:
+    """Mask logits (B, Q, h, w), 0 where the cosine of query and pixel is below beta.
+
+    A logit is the dot product of a query's and a pixel's embedding, unbounded; over their norms
+    (B, Q) and (B, h, w) it is the cosine that beta is for.
+    """
+    lengths = query_norms[:, :, None, None] * pixel_norms[:, None]
+    return torch.where(logits < beta * lengths, 0, logits)
+
+
+def find_outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers:
+    """Of tokens (B, N, D); distances and scores are float32 at least."""
+    scores = lof_scores(tokens, config.outlier_n_neighbors)
+    return Outliers(scores, outlier_mask(scores, config.outlier_contamination))

@@ -1,0 +1,271 @@
+"""Installing the SAM3 calibration, living with it, and taking it out."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_sam3 import GRID, LAYERS, QUERIES, inputs, tiny_sam3
+from transformers import Sam3Model
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
+
+from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate, to_seed_dict
+from scclip_fast.sam3.config import STAGES
+
+ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
+TENSORS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg")
+
+
+@pytest.fixture
+def model():
+    return tiny_sam3()
+
+
+def same(first, second, **tolerance):
+    return all(
+        torch.allclose(getattr(first, n), getattr(second, n), **tolerance)
+        if tolerance
+        else torch.equal(getattr(first, n), getattr(second, n))
+        for n in TENSORS
+    )
+
+
+@torch.no_grad()
+def test_removal_restores_the_model(model):
+    given = inputs(2)
+    kinds = [type(module) for module in model.modules()]
+    names = [set(module.__dict__) for module in model.modules()]
+    frozen, state = model(**given), copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        handle = calibrate(model, ALL)
+        assert isinstance(model, Sam3Model) and list(model.state_dict()) == list(state)
+        assert not same(model(**given), frozen)
+        handle.remove()
+        handle.remove()
+        assert [type(module) for module in model.modules()] == kinds
+        assert [set(module.__dict__) for module in model.modules()] == names
+        assert same(model(**given), frozen)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in state.items())
+
+
+@torch.no_grad()
+def test_context_manager_removes_after_an_error(model):
+    with pytest.raises(RuntimeError, match="mine"), calibrate(model, ALL) as handle:
+        assert handle.config == ALL
+        raise RuntimeError("mine")
+    assert type(model) is Sam3Model
+
+
+@torch.no_grad()
+def test_vision_embeds_are_calibrated_once(model):
+    """Several prompts for one image; what was found comes with each."""
+    given = inputs(1)
+    pixels = given.pop("pixel_values")
+    calls = []
+    with calibrate(model, ALL):
+        whole = model(pixel_values=pixels, **given)
+        embeds = model.get_vision_features(pixel_values=pixels)
+        hook = model.vision_encoder.register_forward_hook(lambda *_: calls.append(1))
+        again = model(vision_embeds=embeds, **given)
+        other = inputs(1)
+        other.pop("pixel_values")
+        changed = model(vision_embeds=embeds, **other)
+        hook.remove()
+    assert not calls and same(whole, again) and not same(whole, changed)
+    for out in (whole, again, changed):
+        assert torch.equal(out.outlier_mask, embeds.outlier_mask)
+        assert torch.equal(out.calibrated_features, embeds.last_hidden_state)
+
+
+@torch.no_grad()
+def test_batches_are_independent(model):
+    given = inputs(3)
+    with calibrate(model, ALL):
+        together = model(**given)
+        alone = [model(**{k: v[i : i + 1] for k, v in given.items()}) for i in range(3)]
+    masks = torch.cat([out.pred_masks for out in alone])
+    assert torch.allclose(together.pred_masks, masks, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_attention_implementations_and_the_text_mask(attention):
+    """Padding is not read: other tokens there change nothing."""
+    model, given = tiny_sam3(attention), inputs(2)
+    other = {**given, "input_ids": given["input_ids"].clone()}
+    other["input_ids"][:, -2:] = 50
+    read = {**other, "attention_mask": torch.ones_like(given["attention_mask"])}
+    with calibrate(model, ALL):
+        first = model(**given)
+        assert same(first, model(**other), atol=1e-5) and not same(first, model(**read), atol=1e-5)
+    assert model.config._attn_implementation == attention
+    reference = tiny_sam3("eager")
+    with calibrate(reference, ALL):
+        assert same(first, reference(**given), atol=1e-4)
+
+
+@torch.no_grad()
+def test_box_prompts(model):
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4]]])
+    with calibrate(model, ALL):
+        given = inputs(1)
+        assert not same(model(**given), model(**given, input_boxes=boxes))
+
+
+def test_inference_mode_and_autocast(model):
+    given = inputs(1)
+    with calibrate(model, ALL):
+        with torch.no_grad():
+            expected = model(**given)
+        with torch.inference_mode():
+            assert same(model(**given), expected)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            out = model(**given)
+    assert out.pred_masks.isfinite().all()
+    error = (out.calibrated_features.float() - expected.calibrated_features).norm()
+    assert error < 0.05 * expected.calibrated_features.norm()
+
+
+@torch.no_grad()
+def test_moved_after_installing(model):
+    given = inputs(1)
+    with calibrate(model, ALL):
+        single = model(**given)
+        model.to(torch.float64)
+        given["pixel_values"] = given["pixel_values"].double()
+        double = model(**given)
+        assert double.calibrated_features.dtype == torch.float64
+        found = double.calibrated_features.float()
+        assert torch.allclose(found, single.calibrated_features, atol=1e-4)
+        model.to(torch.bfloat16)
+        given["pixel_values"] = given["pixel_values"].bfloat16()
+        assert model(**given).pred_masks.isfinite().all()
+
+
+@torch.no_grad()
+def test_copies_and_checkpoints(model, tmp_path):
+    given = inputs(1)
+    frozen = model(**given)
+    with calibrate(model, ALL):
+        calibrated = model(**given)
+        twin = copy.deepcopy(model)
+        reborn = pickle.loads(pickle.dumps(model))
+        model.save_pretrained(tmp_path)
+    assert same(model(**given), frozen)
+    assert same(twin(**given), calibrated) and same(reborn(**given), calibrated)
+    loaded = Sam3Model.from_pretrained(tmp_path).eval()
+    assert same(loaded(**given), frozen, atol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_are_transformers_own(model):
+    with calibrate(model, ALL):
+        out = model(**inputs(2), output_hidden_states=True)
+        as_tuple = model(**inputs(2), return_dict=False)
+    assert isinstance(out, Sam3ImageSegmentationOutput) and isinstance(as_tuple, tuple)
+    assert len(out.vision_hidden_states) == LAYERS + 1
+    leaves, spec = torch.utils._pytree.tree_flatten(out)
+    again = torch.utils._pytree.tree_unflatten(leaves, spec)
+    assert type(again) is type(out) and torch.equal(again.outlier_mask, out.outlier_mask)
+    image, token = out.outlier_indices.unbind(dim=1)
+    assert out.outlier_mask.flatten(1)[image, token].all()
+    assert len(image) == out.outlier_mask.sum()
+
+
+@torch.no_grad()
+def test_seed_dictionary(model):
+    given = inputs(2)
+    with pytest.raises(TypeError, match="output must be that of a calibrated Sam3Model"):
+        to_seed_dict(model(**given))
+    with calibrate(model):
+        found = to_seed_dict(model(**given))
+    assert {k: tuple(v.shape) for k, v in found.items() if k != "outlier_indices"} == dict(
+        pred_logits=(3, 2, QUERIES, 32),
+        pred_boxes=(3, 2, QUERIES, 4),
+        pred_masks=(2, QUERIES, 32, 32),
+        semantic_seg=(2, 1, 32, 32),
+        presence_logit=(2, 1),
+        calibrated_features=(2, GRID * GRID, 32),
+    )
+    assert found["outlier_indices"].shape[1] == 2
+
+
+@torch.no_grad()
+def test_nothing_is_held_after_a_forward_pass(model):
+    with calibrate(model, ALL):
+        model(**inputs(1))
+        assert not model.scclip.features and not model.scclip.found
+
+
+@pytest.mark.parametrize("before", [True, False])
+@torch.no_grad()
+def test_compile(model, before):
+    """`vision_encoder` and `mask_decoder` in one graph, compiled before or after installing."""
+    given = inputs(1)
+    frozen = model(**given)
+    with calibrate(model, ALL):
+        expected = model(**given)
+
+    def compile_parts():
+        torch.compiler.reset()
+        for part in (model.vision_encoder, model.mask_decoder):
+            part.compile(backend="aot_eager", fullgraph=True)
+
+    if before:
+        compile_parts()
+        assert same(model(**given), frozen, atol=1e-4)
+    handle = calibrate(model, ALL)
+    if not before:
+        compile_parts()
+    assert same(model(**given), expected, atol=1e-4)
+    handle.remove()
+    assert same(model(**given), frozen, atol=1e-4)
+
+
+def test_presets():
+    default, seed = Sam3CalibrationConfig(), Sam3CalibrationConfig.seed()
+    assert Sam3CalibrationConfig.for_depth(32) == default
+    assert (seed.pre_adjust_idx, seed.post_adjust_idx) == (6, 2)
+    assert (seed.multi_start_idx, seed.multi_end_idx, seed.similarity_beta) == (2, 8, 0.4)
+    for layers in range(2, 50):
+        Sam3CalibrationConfig.for_depth(layers).check(layers, 6)
+
+
+BAD = [
+    (dict(pre_adjust_idx=5), r"pre_adjust_idx must be in \[0, 4\] .* got 5; for_depth\(6\)"),
+    (dict(post_adjust_idx=-1), r"post_adjust_idx must be in"),
+    (dict(multi_start_idx=9), r"multi_start_idx must be in"),
+    (dict(multi_start_idx=3, multi_end_idx=3), r"multi_end_idx must be in \[4, 5\]"),
+    (dict(similarity_beta=1.5), r"similarity_beta must be in \[-1, 1\], got 1.5"),
+    (dict(similarity_beta=float("nan")), r"similarity_beta must be in"),
+    (dict(residual_weight=-0.1), r"residual_weight must be in \[0, 1\]"),
+    (dict(gamma=-1.0), r"gamma must be in \[0, inf\]"),
+    (dict(outlier_contamination=0.6), r"outlier_contamination must be in \(0, 0.5\], got 0.6"),
+    (dict(outlier_n_neighbors=0), r"outlier_n_neighbors must be at least 1"),
+    (dict(decoder_layers=(3,)), r"decoder_layers must be in \[-3, 2\]"),
+    (dict(mask_grid="boxes"), r"mask_grid must be 'pixels' or 'tokens', got 'boxes'"),
+]
+
+
+@pytest.mark.parametrize("settings, message", BAD)
+def test_bad_settings(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, replace(ALL, **settings))
+    assert type(model) is Sam3Model
+
+
+def test_bad_models(model):
+    with pytest.raises(ValueError, match=r"must be a transformers Sam3Model, got Sam3VisionModel"):
+        calibrate(model.vision_encoder)
+    with calibrate(model), pytest.raises(ValueError, match=r"calibrated already; call remove"):
+        calibrate(model)
+    with pytest.raises(ValueError, match="at least 2 layers, got a trunk of 1"):
+        Sam3CalibrationConfig.for_depth(1)
+
+
+def test_nan_pixels(model):
+    given = inputs(1)
+    given["pixel_values"][0, 0, 0, 0] = torch.nan
+    with calibrate(model), pytest.raises(ValueError, match="pixel_values must be finite"):
+        model(**given)

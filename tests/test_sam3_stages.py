@@ -1,0 +1,153 @@
+"""Every stage of the SAM3 calibration against plain code, and all of them together."""
+
+from dataclasses import replace
+from itertools import product
+
+import plain_sam3
+import pytest
+import torch
+from tiny_sam3 import GRID, LAYERS, QUERIES, SIDE, inputs, tiny_sam3
+
+from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
+from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
+
+NONE = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, False))
+CLOSE = dict(rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_sam3()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stages", [*((name,) for name in TRUNK_STAGES), TRUNK_STAGES])
+@torch.no_grad()
+def test_trunk(model, batch, stages):
+    config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
+    pixels = torch.randn(batch, 3, SIDE, SIDE)
+    plain = [plain_sam3.trunk(model.vision_encoder.backbone, image, config) for image in pixels]
+    frozen = model.vision_encoder(pixels).last_hidden_state
+    with calibrate(model, config):
+        out = model.vision_encoder(pixels)
+    expected = torch.stack([tokens for tokens, _ in plain])
+    assert torch.allclose(out.last_hidden_state, expected, **CLOSE)
+    assert torch.equal(out.calibrated_features, out.last_hidden_state)
+    assert not torch.allclose(out.last_hidden_state, frozen, **CLOSE)
+    if config.trunk_repair:
+        mask = torch.stack([mask for _, mask in plain]).view(batch, GRID, GRID)
+        assert torch.equal(out.outlier_mask, mask) and mask.any()
+        assert out.lof_scores.shape == mask.shape
+    else:
+        assert out.outlier_mask is None and out.lof_scores is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layers", [(-1,), (0, 2)])
+@torch.no_grad()
+def test_queries(model, batch, layers):
+    """The presence token never takes part."""
+    config = replace(NONE, decoder_calibration=True, decoder_layers=layers, similarity_beta=0.1)
+    given = inputs(batch)
+    seen = {}
+
+    def record(index):
+        def hook(layer, args, out):
+            seen.setdefault(index, []).append(out)
+
+        return model.detr_decoder.layers[index].register_forward_hook(hook)
+
+    first = layers[0] % 3
+    hooks = [record(first)]
+    frozen = model(**given)
+    with calibrate(model, config):
+        out = model(**given)
+    for hook in hooks:
+        hook.remove()
+    before, after = seen[first]
+    expected = torch.stack([plain_sam3.queries(hidden, config) for hidden in before])
+    assert torch.allclose(after, expected, **CLOSE)
+    assert torch.equal(after[:, 0], before[:, 0])
+    assert not torch.allclose(after[:, 1:], before[:, 1:], **CLOSE)
+    assert out.query_features.shape == (3, batch, QUERIES, 32)
+    assert not torch.equal(out.pred_masks, frozen.pred_masks)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stages", [("mask_repair",), ("mask_threshold",), STAGES[-2:]])
+@torch.no_grad()
+def test_mask_head(model, batch, stages):
+    config = replace(NONE, similarity_beta=0.05, **dict.fromkeys(stages, True))
+    given, seen = inputs(batch), {}
+    head = model.mask_decoder
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+        for name, module in dict(q=head.mask_embedder, p=head.instance_projection).items()
+    ]
+    frozen = model(**given)
+    for hook in hooks:
+        hook.remove()
+    with calibrate(model, config):
+        out = model(**given)
+    expected = [plain_sam3.masks(q, p, config) for q, p in zip(seen["q"], seen["p"], strict=True)]
+    assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
+    assert not torch.allclose(out.pred_masks, frozen.pred_masks, **CLOSE)
+    assert torch.equal(out.semantic_seg, frozen.semantic_seg)
+    if config.mask_threshold:
+        assert 0.05 < (out.pred_masks == 0).float().mean() < 0.95
+
+
+@torch.no_grad()
+def test_mask_repair_on_the_tokens(model):
+    config = replace(NONE, mask_repair=True, mask_grid="tokens")
+    given, seen = inputs(2), []
+    hook = model.mask_decoder.pixel_decoder.register_forward_hook(
+        lambda module, args, out: seen.append((args[0], out))
+    )
+    model(**given)
+    with calibrate(model, config):
+        model(**given)
+    hook.remove()
+    (maps, _), (_, found) = seen
+    _, mask = plain_sam3.outliers(maps[-1][0].flatten(1).T, 30, 0.05)
+    repaired = plain_sam3.repaired(maps[-1][0].flatten(1).T, mask, GRID, GRID)
+    coarsest = torch.stack([repaired.T.view(-1, GRID, GRID)])
+    first = [m[:1] for m in maps[:-1]]
+    assert torch.allclose(found[:1], model.mask_decoder.pixel_decoder([*first, coarsest]), **CLOSE)
+
+
+@pytest.mark.parametrize("switches", list(product([False, True], repeat=len(STAGES))))
+@torch.no_grad()
+def test_all_switches(model, switches):
+    config = replace(NONE, **dict(zip(STAGES, switches, strict=True)))
+    given = inputs(2)
+    frozen = model(**given)
+    with calibrate(model, config):
+        out = model(**given)
+    for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg"):
+        found, expected = getattr(out, name), getattr(frozen, name)
+        assert found.shape == expected.shape and found.isfinite().all()
+        if not any(switches):
+            assert torch.equal(found, expected)
+    assert any(switches) == (not torch.equal(out.pred_masks, frozen.pred_masks))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@torch.no_grad()
+def test_residual_weight(model, weight):
+    """At 0 the trunk is the frozen one, bit for bit."""
+    given = inputs(1)
+    frozen = model(**given)
+    config = replace(Sam3CalibrationConfig.for_depth(LAYERS), residual_weight=weight)
+    with calibrate(model, config):
+        out = model(**given)
+    assert torch.equal(out.pred_masks, frozen.pred_masks) == (weight == 0)
+    assert (out.calibrated_features is None) == (weight == 0)
+
+
+@torch.no_grad()
+def test_few_tokens_are_not_repaired(model):
+    config = replace(NONE, trunk_repair=True, outlier_n_neighbors=64, decoder_calibration=True)
+    with calibrate(model, config):
+        out = model(**inputs(1))
+    assert out.outlier_mask is None and out.pred_masks.isfinite().all()

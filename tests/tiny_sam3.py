@@ -1,0 +1,65 @@
+"""A small transformers SAM3 with random weights: 64 tokens in its trunk, 40 object queries."""
+
+from __future__ import annotations
+
+import torch
+from transformers import Sam3Config, Sam3Model
+
+SIDE, PATCH, LAYERS, QUERIES = 64, 8, 6, 40
+GRID = SIDE // PATCH
+
+TRUNK = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=2,
+    image_size=SIDE,
+    patch_size=PATCH,
+    window_size=4,
+    global_attn_indexes=[2, 5],
+    pretrain_image_size=32,
+)
+SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, dropout=0.0)
+
+
+def tiny_sam3(attention: str = "sdpa") -> Sam3Model:
+    """Frozen, in evaluation mode; its weights are the same on every call."""
+    config = Sam3Config(
+        vision_config=dict(
+            backbone_config=dict(model_type="sam3_vit_model", **TRUNK),
+            fpn_hidden_size=32,
+            backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]],
+        ),
+        text_config=dict(
+            vocab_size=100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=12,
+            projection_dim=32,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+        geometry_encoder_config=dict(num_layers=1, **SMALL),
+        detr_encoder_config=dict(num_layers=2, **SMALL),
+        detr_decoder_config=dict(num_layers=3, num_queries=QUERIES, **SMALL),
+        mask_decoder_config=dict(hidden_size=32, num_attention_heads=4, dropout=0.0),
+        attn_implementation=attention,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Sam3Model(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval().requires_grad_(False)
+
+
+def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
+    """Images and prompts, the last two tokens of which are padding."""
+    tokens = torch.randint(3, 100, (batch, prompt))
+    mask = torch.ones(batch, prompt, dtype=torch.long)
+    mask[:, -2:] = 0
+    pixels = torch.randn(batch, 3, SIDE, SIDE)
+    return dict(pixel_values=pixels, input_ids=tokens, attention_mask=mask)
