@@ -1,0 +1,43 @@
+"""Every kernel at small odd shapes, for: compute-sanitizer --tool memcheck python bench/sanitize.py
+
+And for racecheck, synccheck and initcheck. It also runs each op twice: the bits must be the same.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import scclip_fast as sf
+from scclip_fast.kernels import aggregate, nearest
+
+
+def check(call) -> None:
+    first, second = call(), call()
+    first, second = (t if isinstance(t, tuple) else (t,) for t in (first, second))
+    assert all(map(torch.equal, first, second)), "two runs differ"
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    for n, d, k in ((3, 1, 2), (33, 5, 9), (131, 17, 30), (201, 64, 128), (1100, 72, 30)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(2, n, d, device="cuda").to(dtype)
+            x[:, : n // 4] = 3 + 1e-5 * x[:, : n // 4]  # beyond fp16: all searches run
+            k = min(k, n - 1)
+            check(lambda x=x, k=k: sf.knn(x, k, backend="triton"))
+            check(lambda x=x, k=k: sf.lof_scores(x, k, backend="triton"))
+            half = x[..., : d // 2 + 1]
+            check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
+            q = x.unflatten(2, (1, d)).transpose(1, 2)
+            check(lambda q=q, x=x: sf.blended_attention(q, q, q, x, backend="triton"))
+    aggregate.WORKSPACE_BYTES, nearest.BINS_BYTES = 2**12, 1  # the streaming kernel; several passes
+    for dtype in (torch.float32, torch.float16):
+        x = torch.randn(2, 1100, 72, device="cuda").to(dtype)
+        check(lambda x=x: sf.aggregate(x, x, backend="triton"))
+        check(lambda x=x: sf.knn(x, 9, backend="triton"))
+    torch.cuda.synchronize()
+    print("every kernel ran twice with the same bits")
+
+
+if __name__ == "__main__":
+    main()

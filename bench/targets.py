@@ -1,0 +1,272 @@
+"""The kernels beside their floors and their peers on a GPU: python bench/targets.py PART --out JSON
+
+A part is a process of its own, so that the memory of its CUDA graphs goes with it.
+
+A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
+with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
+results included. Of nearest neighbours, the share of rows is given whose set is float64's.
+`bench/roofline.py` makes the table and the picture of the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import bench_attention
+import bench_lof
+import bench_sam3
+import harness
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import scclip_fast as sf
+from scclip_fast.measure import measure
+
+LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
+SHAPES = LOF_SHAPES[:2]
+FLUSH_BYTES = 128 * 2**20
+ROUNDS = 20
+FEW = 3  # rounds of a call that takes over 50 ms
+
+
+def graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    """A replay of the call's CUDA graph, or the call itself where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except Exception:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
+    call()
+    torch.cuda.synchronize()
+    times: list[float] = []
+    while len(times) < (ROUNDS if not times or times[0] < 50 else FEW):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[len(times) // 2]
+
+
+def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) -> dict:
+    """One row of the results; `check` of the answer is what it adds to it."""
+    found = dict(op=op, shape=shape, dtype=dtype, provider=provider)
+    try:
+        torch.cuda.empty_cache()
+        call()
+        held = measure(call, "cuda")
+        if check is not None:
+            found |= check(held.result)
+        peak = held.peak_bytes
+        del held
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        found |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
+    except Exception as error:
+        torch.cuda.synchronize()
+        found |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    return found
+
+
+def same_sets(x: Tensor, found: Tensor) -> dict:
+    """The share of 2048 rows of the first image whose neighbours are float64's."""
+    indices = found[1] if isinstance(found, tuple) else found
+    rows = torch.arange(0, x.shape[1], max(1, x.shape[1] // 2048), device=x.device)
+    exact = x[0].double()
+    wrong = 0
+    for part in rows.split(256):
+        distances = torch.cdist(exact[part], exact, compute_mode="donot_use_mm_for_euclid_dist")
+        distances[torch.arange(len(part)), part] = math.inf
+        true = distances.topk(bench_lof.K, largest=False).indices.sort(dim=1).values
+        wrong += (indices[0, part].sort(dim=1).values != true).any(dim=1).sum().item()
+    return dict(exact_rows=1 - wrong / len(rows))
+
+
+def flashlib_knn(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashLib's, of one neighbour more, as it finds each token itself."""
+    from flashlib.primitives.knn import flash_knn_dispatch
+
+    distances, indices = flash_knn_dispatch(x, x, bench_lof.K + 1)
+    own = indices == torch.arange(x.shape[1], device=x.device)[:, None]
+    order = own.int().argsort(dim=-1, stable=True)[..., : bench_lof.K]
+    return distances.gather(-1, order), indices.gather(-1, order).long()
+
+
+def neighbors(results: list[dict]) -> None:
+    knn = {
+        "scclip_fast": partial(sf.knn, k=bench_lof.K, backend="triton"),
+        "matmul + topk": bench_lof.matmul_topk,
+        "cdist + topk": bench_lof.cdist_topk,
+        "FlashLib": flashlib_knn,
+    }
+    for shape in LOF_SHAPES:
+        x = harness.tokens("cuda", shape, "float32")
+        half = x.half()
+        results.append(entry("lof", shape, "float32", "floor", lambda h=half: h @ h.mT))
+        calls = {
+            "scclip_fast": partial(sf.lof_scores, x, bench_lof.K, backend="triton"),
+            "published": partial(bench_lof.published, x),
+        }
+        for name, call in calls.items():
+            results.append(entry("lof", shape, "float32", name, call))
+        for name, call in knn.items():
+            check = None if shape[0] > 1 else partial(same_sets, x)
+            results.append(entry("knn", shape, "float32", name, partial(call, x), check))
+
+
+def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
+    """log S as a score: softmax(log w) = w / sum w."""
+    unit = F.normalize(features, dim=-1).unsqueeze(1)
+    return _flex(_log_threshold, unit, unit, values.unsqueeze(1), 1.0)[:, 0]
+
+
+def _log_threshold(score, b, h, q, k):
+    return torch.where(score >= 0.4, score.clamp(min=1e-6).log(), -math.inf)
+
+
+@torch.compile(dynamic=False)
+def _flex(score_mod, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention(q, k, v, score_mod=score_mod, scale=scale)
+
+
+def eager_aggregate(values: Tensor, features: Tensor) -> Tensor:
+    unit = F.normalize(features, dim=-1)
+    s = unit @ unit.mT
+    s = torch.where(s < 0.4, 0, s)
+    return s / (s.sum(dim=-1, keepdim=True) + 1e-6) @ values
+
+
+def two_products(values: Tensor, features: Tensor) -> Tensor:
+    """The matrix products alone, in half precision, rows at a time where N x N would not fit."""
+    v, f = values.half()[0], features.half()[0]
+    unit = F.normalize(f, dim=-1)
+    return torch.cat([(rows @ unit.T) @ v for rows in unit.split(8192)])
+
+
+def aggregation(results: list[dict]) -> None:
+    for shape in SHAPES:
+        for dtype in ("float16", "float32"):
+            values = harness.tokens("cuda", shape, dtype, seed=2)
+            features = harness.tokens("cuda", shape, dtype)
+            calls = {
+                "floor": two_products,
+                "scclip_fast": partial(sf.aggregate, backend="triton"),
+                "eager": eager_aggregate,
+                "FlexAttention": flex_aggregate,
+            }
+            expected = sf.aggregate(values, features, backend="torch").float()
+
+            def error(out, expected=expected):
+                if out.shape != expected.shape:
+                    return {}
+                return dict(error=((out.float() - expected).norm() / expected.norm()).item())
+
+            for name, call in calls.items():
+                call = partial(call, values, features)
+                results.append(entry("aggregate", shape, dtype, name, call, error))
+
+
+def attention(results: list[dict]) -> None:
+    shape = SHAPES[0]
+    for dtype in ("float16", "float32"):
+        q, k, v = harness.heads("cuda", shape, dtype)
+        features = harness.tokens("cuda", shape, dtype)
+        merged = v.transpose(1, 2).flatten(2)
+
+        def floor(q=q, k=k, v=v, f=features, merged=merged):
+            own = F.scaled_dot_product_attention(q, k, v)
+            return own, torch.matmul(torch.matmul(f, f.mT), merged)
+
+        calls = {
+            "floor": floor,
+            "scclip_fast": partial(bench_attention.ours("triton"), q, k, v, features),
+            "eager": partial(bench_attention.published, q, k, v, features),
+            "SDPA + content": partial(bench_attention.sdpa, q, k, v, features),
+        }
+        for name, call in calls.items():
+            results.append(entry("blended_attention", shape, dtype, name, call))
+
+
+def calibration(results: list[dict]) -> None:
+    """All of SC-CLIP beside the frozen tower, ViT-L/14 at 1008 pixels, random weights."""
+    from scclip_fast.clip import SCCLIP, create_model
+
+    encoder, _ = create_model("ViT-L-14-quickgelu", precision="fp16", device="cuda")
+    frozen = SCCLIP(encoder.model, method="clip")
+    for batch in (1, 8):
+        images = torch.randn(batch, 3, 1008, 1008, device="cuda")
+        for name, model in {"floor": frozen, "scclip_fast": encoder}.items():
+            call = torch.inference_mode()(partial(model.encode_dense, images))
+            results.append(entry("SC-CLIP", tuple(images.shape), "float16", name, call))
+
+
+def segmentation(results: list[dict]) -> None:
+    """The stages in a full-size SAM3 beside the frozen model."""
+    model, inputs = (f("cuda", "bfloat16") for f in (bench_sam3.loaded, bench_sam3.given))
+    for op, run in dict(vision_encoder=bench_sam3.encode, sam3=bench_sam3.segment).items():
+        for provider, config in bench_sam3.CONFIGS[op].items():
+            with bench_sam3.installed(model, config):
+                call = partial(run, model, inputs)
+                results.append(entry(op, bench_sam3.SHAPE, "bfloat16", provider, call))
+
+
+def ceilings() -> dict:
+    """What the GPU does at best: a half-precision product (FLOP/s) and a copy (bytes/s)."""
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    big = torch.empty(2**30, device="cuda")
+    other = torch.empty_like(big)
+    product = milliseconds(lambda: a @ a, flush)
+    copy = milliseconds(lambda: other.copy_(big), flush)
+    return dict(flops=2 * 8192**3 / product * 1e3, bytes=2 * big.nbytes / copy * 1e3)
+
+
+PARTS = {
+    part.__name__: part for part in (neighbors, aggregation, attention, calibration, segmentation)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="JSON; what it holds is kept")
+    parser.add_argument("part", choices=PARTS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    results: list[dict] = []
+    PARTS[arguments.part](results)
+    out = arguments.out
+    found = json.loads(out.read_text()) if out.exists() else dict(results=[])
+    kept = [r for r in found["results"] if r["op"] not in {new["op"] for new in results}]
+    machine = harness.environment("cuda") | dict(ceilings=ceilings())
+    today = datetime.date.today().isoformat()
+    out.write_text(
+        json.dumps(dict(date=today, machine=machine, results=kept + results), indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
