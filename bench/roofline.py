@@ -1,0 +1,133 @@
+"""Table and roofline of what bench/targets.py measured: python bench/roofline.py RESULT.json
+
+Prints Markdown and draws RESULT.svg beside the file: operations a second over operations a byte,
+bytes being those of inputs and outputs, under the GPU's measured product and copy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+OURS, FLOOR, FROZEN = "scclip_fast", "floor", "frozen"
+HALF_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+WIDTH, HEIGHT, LEFT, BOTTOM = 760, 440, 70, 50
+X, Y = (50, 20000), (1, 1000)  # FLOP a byte, TFLOP/s
+COLORS = {OURS: "#0072b2", "eager": "#d55e00", "matmul + topk": "#d55e00", "FlashLib": "#009e73"}
+
+
+def main(path: Path) -> None:
+    found = json.loads(path.read_text())
+    groups: dict[tuple, dict[str, dict]] = {}
+    for entry in found["results"]:
+        key = entry["op"], tuple(entry["shape"]), entry["dtype"]
+        groups.setdefault(key, {})[entry["provider"]] = entry
+    machine = found["machine"]
+    print(
+        f"{machine['device_name']}, torch {machine['torch']}, triton {machine['triton']}, ", end=""
+    )
+    print(f"{found['date']}\n")
+    print("| op | shape | scclip_fast | of its floor | extra memory | beside it |")
+    print("|---|---|--:|--:|--:|---|")
+    for key, entries in groups.items():
+        if OURS in entries:
+            print(row(key, entries))
+    print("\n| SAM3, bfloat16 | time | of the frozen model | extra memory |\n|---|--:|--:|--:|")
+    for key, entries in groups.items():
+        if FROZEN in entries:
+            print("\n".join(stages(key[0], entries)))
+    path.with_suffix(".svg").write_text(picture(groups, machine["ceilings"]) + "\n")
+
+
+def row(key: tuple, entries: dict[str, dict]) -> str:
+    op, shape, dtype = key
+    ours = entries[OURS]
+    floor = entries.get(FLOOR)
+    ratio = "" if floor is None else f"{ours['milliseconds'] / floor['milliseconds']:.2f} ×"
+    others = ", ".join(
+        beside(name, entry, ours) for name, entry in entries.items() if name not in (OURS, FLOOR)
+    )
+    size = " × ".join(f"{n:,}" for n in shape)
+    memory = f"{ours['peak_bytes'] / 1e6:,.0f} MB"
+    time = f"{ours['milliseconds']:.3g} ms"
+    return f"| `{op}` | {size} {dtype} | {time} | {ratio} | {memory} | {others} |"
+
+
+def stages(op: str, entries: dict[str, dict]) -> list[str]:
+    frozen = entries[FROZEN]["milliseconds"]
+    return [
+        f"| {op.replace('_', ' ')}: {name} | {entry['milliseconds']:.1f} ms | "
+        f"{entry['milliseconds'] / frozen:.3f} × | {entry['peak_bytes'] / 1e6:,.0f} MB |"
+        for name, entry in entries.items()
+    ]
+
+
+def beside(name: str, entry: dict, ours: dict) -> str:
+    if "failed" in entry:
+        return f"{name}: does not {'fit' if 'OutOfMemory' in entry['failed'] else 'run'}"
+    exact = entry.get("exact_rows", 1)
+    note = "" if exact == 1 else f" ({exact:.1%} of rows right)"
+    return f"{name} {entry['milliseconds'] / ours['milliseconds']:.3g} ×{note}"
+
+
+def work(op: str, shape: tuple, dtype: str) -> tuple[float, float]:
+    """Operations of the products, and bytes of inputs and outputs."""
+    batch, n, d = shape
+    products, tensors = {
+        "lof": (1, 1),
+        "knn": (1, 1.1),
+        "aggregate": (2, 3),
+        "blended_attention": (4, 5),
+    }[op]
+    return products * 2.0 * batch * n * n * d, tensors * batch * n * d * HALF_BYTES[dtype]
+
+
+def picture(groups: dict, ceilings: dict) -> str:
+    """An SVG on logarithmic axes."""
+
+    def at(intensity: float, rate: float) -> tuple[float, float]:
+        x, y = (
+            (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+            for value, (low, high) in ((intensity, X), (rate, Y))
+        )
+        return LEFT + x * (WIDTH - LEFT - 20), HEIGHT - BOTTOM - y * (HEIGHT - BOTTOM - 20)
+
+    top = ceilings["flops"] / 1e12
+    ridge = ceilings["flops"] / ceilings["bytes"]
+    roof = [at(X[0], X[0] * ceilings["bytes"] / 1e12), at(ridge, top), at(X[1], top)]
+    corners = " ".join(f"{x:.0f},{y:.0f}" for x, y in roof)
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="11">',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        f'<polyline fill="none" stroke="black" points="{corners}"/>',
+        text(LEFT, HEIGHT - 12, "operations a byte of inputs and outputs"),
+        text(8, 14, "TFLOP/s"),
+        text(*at(X[1] / 4, top * 1.06), f"fp16 product: {top:.0f} TFLOP/s"),
+    ]
+    lines += [text(20, at(X[0], rate)[1] + 4, str(rate)) for rate in (1, 10, 100, 1000)]
+    lines += [text(at(b, 1)[0] - 10, HEIGHT - 32, f"{b:,}") for b in (100, 1000, 10000)]
+    for (op, shape, dtype), entries in groups.items():
+        if op not in ("knn", "aggregate", "blended_attention"):
+            continue
+        operations, size = work(op, shape, dtype)
+        for name, entry in entries.items():
+            if name in COLORS and "milliseconds" in entry:
+                x, y = at(operations / size, operations / entry["milliseconds"] / 1e9)
+                lines.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="4" fill="{COLORS[name]}"/>')
+                label = f"{op} {shape[1]:,} × {shape[2]:,} {dtype}"
+                lines += [text(x + 6, y + 4, label)] if name == OURS else []
+    for i, (name, color) in enumerate(COLORS.items()):
+        lines.append(f'<circle cx="{LEFT + 20}" cy="{40 + 16 * i}" r="4" fill="{color}"/>')
+        lines.append(text(LEFT + 30, 44 + 16 * i, name))
+    return "\n".join([*lines, "</svg>"])
+
+
+def text(x: float, y: float, content: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}">{content}</text>'
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
