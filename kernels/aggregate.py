@@ -113,5 +113,5 @@ def _split_values(values: torch.Tensor) -> tuple[Operand, torch.Tensor]:
     """Values (B, N, DV) over a power of two a channel, and those (B, 1, DV)."""
     largest = values.abs().amax(dim=1, keepdim=True)
     largest = torch.where(largest.isfinite(), largest, 1)
-    exponent = torch.frexp(largest).exponent - VALUE_SCALE
+    exponent = torch.frexp(largest).exponent.clamp(min=-100) - VALUE_SCALE  # 2^108 is finite
     return _split(torch.ldexp(values, -exponent)), torch.ldexp(torch.ones_like(largest), exponent)

@@ -72,6 +72,18 @@ def test_mixed_dtypes_and_strides(device, backend):
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e37])
+def test_values_of_any_size(device, backend, size):
+    """A channel of its own size beside one of zeros."""
+    values, features = torch.randn(40, 3) * size, torch.randn(40, 8)
+    values[:, 1], values[:, 2] = 0, torch.randn(40)
+    out = sf.aggregate(values.to(device), features.to(device), backend=backend)
+    expected = published_aggregate(values.double()[None], features.double()[None])[0]
+    room = torch.tensor([max(size * 1e-5, 1e-36), 1e-44, 1e-5])  # 1e-36 is 0 beside float32's tiny
+    assert ((out.cpu().double() - expected).abs() <= room).all()
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
 def test_zero_features_see_nothing(device, backend):
     values, features = torch.randn(40, 8, device=device), torch.randn(40, 8, device=device)
     features[3] = 0
