@@ -78,7 +78,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="ViT-B-16-quickgelu",
         help="open_clip's name of a vision transformer, or scenes: the small one that comes with "
-        "this package, for drawn scenes only",
+        "this package, for drawn scenes only; segment also takes facebook/sam3, which it "
+        "calibrates, or the folder of a download",
     )
     add(
         "--pretrained",
@@ -138,7 +139,12 @@ def _option(switch: str) -> str:
 
 def brings_weights(model: str) -> bool:
     """Whether a --model comes with weights, so that --pretrained has no say."""
-    return model == "scenes" or ":" in model
+    return model == "scenes" or ":" in model or is_sam3(model)
+
+
+def is_sam3(model: str) -> bool:
+    """Whether a --model is transformers': OWNER/NAME on the hub, or a folder."""
+    return "/" in model and ":" not in model
 
 
 def device(name: str) -> torch.device:

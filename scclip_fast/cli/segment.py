@@ -12,6 +12,7 @@ from .common import CommandError
 
 if TYPE_CHECKING:  # these are in extras
     from ..segment import Segmenter
+    from .segment_sam3 import Sam3Segmenter
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -166,7 +167,11 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     return settings | ({"pretrained": None} if common.brings_weights(args.model) else {})
 
 
-def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter:
+def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter | Sam3Segmenter:
+    if common.is_sam3(args.model):
+        from .segment_sam3 import load
+
+        return load(args, classes)
     encoder, tokenizer = common.load_encoder(args)
     from ..segment import Segmenter
 
