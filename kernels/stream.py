@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, power_of_two, strides
+from ._launch import Launch, on_hopper, power_of_two, strides
 from .panel import split_dot, weight_of
 
 
@@ -133,6 +133,7 @@ def stream_launch(
     eps: float,
     out: torch.Tensor,
     total: torch.Tensor,
+    hopper: bool | None = None,
 ) -> Launch:
     """The shapes of `aggregate.py`; all but values and features contiguous."""
     batch, n, dv = v.first.shape
@@ -140,7 +141,9 @@ def stream_launch(
     assert all(t.is_contiguous() for t in (scale, floor, out, total))
     split = f.second is not None
     held = d <= 256 and not split  # both halves would leave no room
-    block_v = power_of_two(dv, 16, 256)
+    hopper = on_hopper(out.device) if hopper is None else hopper
+    # Two halves of 256 channels outgrow what others have; Triton 3.8 then compiles to nothing.
+    block_v = power_of_two(dv, 16, 256 if hopper or not split else 128)
     return Launch(
         _stream_kernel,
         batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),

@@ -83,7 +83,7 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
                 f"attention-{name}-d{d}",
                 attention_launch(q, q, q, q, 0.5, 0.125, q, precision, hopper),
             )
-        yield from aggregations(name, dtype)
+        yield from aggregations(name, dtype, hopper)
     for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (82944, 256, 4)):
         half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
         bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
@@ -114,7 +114,7 @@ def operand(dtype: torch.dtype, *shape: int) -> Operand:
     return Operand(meta(*shape, dtype=dtype), None)
 
 
-def aggregations(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+def aggregations(name: str, dtype: torch.dtype, hopper: bool) -> Iterator[tuple[str, Launch]]:
     out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
     for width in (17, 256, 1024):
         f = operand(dtype, 1, 5184, width)
@@ -125,7 +125,7 @@ def aggregations(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
                 launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0)
                 yield f"weights-{kind}", launch
         yield f"product-{name}-v{width}", product_launch(panel, f, sums[0], 1e-6, out, 0)
-        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184))
+        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), hopper)
         yield f"stream-{name}-v{width}", launch
 
 
