@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 from scclip_fast.clip import create_model, tower
 from scclip_fast.kernels import nearest
+from scclip_fast.kernels.rounding import positions
 from scclip_fast.scenes.draw import scene
 
 K = 30
@@ -120,15 +121,9 @@ def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     listed = undecided.rows[0, : undecided.count.item()].long().cpu()
     nearest.collect(tokens, undecided, table, 0, n)
     found = undecided.found[0, : len(listed)].cpu()
-    position = position_of(torch.arange(n))
+    position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))
     return table[0].cpu()[position], back[listed], back[listed[found > 64]]
-
-
-def position_of(token: Tensor) -> Tensor:
-    """Where `kernels/rounding.py` stores it."""
-    tile = token // 64
-    return tile * 64 + (token + (tile * 2654435769 % 2**32 >> 26)) % 64
 
 
 def neighbors(x: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 OURS, FLOOR, FROZEN = "scclip_fast", "floor", "frozen"
-HALF_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2}
+WORK = {"knn": (1, 1.1), "aggregate": (2, 3), "blended_attention": (4, 5)}  # products, tensors
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 440, 70, 50
 X, Y = (50, 20000), (1, 1000)  # FLOP a byte, TFLOP/s
 COLORS = {OURS: "#0072b2", "eager": "#d55e00", "matmul + topk": "#d55e00", "FlashLib": "#009e73"}
@@ -75,13 +76,8 @@ def beside(name: str, entry: dict, ours: dict) -> str:
 def work(op: str, shape: tuple, dtype: str) -> tuple[float, float]:
     """Operations of the products, and bytes of inputs and outputs."""
     batch, n, d = shape
-    products, tensors = {
-        "lof": (1, 1),
-        "knn": (1, 1.1),
-        "aggregate": (2, 3),
-        "blended_attention": (4, 5),
-    }[op]
-    return products * 2.0 * batch * n * n * d, tensors * batch * n * d * HALF_BYTES[dtype]
+    products, tensors = WORK[op]
+    return products * 2.0 * batch * n * n * d, tensors * batch * n * d * BYTES[dtype]
 
 
 def picture(groups: dict, ceilings: dict) -> str:
@@ -110,7 +106,7 @@ def picture(groups: dict, ceilings: dict) -> str:
     lines += [text(20, at(X[0], rate)[1] + 4, str(rate)) for rate in (1, 10, 100, 1000)]
     lines += [text(at(b, 1)[0] - 10, HEIGHT - 32, f"{b:,}") for b in (100, 1000, 10000)]
     for (op, shape, dtype), entries in groups.items():
-        if op not in ("knn", "aggregate", "blended_attention"):
+        if op not in WORK:
             continue
         operations, size = work(op, shape, dtype)
         for name, entry in entries.items():

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_aggregate
 import bench_attention
 import bench_lof
 import bench_sam3
@@ -90,9 +91,9 @@ def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) ->
     return found
 
 
-def same_sets(x: Tensor, found: Tensor) -> dict:
+def same_sets(x: Tensor, found: tuple[Tensor, Tensor]) -> dict:
     """The share of 2048 rows of the first image whose neighbours are float64's."""
-    indices = found[1] if isinstance(found, tuple) else found
+    _, indices = found
     rows = torch.arange(0, x.shape[1], max(1, x.shape[1] // 2048), device=x.device)
     exact = x[0].double()
     wrong = 0
@@ -143,7 +144,7 @@ def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
 
 
 def _log_threshold(score, b, h, q, k):
-    return torch.where(score >= 0.4, score.clamp(min=1e-6).log(), -math.inf)
+    return torch.where(score >= bench_aggregate.BETA, score.clamp(min=1e-6).log(), -math.inf)
 
 
 @torch.compile(dynamic=False)
@@ -151,13 +152,6 @@ def _flex(score_mod, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     return flex_attention(q, k, v, score_mod=score_mod, scale=scale)
-
-
-def eager_aggregate(values: Tensor, features: Tensor) -> Tensor:
-    unit = F.normalize(features, dim=-1)
-    s = unit @ unit.mT
-    s = torch.where(s < 0.4, 0, s)
-    return s / (s.sum(dim=-1, keepdim=True) + 1e-6) @ values
 
 
 def two_products(values: Tensor, features: Tensor) -> Tensor:
@@ -175,7 +169,7 @@ def aggregation(results: list[dict]) -> None:
             calls = {
                 "floor": two_products,
                 "scclip_fast": partial(sf.aggregate, backend="triton"),
-                "eager": eager_aggregate,
+                "eager": bench_aggregate.published,
                 "FlexAttention": flex_aggregate,
             }
             expected = sf.aggregate(values, features, backend="torch").float()

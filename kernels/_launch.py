@@ -36,11 +36,10 @@ class Launch:
         """
         if hopper or "num_stages" not in self.options:
             return self.options
-        stages = 1 if hip else min(2, self.options["num_stages"])
-        warps = self.options["num_warps"]
-        return dict(num_warps=max(8, warps) if self.options["num_stages"] > 1 else warps) | dict(
-            num_stages=stages
-        )
+        warps, stages = self.options["num_warps"], self.options["num_stages"]
+        if stages > 1:
+            warps = max(8, warps)
+        return dict(num_warps=warps, num_stages=1 if hip else min(2, stages))
 
     def run(self) -> None:
         """Enqueue the kernel on the device of its tensors."""

@@ -20,25 +20,16 @@ cores are twice as fast, and split once rather than in every tile.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 
-from .panel import product_launch, weights_launch
+from .panel import Operand, product_launch, weights_launch
 from .stream import stream_launch
 
 WORKSPACE_BYTES = 64 * 2**20
 LEAST_ROWS = 1024  # of a panel; fewer leave the second product too few programs
 FEATURE_SCALE = 64.0  # brings the second half of a unit feature into fp16's normal range
 VALUE_SCALE = 8  # log2, of the largest value of a channel
-
-
-class Operand(NamedTuple):
-    """A tensor as the products read it: itself, or two float16 ones whose sum it is."""
-
-    first: torch.Tensor
-    second: torch.Tensor | None
 
 
 def aggregate_triton(

@@ -9,6 +9,8 @@ and writes each a second time, transposed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +18,13 @@ import triton.language as tl
 from ._launch import Launch, strides
 
 TILE = 128  # rows and columns of a program of `weights`
+
+
+class Operand(NamedTuple):
+    """A tensor as the products read it: itself, or two float16 ones whose sum it is."""
+
+    first: torch.Tensor
+    second: torch.Tensor | None
 
 
 @triton.jit
@@ -41,6 +50,14 @@ def _tile_below_diagonal(pid):
     row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)  # where the root was rounded
     row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
     return row, pid - row * (row + 1) // 2
+
+
+@triton.jit
+def _grouped_tile(pid, down, across, GROUP: tl.constexpr):
+    """Row and column of the pid-th tile, GROUP rows at a time: what they read is still cached."""
+    top = pid // (GROUP * across) * GROUP
+    height = tl.minimum(down - top, GROUP)
+    return top + pid % (GROUP * across) % height, pid % (GROUP * across) // height
 
 
 @triton.jit
@@ -94,11 +111,8 @@ def _weights_kernel(
     across = columns // TILE
     if SYMMETRIC:
         i, j = _tile_below_diagonal(pid)
-    else:  # a few rows of tiles at a time, so that their features are still in the cache
-        top = pid // (GROUP * across) * GROUP
-        height = tl.minimum(tl.cdiv(R, TILE) - top, GROUP)
-        i = top + pid % (GROUP * across) % height
-        j = pid % (GROUP * across) // height
+    else:
+        i, j = _grouped_tile(pid, tl.cdiv(R, TILE), across, GROUP)
     local = i * TILE + tl.arange(0, TILE)
     rows, cols = first + local, j * TILE + tl.arange(0, TILE)
     # Loads beyond the tokens read the last: their weights are not used.
@@ -177,11 +191,9 @@ def _product_kernel(
     slices = tl.cdiv(DV, BLOCK_V)
     down = tl.cdiv(R, BLOCK_M)
     image = (pid // (slices * down)).to(tl.int64)
-    pid = pid % (slices * down)
-    top = pid // (GROUP * slices) * GROUP
-    height = tl.minimum(down - top, GROUP)
-    local = (top + pid % (GROUP * slices) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channels = pid % (GROUP * slices) // height * BLOCK_V + tl.arange(0, BLOCK_V)
+    i, j = _grouped_tile(pid % (slices * down), down, slices, GROUP)
+    local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+    channels = j * BLOCK_V + tl.arange(0, BLOCK_V)
     row_offsets = (image * R + tl.minimum(local, R - 1)).to(tl.int64)[:, None] * columns
     v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -207,11 +219,11 @@ def _product_kernel(
 
 
 def weights_launch(
-    f,
+    f: Operand,
     scale: torch.Tensor,
     floor: torch.Tensor,
     gamma: float | None,
-    panel,
+    panel: Operand,
     sums: torch.Tensor,
     first: int,
 ) -> Launch:
@@ -237,7 +249,7 @@ def weights_launch(
 
 
 def product_launch(
-    panel, v, total: torch.Tensor, eps: float, out: torch.Tensor, first: int
+    panel: Operand, v: Operand, total: torch.Tensor, eps: float, out: torch.Tensor, first: int
 ) -> Launch:
     """out (B, N, DV) of the rows of a panel; total and out contiguous within an image."""
     batch, n, dv = v.first.shape

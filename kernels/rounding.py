@@ -188,6 +188,13 @@ def round_launch(
     )
 
 
+def positions(n: int) -> torch.Tensor:
+    """`position_of` the tokens 0, ..., n - 1, on the host, for who reads tables by token."""
+    token = torch.arange(n)
+    tile = token // TILE.value
+    return tile * TILE.value + (token + (tile * 2654435769 % 2**32 >> 26)) % TILE.value
+
+
 def eta(d: int) -> float:
     """What fp16 can lose below its normal range, over d channels."""
     return d**0.5 * 2.0**-25

@@ -13,9 +13,8 @@ import triton.language as tl
 
 from ._launch import Launch, power_of_two, strides
 from .certify import NO_COLUMN, ROWS, SURE
+from .knn import NO_KEY
 from .rounding import token_at
-
-NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, on_hopper, power_of_two, strides
-from .panel import split_dot, weight_of
+from .panel import Operand, split_dot, weight_of
 
 
 @triton.jit
@@ -67,12 +67,8 @@ def _stream_kernel(
     scale_ptr += image * N
     row_scale = tl.load(scale_ptr + row)
     floor = tl.load(floor_ptr + image)
-    if HELD:  # the features of the rows fit one block of channels
-        own = row_offsets + depth[None, :]
-        fi = tl.load(f_ptr + own, mask=(dims < D)[None, :], other=0.0)
-        fi2 = fi
-        if SPLIT:
-            fi2 = tl.load(f2_ptr + own, mask=(dims < D)[None, :], other=0.0)
+    if HELD:  # the features of the rows, not split, fit one block of channels
+        fi = tl.load(f_ptr + row_offsets + depth[None, :], mask=(dims < D)[None, :], other=0.0)
 
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -82,12 +78,8 @@ def _stream_kernel(
         col_offsets = image * stride_fb + col.to(tl.int64)[None, :] * stride_fn + depth[:, None]
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if HELD:
-            inside = (dims < D)[:, None]
-            fj = tl.load(f_ptr + col_offsets, mask=inside, other=0.0)
-            fj2 = fj
-            if SPLIT:
-                fj2 = tl.load(f2_ptr + col_offsets, mask=inside, other=0.0)
-            s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
+            fj = tl.load(f_ptr + col_offsets, mask=(dims < D)[:, None], other=0.0)
+            s = tl.dot(fi, fj, s)
         else:
             for d in range(0, D, BLOCK_D):
                 deep = d + dims < D
@@ -125,8 +117,8 @@ def _stream_kernel(
 
 
 def stream_launch(
-    v,
-    f,
+    v: Operand,
+    f: Operand,
     scale: torch.Tensor,
     floor: torch.Tensor,
     gamma: float | None,

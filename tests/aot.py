@@ -22,13 +22,12 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels._launch import Launch, dot_precision
-from scclip_fast.kernels.aggregate import Operand
 from scclip_fast.kernels.attention import attention_launch
 from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_launch
 from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
-from scclip_fast.kernels.panel import product_launch, weights_launch
+from scclip_fast.kernels.panel import Operand, product_launch, weights_launch
 from scclip_fast.kernels.rounding import centre_launch, round_launch
 from scclip_fast.kernels.settle import settle_launch
 from scclip_fast.kernels.stream import stream_launch

@@ -8,6 +8,7 @@ from tolerance import assert_neighbors
 import scclip_fast as sf
 from scclip_fast import reference
 from scclip_fast.kernels import nearest
+from scclip_fast.kernels.rounding import positions
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
@@ -54,14 +55,8 @@ def table_of(x, k):
     _, tokens = nearest.rounded(x, splits=4)
     table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
     listed = undecided.rows[0, : undecided.count.item()].cpu()
-    order = torch.tensor([position(token) for token in range(n)])
+    order = positions(n)
     return table[0].cpu()[order], torch.tensor([order.tolist().index(row) for row in listed]).long()
-
-
-def position(token):
-    """Where `rounding.position_of` stores it."""
-    tile = token // 64
-    return tile * 64 + (token + (tile * 2654435769 % 2**32 >> 26)) % 64
 
 
 @pytest.mark.parametrize("kind", KINDS)

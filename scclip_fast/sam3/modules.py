@@ -21,6 +21,7 @@ from .config import Sam3CalibrationConfig
 from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
 
 ATTENTION = "scclip_blended"
+_TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
 
 
 @dataclass
@@ -102,8 +103,7 @@ class CalibratedVisionModel(sam3.Sam3VisionModel):
 
     def forward(self, *args, **kwargs) -> Any:
         out = super().forward(*args, **kwargs)
-        found = self.scclip.take("outlier_mask", "lof_scores", "calibrated_features")
-        return _extended(CalibratedVisionOutput, out, found)
+        return _extended(CalibratedVisionOutput, out, self.scclip.take(*_TRUNK_FOUND))
 
 
 class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
@@ -174,10 +174,7 @@ class CalibratedModel(Sam3Model):
             vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
             pixel_values = None
         out = super().forward(pixel_values=pixel_values, vision_embeds=vision_embeds, **kwargs)
-        found = {
-            name: getattr(vision_embeds, name, None)
-            for name in ("outlier_mask", "lof_scores", "calibrated_features")
-        }
+        found = {name: getattr(vision_embeds, name, None) for name in _TRUNK_FOUND}
         return _extended(
             CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")
         )
