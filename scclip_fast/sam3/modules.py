@@ -1,7 +1,7 @@
 """SAM3's own modules with a stage in their forward; a module becomes one by its `__class__`.
 
 Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
-does not of forward hooks (measured on transformers 5.0 and 5.23). Each class adds to what its
+does not of forward hooks (measured). Each class adds to what its
 parent returns, so that nothing of SAM3 is written twice.
 """
 

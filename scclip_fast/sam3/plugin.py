@@ -75,7 +75,7 @@ def calibrate(model: Sam3Model, config: Sam3CalibrationConfig | None = None) -> 
     without weights where its attention is blended.
 
     Args:
-        model: transformers' `Sam3Model`, square images, any attention implementation.
+        model: transformers' `Sam3Model`, square images, eager or sdpa attention.
         config: None for `Sam3CalibrationConfig.for_depth` of its trunk.
 
     Returns:
