@@ -57,7 +57,9 @@ def last_layer(layer, tokens, grid, content, config):
         return projection(normed).view(1, -1, heads, attention.head_dim).transpose(1, 2)
 
     q, k, v = (split(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    cos, sin = layer.rotary_emb(normed, layer.position_ids)
+    # transformers 5.0 keeps the angles, later ones make them.
+    where = (normed, layer.position_ids) if hasattr(layer, "position_ids") else ()
+    cos, sin = layer.rotary_emb(*where)
     q, k = apply_rotary_pos_emb_2d(q, k, cos=cos, sin=sin)
     weights = torch.softmax(q @ k.mT * attention.head_dim**-0.5, dim=-1)
     if content is not None:

@@ -7,15 +7,20 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from cli_runs import run, written
 from PIL import Image
 from tiny_sam3 import SIDE, tiny_sam3
-from transformers import CLIPTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+from transformers import CLIPTokenizer, Sam3Model, Sam3Processor
 
 from scclip_fast.cli.segment_sam3 import Sam3Segmenter, load
 from scclip_fast.sam3 import calibrate
 
 SIZE = (40, 60)
+# transformers 5.0 has it under its older name.
+Sam3ImageProcessor = getattr(
+    transformers, "Sam3ImageProcessor", getattr(transformers, "Sam3ImageProcessorFast", None)
+)
 
 
 def tiny_processor():

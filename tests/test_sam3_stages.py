@@ -10,6 +10,7 @@ from tiny_sam3 import GRID, LAYERS, QUERIES, SIDE, inputs, tiny_sam3
 
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
+from scclip_fast.sam3.stages import calibrate_queries
 
 NONE = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, False))
 CLOSE = dict(rtol=1e-4, atol=2e-5)
@@ -71,6 +72,15 @@ def test_queries(model, batch, layers):
     assert not torch.allclose(after[:, 1:], before[:, 1:], **CLOSE)
     assert out.query_features.shape == (3, batch, QUERIES, 32)
     assert not torch.equal(out.pred_masks, frozen.pred_masks)
+
+
+def test_queries_without_outliers():
+    """Equal distances: no outliers, so that image stays as it is though beta is low."""
+    config = replace(NONE, similarity_beta=0.1)
+    even = 1 + torch.eye(QUERIES)
+    both = torch.stack([even, torch.randn(QUERIES, QUERIES)])
+    out = calibrate_queries(both, config)
+    assert torch.equal(out[0], even) and not torch.allclose(out[1], both[1], **CLOSE)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

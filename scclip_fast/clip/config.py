@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..ops import _check
+
 
 @dataclass(frozen=True)
 class SCCLIPConfig:
@@ -80,24 +82,21 @@ class SCCLIPConfig:
         )
 
     def check(self, layers: int) -> None:
-        """ValueError unless every setting fits a vision transformer of that many blocks."""
+        """Raise unless every setting fits a vision transformer of that many blocks.
+
+        Raises:
+            TypeError: a setting of another type.
+            ValueError: one out of its range.
+        """
         features = layers - 1
         for name in ("pre_adjust_idx", "post_adjust_idx", "multi_start_idx"):
-            if not 0 <= (index := getattr(self, name)) < features:
-                raise ValueError(
-                    f"{name} must be in [0, {features - 1}] for {layers} blocks, got {index}"
-                )
-        if not self.multi_start_idx < self.multi_end_idx <= features:
-            raise ValueError(
-                f"multi_end_idx must be in [{self.multi_start_idx + 1}, {features}] for {layers} "
-                f"blocks and multi_start_idx={self.multi_start_idx}, got {self.multi_end_idx}"
-            )
+            _check.integer(name, getattr(self, name), 0, features - 1, f" for {layers} blocks")
+        start = self.multi_start_idx
+        why = f" for {layers} blocks and multi_start_idx={start}"
+        _check.integer("multi_end_idx", self.multi_end_idx, start + 1, features, why)
         if self.self_attention not in ("kk", "qk"):
             raise ValueError(f"self_attention must be 'kk' or 'qk', got {self.self_attention!r}")
-        if self.outlier_n_neighbors < 1:
-            raise ValueError(
-                f"outlier_n_neighbors must be at least 1, got {self.outlier_n_neighbors}"
-            )
+        _check.integer("outlier_n_neighbors", self.outlier_n_neighbors, 1)
 
 
 _VIT_L = SCCLIPConfig(

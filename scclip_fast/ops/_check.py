@@ -72,15 +72,22 @@ def shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> Non
 
 def neighbor_count(name: str, k: int, n: int) -> int:
     """k as an int; each of n tokens has n - 1 others."""
-    if isinstance(k, bool) or not isinstance(k, Integral):
-        raise TypeError(f"{name} must be an int, got {type(k).__name__}")
-    if k < 1:
-        raise ValueError(f"{name} must be at least 1, got {k}")
+    k = integer(name, k, low=1)
     if n <= k:
         raise ValueError(
             f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens"
         )
-    return int(k)
+    return k
+
+
+def integer(name: str, value: int, low: int, high: int | None = None, why: str = "") -> int:
+    """value as an int in [low, high]; `why` says where these bounds come from."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name} must be {allowed}{why}, got {value}")
+    return int(value)
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
@@ -93,10 +100,10 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     return float(value)
 
 
-def contamination(value: float) -> float:
-    value = number("contamination", value)
+def contamination(value: float, name: str = "contamination") -> float:
+    value = number(name, value)
     if not 0 < value <= 0.5:
-        raise ValueError(f"contamination must be in (0, 0.5], got {value}")
+        raise ValueError(f"{name} must be in (0, 0.5], got {value}")
     return value
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+
+from ..ops import _check
 
 TRUNK_STAGES = ("trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion")
 OTHER_STAGES = ("decoder_calibration", "mask_repair", "mask_threshold")
@@ -98,39 +99,30 @@ class Sam3CalibrationConfig:
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
     def check(self, layers: int, decoder_layers: int) -> None:
-        """ValueError unless every setting fits a trunk and a DETR decoder of that many layers."""
+        """Raise unless every setting fits a trunk and a DETR decoder of that many layers.
+
+        Raises:
+            TypeError: a setting of another type.
+            ValueError: one out of its range.
+        """
         features = layers - 1
+        why = f" for a trunk of {layers} layers (for_depth({layers}) gives indices that fit)"
         for name in ("pre_adjust_idx", "post_adjust_idx", "multi_start_idx"):
-            if not 0 <= (index := getattr(self, name)) < features:
-                raise ValueError(
-                    f"{name} must be in [0, {features - 1}] for a trunk of {layers} layers, got "
-                    f"{index}; for_depth({layers}) gives indices that fit"
-                )
-        if not self.multi_start_idx < self.multi_end_idx <= features:
-            raise ValueError(
-                f"multi_end_idx must be in [{self.multi_start_idx + 1}, {features}] for {layers} "
-                f"layers and multi_start_idx={self.multi_start_idx}, got {self.multi_end_idx}"
-            )
+            _check.integer(name, getattr(self, name), 0, features - 1, why)
+        start = self.multi_start_idx
+        why = f" for {layers} layers and multi_start_idx={start}"
+        _check.integer("multi_end_idx", self.multi_end_idx, start + 1, features, why)
+        if not isinstance(self.decoder_layers, tuple):
+            raise TypeError(f"decoder_layers must be a tuple, got {self.decoder_layers!r}")
         for index in self.decoder_layers:
-            if not -decoder_layers <= index < decoder_layers:
-                raise ValueError(
-                    f"decoder_layers must be in [{-decoder_layers}, {decoder_layers - 1}] for "
-                    f"{decoder_layers} layers, got {index}"
-                )
+            _check.integer("decoder_layers", index, -decoder_layers, decoder_layers - 1)
         if self.mask_grid not in ("pixels", "tokens"):
             raise ValueError(f"mask_grid must be 'pixels' or 'tokens', got {self.mask_grid!r}")
-        if self.outlier_n_neighbors < 1:
-            raise ValueError(
-                f"outlier_n_neighbors must be at least 1, got {self.outlier_n_neighbors}"
-            )
-        if not 0 < self.outlier_contamination <= 0.5:
-            raise ValueError(
-                f"outlier_contamination must be in (0, 0.5], got {self.outlier_contamination}"
-            )
-        self._check_range("similarity_beta", -1, 1)
-        self._check_range("residual_weight", 0, 1)
-        self._check_range("gamma", 0, math.inf)
-
-    def _check_range(self, name: str, low: float, high: float) -> None:
-        if not low <= (value := getattr(self, name)) <= high:
-            raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        _check.integer("outlier_n_neighbors", self.outlier_n_neighbors, 1)
+        _check.contamination(self.outlier_contamination, "outlier_contamination")
+        _check.number("similarity_beta", self.similarity_beta, -1, 1)
+        _check.number("residual_weight", self.residual_weight, 0, 1)
+        _check.number("gamma", self.gamma, 0)
+        for name in STAGES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")

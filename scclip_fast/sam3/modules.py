@@ -101,8 +101,9 @@ def blended(
 class CalibratedVisionModel(sam3.Sam3VisionModel):
     """The vision encoder, whose output carries what was found: reused, it is found once."""
 
-    def forward(self, *args, **kwargs) -> Any:
-        out = super().forward(*args, **kwargs)
+    def forward(self, pixel_values: Tensor, *args, **kwargs) -> Any:
+        _check_pixels(pixel_values)
+        out = super().forward(pixel_values, *args, **kwargs)
         return _extended(CalibratedVisionOutput, out, self.scclip.take(*_TRUNK_FOUND))
 
 
@@ -165,15 +166,21 @@ class ThresholdedMaskDecoder(sam3.Sam3MaskDecoder):
 
 
 class CalibratedModel(Sam3Model):
-    """The whole model: checks its pixels, and its output is `CalibratedSegmentationOutput`."""
+    """The whole model, whose output is `CalibratedSegmentationOutput`."""
 
-    def forward(self, pixel_values=None, vision_embeds=None, **kwargs) -> Any:
+    def forward(self, pixel_values=None, vision_embeds=None, *args, **kwargs) -> Any:
+        try:
+            return self._forward(pixel_values, vision_embeds, *args, **kwargs)
+        finally:  # after an error, too, no tensor stays
+            self.scclip.features.clear()
+            self.scclip.found.clear()
+
+    def _forward(self, pixel_values, vision_embeds, *args, **kwargs) -> Any:
         if pixel_values is not None and vision_embeds is None:
-            _check_pixels(pixel_values)
             context = {k: v for k, v in kwargs.items() if k not in _PROMPTS}
             vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
             pixel_values = None
-        out = super().forward(pixel_values=pixel_values, vision_embeds=vision_embeds, **kwargs)
+        out = super().forward(pixel_values, vision_embeds, *args, **kwargs)
         found = {name: getattr(vision_embeds, name, None) for name in _TRUNK_FOUND}
         return _extended(
             CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")

@@ -6,15 +6,13 @@ import copy
 from collections.abc import Iterator
 
 from torch import nn
-from transformers import AttentionInterface, Sam3Model
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AttentionInterface, PreTrainedModel, Sam3Model
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 
 from . import modules
 from .config import Sam3CalibrationConfig
 
 AttentionInterface.register(modules.ATTENTION, modules.blended)
-# Without an entry of its own, transformers would drop masks under this name.
-AttentionMaskInterface.register(modules.ATTENTION, sdpa_mask)
 
 
 class Calibration:
@@ -29,9 +27,14 @@ class Calibration:
         self._changed: list[tuple[nn.Module, type]] = []
         self._attention: tuple[nn.Module, object] | None = None
         shared = modules.Shared(config)
-        for module, kind, index in _replacements(model, config):
+        for module, kind, index in list(_replacements(model, config)):
             self._changed.append((module, type(module)))
+            _unshadow(module)
             module.__class__ = kind
+            if isinstance(module, PreTrainedModel):
+                # By the name of its class transformers knows what a model can record; a name that
+                # is missing would lose hidden states and attentions without a word.
+                _CAN_RECORD_REGISTRY[str(kind)] = module._can_record_outputs
             module.scclip = shared
             if index is not None:
                 module.scclip_index = index
@@ -46,6 +49,7 @@ class Calibration:
     def remove(self) -> None:
         """Restore the model, bit for bit; again, it does nothing."""
         for module, kind in self._changed:
+            _unshadow(module)
             module.__class__ = kind
             del module.scclip
             module.__dict__.pop("scclip_index", None)
@@ -71,8 +75,8 @@ def calibrate(model: Sam3Model, config: Sam3CalibrationConfig | None = None) -> 
     calibrated once and reused across prompts; `output` has the fields of
     `CalibratedSegmentationOutput` besides transformers' own. Compile `vision_encoder`,
     `detr_encoder` and `mask_decoder`, as SAM3 itself allows, before or after. In
-    `vision_attentions` the trunk's last layer, which `trunk_fusion` runs twice, comes twice, and
-    without weights where its attention is blended.
+    `vision_attentions` the trunk's last layer, which `trunk_fusion` runs twice, comes twice, or,
+    where its attention is blended, not at all.
 
     Args:
         model: transformers' `Sam3Model`, square images, eager or sdpa attention.
@@ -83,6 +87,7 @@ def calibrate(model: Sam3Model, config: Sam3CalibrationConfig | None = None) -> 
 
     Raises:
         ValueError: another model, one that is calibrated already, or settings that don't fit it.
+        TypeError: settings of another type.
     """
     if not isinstance(model, Sam3Model):
         raise ValueError(
@@ -91,10 +96,24 @@ def calibrate(model: Sam3Model, config: Sam3CalibrationConfig | None = None) -> 
         )
     if isinstance(model, modules.CalibratedModel):
         raise ValueError("the model is calibrated already; call remove() on its handle first")
+    if config is not None and not isinstance(config, Sam3CalibrationConfig):
+        raise TypeError(
+            f"config must be a Sam3CalibrationConfig or None, got {type(config).__name__}"
+        )
     layers = len(model.vision_encoder.backbone.layers)
     config = Sam3CalibrationConfig.for_depth(layers) if config is None else config
     config.check(layers, len(model.detr_decoder.layers))
     return Calibration(model, config)
+
+
+def _unshadow(module: nn.Module) -> None:
+    """Drop a `forward` of the instance that is only its class's own.
+
+    transformers 5.0 leaves one behind when it has recorded outputs; it would outlive the class.
+    """
+    forward = module.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is type(module).forward:
+        del module.forward
 
 
 def _replacements(
@@ -102,6 +121,7 @@ def _replacements(
 ) -> Iterator[tuple[nn.Module, type, int | None]]:
     """Each module that a stage needs, the class it becomes, and a trunk layer's index."""
     yield model, modules.CalibratedModel, None
+    yield model.vision_encoder, modules.CalibratedVisionModel, None
     yield model.detr_decoder, modules.TappedDecoder, None
     if config.calibrates_trunk:
         layers = model.vision_encoder.backbone.layers
@@ -110,7 +130,6 @@ def _replacements(
         for index in sorted(tapped):
             yield layers[index], modules.TappedLayer, index
         yield layers[-1], modules.CalibratedLastLayer, None
-        yield model.vision_encoder, modules.CalibratedVisionModel, None
     if config.decoder_calibration:
         layers = model.detr_decoder.layers
         for index in sorted({i % len(layers) for i in config.decoder_layers}):

@@ -1,0 +1,120 @@
+"""What a calibrated SAM3 gives: transformers' own outputs and more, and nothing that stays."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_sam3 import GRID, LAYERS, QUERIES, inputs, tiny_sam3
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
+
+from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate, to_seed_dict
+from scclip_fast.sam3.config import STAGES
+
+ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
+
+
+@pytest.fixture
+def model():
+    return tiny_sam3()
+
+
+@torch.no_grad()
+def test_outputs_are_transformers_own(model):
+    with calibrate(model, ALL):
+        out = model(**inputs(2), output_hidden_states=True)
+        as_tuple = model(**inputs(2), return_dict=False)
+    assert isinstance(out, Sam3ImageSegmentationOutput) and isinstance(as_tuple, tuple)
+    assert len(out.vision_hidden_states) == LAYERS + 1
+    leaves, spec = tree_flatten(out)
+    again = tree_unflatten(leaves, spec)
+    assert type(again) is type(out) and torch.equal(again.outlier_mask, out.outlier_mask)
+    image, token = out.outlier_indices.unbind(dim=1)
+    assert out.outlier_mask.flatten(1)[image, token].all()
+    assert len(image) == out.outlier_mask.sum()
+
+
+@torch.no_grad()
+def test_seed_dictionary(model):
+    given = inputs(2)
+    with pytest.raises(TypeError, match="output must be that of a calibrated Sam3Model"):
+        to_seed_dict(model(**given))
+    with calibrate(model):
+        found = to_seed_dict(model(**given))
+    assert {k: tuple(v.shape) for k, v in found.items() if k != "outlier_indices"} == dict(
+        pred_logits=(3, 2, QUERIES, 32),
+        pred_boxes=(3, 2, QUERIES, 4),
+        pred_masks=(2, QUERIES, 32, 32),
+        semantic_seg=(2, 1, 32, 32),
+        presence_logit=(2, 1),
+        calibrated_features=(2, GRID * GRID, 32),
+    )
+    assert found["outlier_indices"].shape[1] == 2
+
+
+@torch.no_grad()
+def test_nothing_is_held_after_a_forward_pass(model):
+    with calibrate(model, ALL):
+        model(**inputs(1))
+        assert not model.scclip.features and not model.scclip.found
+
+
+@torch.no_grad()
+def test_nothing_is_held_after_an_error(model):
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    hook = model.mask_decoder.register_forward_hook(fail)
+    with calibrate(model, ALL), pytest.raises(RuntimeError, match="mine"):
+        model(**inputs(1))
+    with calibrate(model, ALL):
+        with pytest.raises(RuntimeError, match="mine"):
+            model(**inputs(1))
+        assert not model.scclip.features and not model.scclip.found
+    hook.remove()
+
+
+@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
+@torch.no_grad()
+def test_recorded_outputs(name):
+    """What transformers records is what it recorded before, in every field."""
+    model, given = tiny_sam3("eager"), {**inputs(1), name: True}
+    frozen = model(**given)
+    with calibrate(model, replace(ALL, **dict.fromkeys(STAGES, False))):
+        off = model(**given)
+    assert {*off} == {*frozen, "query_features"}
+    for key in frozen:
+        first, second = tree_flatten(off[key])[0], tree_flatten(frozen[key])[0]
+        assert len(first) == len(second) and all(map(torch.equal, first, second))
+    with calibrate(model, ALL):
+        assert {*frozen} <= {*model(**given)}
+
+
+@torch.no_grad()
+def test_recording_leaves_nothing_behind(model):
+    """transformers 5.0 binds a recorded module's forward to it, which a new class would not get."""
+    given = inputs(1)
+    frozen = model(**given)
+    with calibrate(model, ALL):
+        expected = model(**given)
+    for _ in range(2):
+        model(**given, output_hidden_states=True)
+        with calibrate(model, ALL):
+            assert torch.equal(model(**given).pred_masks, expected.pred_masks)
+            model(**given, output_hidden_states=True)
+        assert torch.equal(model(**given).pred_masks, frozen.pred_masks)
+
+
+def test_gradients(model):
+    """Of the pixels: the frozen model's with every stage off, finite and others with all on."""
+    given = inputs(2)
+    pixels = given["pixel_values"].requires_grad_()
+
+    def gradient():
+        return torch.autograd.grad(model(**given).pred_logits.sum(), pixels)[0]
+
+    frozen = gradient()
+    with calibrate(model, replace(ALL, **dict.fromkeys(STAGES, False))):
+        assert torch.equal(gradient(), frozen)
+    with calibrate(model, ALL):
+        assert gradient().isfinite().all() and not torch.allclose(gradient(), frozen)
