@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
 
 from . import chunked, reference
 from .ops import _check, knn
-from .ops.outliers import nearest_settled
+from .ops.outliers import BAND
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 ALGORITHMS = ("auto", "brute")
@@ -55,7 +55,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     Rows come as an array or anything that scikit-learn makes one of, or as a dense tensor on any
     device, and results as what the rows were: numpy arrays, or tensors on that device, where all is
     computed. float32 is kept, float16 and bfloat16 tensors become float32, everything else float64.
-    Rows to predict are cast to the type that was fitted. No N x N matrix is ever held.
+    Rows to predict are cast to the type that was fitted. Neighbours are found in that type, and
+    their distances measured in float64; no N x N matrix is ever held.
 
     Args:
         n_neighbors: k, at least 1; more than the other rows, and all of these are taken.
@@ -118,9 +119,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             self.offset_ = float(np.percentile(scores.cpu().numpy(), 100 * self.contamination))
         if not self.novelty and scores.min() < DUPLICATES:
             warnings.warn(
-                "Duplicate values are leading to incorrect results: rows with n_neighbors "
-                "duplicates are infinitely dense. Increase the number of neighbors for more "
-                "accurate results.",
+                "Duplicate values are leading to incorrect results. Increase the number of "
+                "neighbors for more accurate results.",
                 stacklevel=2,
             )
         return self
@@ -213,17 +213,25 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
                 f"Expected n_neighbors {'<' if among_itself else '<='} n_samples_fit, but "
                 f"n_neighbors = {k}, n_samples_fit = {sizes[0]}, n_samples = {sizes[1]}"
             )
-        rows = (self._fit_X,) if among_itself else (self._fit_X, queries)
+        exact = [part.double() for part in (self._fit_X, queries) if part is not None]
         if self.effective_metric_ == "cosine":
-            rows = _unit(*rows)
+            exact = _unit(*exact)
+        parts = [part.to(self._fit_X.dtype)[None] for part in exact]
+        # float32 finds a few more than k; float64 decides between those whose distances nearly tie.
         if among_itself:
-            squared, neighbors = knn(rows[0], k)
+            _, candidates = knn(parts[0], min(k + BAND, sizes[0] - 1))
         else:
-            found = nearest_settled(rows[0][None], k, k, rows[1][None])
-            squared, neighbors = (each[0] for each in found)
-        if self.effective_metric_ == "sqeuclidean":
-            return squared, neighbors
-        return squared.sqrt() if self.effective_metric_ == "euclidean" else squared / 2, neighbors
+            candidates = chunked.neighbors(parts[0], min(k + BAND, sizes[0]), parts[1])
+        candidates = candidates.sort(dim=-1).values  # of equal distances, the lower index
+        squared = chunked.pair_distances(exact[0][None], candidates, exact[-1][None])
+        squared, order = squared.sort(dim=-1, stable=True)
+        distances = self._of_squared(squared[0, :, :k]).to(self._fit_X.dtype)
+        return distances, candidates.gather(-1, order)[0, :, :k].contiguous()
+
+    def _of_squared(self, squared: Tensor) -> Tensor:
+        if self.effective_metric_ == "euclidean":
+            return squared.sqrt()
+        return squared / 2 if self.effective_metric_ == "cosine" else squared
 
     def _local_density(self, distances: Tensor, neighbors: Tensor) -> Tensor:
         k_distance = self._k_distance[None]

@@ -27,7 +27,7 @@ def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor
     if backend == "reference":
         distances, indices = reference.knn(x.to(chunked.compute_dtype(x)), k)
     else:
-        distances, indices = nearest_settled(x, k, k if measure_all else BAND)
+        distances, indices = _settled(x, k, k if measure_all else BAND)
     distances = distances if measure_all else distances[..., -1:]
     return distances.contiguous(), indices.contiguous()
 
@@ -54,22 +54,16 @@ def _(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
     return torch.empty_like(k_distance, memory_format=torch.contiguous_format)
 
 
-def nearest_settled(
-    tokens: Tensor, k: int, measured: int, queries: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Squared distances of the last `measured` of the k nearest others, and all indices (B, N, k).
-
-    With queries (B, M, D): of the tokens nearest to each of these, (B, M, k).
+def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
+    """Indices (B, N, k) of the nearest others and the squared distances of the last `measured`.
 
     The search ranks by products whose rounding is that of the norms. A few candidates more than k,
     measured as sums of squared differences, settle who is among the k.
     """
-    available = tokens.shape[1] - (queries is None)
-    candidates = chunked.neighbors(tokens, min(k + BAND, available), queries)
+    candidates = chunked.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
     settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
     undecided = undecided.sort(dim=-1).values  # of equal distances, the lower index
-    distances = chunked.pair_distances(tokens, undecided, queries)
-    distances, order = distances.sort(dim=-1, stable=True)
+    distances, order = chunked.pair_distances(tokens, undecided).sort(dim=-1, stable=True)
     places = k - settled.shape[-1]
     chosen = undecided.gather(-1, order[..., :places])
     return distances[..., :places], torch.cat([settled, chosen], dim=-1)
