@@ -23,10 +23,9 @@ except ModuleNotFoundError as error:
     ) from error
 
 from . import chunked, reference
-from .ops import _check, knn
-from .ops.outliers import BAND
+from .metrics import METRICS, nearest
+from .ops import _check
 
-METRICS = ("euclidean", "sqeuclidean", "cosine")
 ALGORITHMS = ("auto", "brute")
 DUPLICATES = -1e7  # scores below come from densities that only 1e-10 keeps finite
 
@@ -213,25 +212,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
                 f"Expected n_neighbors {'<' if among_itself else '<='} n_samples_fit, but "
                 f"n_neighbors = {k}, n_samples_fit = {sizes[0]}, n_samples = {sizes[1]}"
             )
-        exact = [part.double() for part in (self._fit_X, queries) if part is not None]
-        if self.effective_metric_ == "cosine":
-            exact = _unit(*exact)
-        parts = [part.to(self._fit_X.dtype)[None] for part in exact]
-        # float32 finds a few more than k; float64 decides between those whose distances nearly tie.
-        if among_itself:
-            _, candidates = knn(parts[0], min(k + BAND, sizes[0] - 1))
-        else:
-            candidates = chunked.neighbors(parts[0], min(k + BAND, sizes[0]), parts[1])
-        candidates = candidates.sort(dim=-1).values  # of equal distances, the lower index
-        squared = chunked.pair_distances(exact[0][None], candidates, exact[-1][None])
-        squared, order = squared.sort(dim=-1, stable=True)
-        distances = self._of_squared(squared[0, :, :k]).to(self._fit_X.dtype)
-        return distances, candidates.gather(-1, order)[0, :, :k].contiguous()
-
-    def _of_squared(self, squared: Tensor) -> Tensor:
-        if self.effective_metric_ == "euclidean":
-            return squared.sqrt()
-        return squared / 2 if self.effective_metric_ == "cosine" else squared
+        return nearest(self._fit_X, k, self.effective_metric_, queries)
 
     def _local_density(self, distances: Tensor, neighbors: Tensor) -> Tensor:
         k_distance = self._k_distance[None]
@@ -270,16 +251,3 @@ def _checked(X: Tensor) -> Tensor:
     X = X.to(chunked.compute_dtype(X)) if X.is_floating_point() else X.double()
     _check.all_finite("X", X[None])
     return X
-
-
-def _unit(*parts: Tensor) -> list[Tensor]:
-    """Unit rows: half their squared distance is 1 - cos, and loses no digits where cos is near 1.
-
-    Rows of zeros, if any, get a channel to themselves, which makes that half 1.
-    """
-    norms = [torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in parts]
-    zero = [norm == 0 for norm in norms]
-    units = [part / norm.where(norm > 0, 1) for part, norm in zip(parts, norms, strict=True)]
-    if any(mask.any() for mask in zero):
-        units = [torch.cat([*pair], dim=-1) for pair in zip(units, zero, strict=True)]
-    return units
