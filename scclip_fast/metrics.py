@@ -16,8 +16,9 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
     """Distances and indices (M, k) of the rows of x (N, D) nearest to queries (M, D), ascending.
 
     Without queries, of the nearest others to every row of x, by `knn`; k is at most N - 1 then, and
-    N with queries. Equal distances by lower index. Finite float32 or float64, queries as x. Either
-    finds a few more than k; float64 decides between those whose distances nearly tie.
+    N with queries. Equal distances by lower index. All finite, float32 or float64; the search and
+    the result have the type of x. The search finds a few more than k, and float64 decides between
+    those whose distances nearly tie.
     """
     exact = [part.double() for part in (x, queries) if part is not None]
     if metric == "cosine":

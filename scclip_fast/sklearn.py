@@ -54,8 +54,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     Rows come as an array or anything that scikit-learn makes one of, or as a dense tensor on any
     device, and results as what the rows were: numpy arrays, or tensors on that device, where all is
     computed. float32 is kept, float16 and bfloat16 tensors become float32, everything else float64.
-    Rows to predict are cast to the type that was fitted. Neighbours are found in that type, and
-    their distances measured in float64; no N x N matrix is ever held.
+    Results have the type that was fitted, in which neighbours are found; distances are measured in
+    float64. No N x N matrix is ever held.
 
     Args:
         n_neighbors: k, at least 1; more than the other rows, and all of these are taken.
@@ -90,7 +90,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         self.novelty = novelty
 
     def fit(self, X, y=None):
-        """Score the rows X (N, D); `y` is ignored. Waits for the GPU.
+        """Score the rows X (N, D). Waits for the GPU.
 
         Raises:
             TypeError, ValueError: a parameter or X is none that the class allows, X is not finite,
@@ -186,7 +186,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             raise TypeError(f"novelty must be a bool, got {type(self.novelty).__name__}")
 
     def _rows(self, X, fitting: bool = False) -> Tensor:
-        """X checked, as a floating tensor (M, D); when not fitting, of the type fitted."""
+        """X checked, as a tensor (M, D) of float32 or float64."""
         if isinstance(X, Tensor):
             rows = _checked(X)
             validate_data(self, rows, reset=fitting, skip_check_array=True)
@@ -201,7 +201,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             fitted = f"a tensor on {self._fit_X.device}" if self._fitted_tensor else "an array"
             found = f"a tensor on {rows.device}" if isinstance(X, Tensor) else "an array"
             raise ValueError(f"X must be like the fitted rows, {fitted}, got {found}")
-        return rows.to(self._fit_X.dtype)
+        return rows
 
     def _nearest(self, queries: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Distances by the metric and indices (M, k) of fitted rows; see `kneighbors`."""

@@ -153,6 +153,29 @@ def test_tensors(device, dtype, computed):
     assert clone(model).fit(x.cpu().numpy() if dtype != torch.bfloat16 else x.float().cpu().numpy())
 
 
+def test_equal_distances_are_by_lower_index():
+    x = np.random.default_rng(0).integers(3, size=(200, 3)) / 10
+    model = LocalOutlierFactor().fit(x)
+    for found, itself in ((model.kneighbors(), True), (model.kneighbors(x + 0.05), False)):
+        steps, order = np.diff(found[0]), np.diff(found[1])
+        assert (steps == 0).any() and (order[steps == 0] > 0).all(), itself
+
+
+def test_duplicates_warn_of_outliers_alone(recwarn):
+    x = np.concatenate([np.zeros(30), np.linspace(1e-3, 1, 30)])[:, None]
+    LocalOutlierFactor(5, novelty=True).fit(x)
+    assert not recwarn
+    with pytest.warns(UserWarning, match="Duplicate values"):
+        LocalOutlierFactor(5).fit(x)
+
+
+@pytest.mark.gpu
+def test_queries_on_another_device():
+    model = LocalOutlierFactor(novelty=True).fit(torch.from_numpy(rows()).cuda())
+    with pytest.raises(ValueError, match="a tensor on cuda:0, got a tensor on cpu"):
+        model.predict(torch.from_numpy(rows()))
+
+
 def test_rows_to_predict_take_the_fitted_type():
     model = LocalOutlierFactor(novelty=True).fit(rows().astype(np.float32))
     assert model.score_samples(rows(9, seed=1)).dtype == np.float32
