@@ -6,9 +6,11 @@ clip = ["open_clip_torch>=3.0", "pillow", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
 sam3 = ["transformers>=5.0"]
+sklearn = ["scikit-learn>=1.6"]
 test = [
     *demo,
     *evaluation,
+    *sklearn,
     "hypothesis",
     "pytest>=8",
     "pytest-benchmark",
@@ -44,6 +46,7 @@ setup(
         "eval": evaluation,
         "demo": demo,
         "sam3": sam3,
+        "sklearn": sklearn,
         "test": test,
         "lint": lint,
     },

@@ -70,8 +70,10 @@ def finite_mean(x: Tensor) -> Tensor:
     return total / count.clamp(min=1)
 
 
-def neighbors(x: Tensor, k: int) -> Tensor:
-    """Indices (B, N, k) of the nearest other tokens of x (B, N, D), nearest first.
+def neighbors(x: Tensor, k: int, queries: Tensor | None = None) -> Tensor:
+    """Indices (B, M, k) of the tokens of x (B, N, D) nearest to queries (B, M, D), nearest first.
+
+    Without queries, of the nearest others to every token of x.
 
     d2(i, j) - ||x_i||^2 = ||x_j||^2 - 2 x_i x_j ranks like d2 along a row. x is centred first:
     distances do not change, and the products lose no digits to a few huge channels.
@@ -79,38 +81,43 @@ def neighbors(x: Tensor, k: int) -> Tensor:
     batch, tokens, width = x.shape
     dtype = compute_dtype(x)
     tile = plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
-    scores = x.new_full((batch, tokens, k), torch.inf, dtype=dtype)
-    indices = x.new_zeros((batch, tokens, k), dtype=torch.int64)
+    from_rows = x if queries is None else queries
+    asked = from_rows.shape[1]
+    scores = x.new_full((batch, asked, k), torch.inf, dtype=dtype)
+    indices = x.new_zeros((batch, asked, k), dtype=torch.int64)
     for images in spans(batch, tile.images):
         block, mean = x[images], finite_mean(x[images])
         for columns in spans(tokens, tile.columns):
             candidates, norms = _centred(block[:, columns], mean, multiple=GROUP)
             # One tile for all: an allocator hands out and takes back so large ones at a cost.
             score = norms.new_empty(block.shape[0], tile.rows, norms.shape[-1])
-            for rows in spans(tokens, tile.rows):
-                queries, _ = _centred(block[:, rows], mean)
-                part = score[:, : queries.shape[1]]
-                torch.baddbmm(norms.unsqueeze(1), queries, candidates.mT, alpha=-2, out=part)
-                itself = part.diagonal(offset=rows.start - columns.start, dim1=-2, dim2=-1)
-                itself.fill_(torch.inf)
+            for rows in spans(asked, tile.rows):
+                centred, _ = _centred(from_rows[images, rows], mean)
+                part = score[:, : centred.shape[1]]
+                torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=part)
+                if queries is None:
+                    itself = part.diagonal(offset=rows.start - columns.start, dim1=-2, dim2=-1)
+                    itself.fill_(torch.inf)
                 _keep_smallest(scores[images, rows], indices[images, rows], part, columns.start)
             del candidates, score  # before the next are made
     return indices
 
 
-def pair_distances(x: Tensor, neighbors: Tensor) -> Tensor:
-    """||x_i - x_j||^2 (B, N, m) for j in neighbors (B, N, m), exactly 0 for duplicates.
+def pair_distances(x: Tensor, neighbors: Tensor, queries: Tensor | None = None) -> Tensor:
+    """||q_i - x_j||^2 (B, M, m) for j in neighbors (B, M, m), exactly 0 for duplicates.
 
-    It sums squared differences: the Gram form only ranks, as its error is that of the norms.
+    Without queries q (B, M, D), these are the tokens of x (B, N, D). It sums squared differences:
+    the Gram form only ranks, as its error is that of the norms.
     """
-    batch, tokens, m = neighbors.shape
+    batch, asked, m = neighbors.shape
+    from_rows = x if queries is None else queries
     dtype = compute_dtype(x)
-    distances = torch.empty(batch, tokens, m, dtype=dtype, device=x.device)
+    distances = torch.empty(batch, asked, m, dtype=dtype, device=x.device)
     rows_per_step = max(1, WORKSPACE_BYTES // 32 // max(1, m * x.shape[-1] * dtype.itemsize))
     for image in range(batch):
-        for rows in spans(tokens, rows_per_step):
+        for rows in spans(asked, rows_per_step):
             others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)
-            difference = others.unflatten(0, (-1, m)).sub_(x[image, rows, None])
+            difference = others.unflatten(0, (-1, m)).sub_(from_rows[image, rows, None])
             distances[image, rows] = difference.square_().sum(dim=-1)
     return torch.where(distances.isfinite(), distances, torch.inf)
 

@@ -57,15 +57,26 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor) -> Tensor:
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
     """The textbook LOF on *plain* distances (B, N, k), sorted, as scikit-learn computes it.
 
-    reach(i <- j) = max(k-distance(j), d(i, j))
-    lrd_i = 1 / mean_j reach(i <- j)
     LOF_i = mean_j lrd_j / lrd_i
     """
     k_distance = distances[..., -1]
+    density = reachability_density(distances, neighbors, k_distance)
+    ratios = density_ratio(density, neighbors, density)
+    return torch.where(k_distance.isfinite(), ratios, torch.nan)
+
+
+def reachability_density(distances: Tensor, neighbors: Tensor, k_distance: Tensor) -> Tensor:
+    """lrd_i = 1 / mean_j reach(i <- j), (B, M), with reach(i <- j) = max(k-distance(j), d(i, j)).
+
+    k_distance (B, N) is of the tokens that neighbors (B, M, k) points to; for LOF of these, M = N.
+    """
     reachability = distances.maximum(_gather_tokens(k_distance, neighbors))
-    density = 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
-    ratios = _gather_tokens(density, neighbors) / density.unsqueeze(-1)
-    return torch.where(k_distance.isfinite(), ratios.mean(dim=-1), torch.nan)
+    return 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
+
+
+def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
+    """mean_j lrd_j / lrd_i (B, M), with density (B, N) at neighbors (B, M, k) and own (B, M)."""
+    return (_gather_tokens(density, neighbors) / own.unsqueeze(-1)).mean(dim=-1)
 
 
 def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
