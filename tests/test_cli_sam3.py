@@ -97,3 +97,11 @@ def test_weights_out_of_reach(photo, tmp_path):
     code, _, stderr = run("segment", photo, "--model", tmp_path / "nothing", *words)
     assert code != 0
     assert "cannot load" in stderr and "accept its license" in stderr and "scenes" in stderr
+
+
+@pytest.mark.parametrize("option", [("--no-repair",), ("--method", "clip")])
+def test_options_of_clip(option, folder, photo, tmp_path):
+    words = ("--classes", "sky", "--out", tmp_path / "out", "--device", "cpu")
+    code, _, stderr = run("segment", photo, "--model", folder, *words, *option)
+    assert code != 0 and f"{option[0]} is for CLIP" in stderr
+    assert not (tmp_path / "out").exists()

@@ -137,6 +137,13 @@ def _option(switch: str) -> str:
     return f"--no-{switch.replace('_', '-')}"
 
 
+def check_no_clip_options(args: argparse.Namespace) -> None:
+    """CommandError where --method or --no-STAGE, which are CLIP's, are given with another model."""
+    off = [_option(switch) for switch in SWITCHES if not getattr(args, switch)]
+    if args.method != "scclip" or off:
+        raise CommandError(f"{[*off, '--method'][0]} is for CLIP, not for {args.model}")
+
+
 def brings_weights(model: str) -> bool:
     """Whether a --model comes with weights, so that --pretrained has no say."""
     return model == "scenes" or ":" in model or is_sam3(model)

@@ -153,6 +153,8 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     if args.background is None and (args.prob_thd > 0 or args.area_thd is not None):
         raise CommandError("--prob-thd and --area-thd need --background NAME")
     common.check_windows(args)
+    if common.is_sam3(args.model):
+        common.check_no_clip_options(args)
     used = ("model", "pretrained", "method", *common.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",
