@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import chunked
 from .ops import knn
-from .ops.outliers import BAND
+from .ops.outliers import BAND, settle
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -28,11 +28,8 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
         _, candidates = knn(parts[0], min(k + BAND, len(x) - 1))
     else:
         candidates = chunked.neighbors(parts[0], min(k + BAND, len(x)), parts[1])
-    candidates = candidates.sort(dim=-1).values  # of equal distances, the lower index
-    squared = chunked.pair_distances(exact[0][None], candidates, exact[-1][None])
-    squared, order = squared.sort(dim=-1, stable=True)
-    distances = _of_squared(squared[0, :, :k], metric).to(x.dtype)
-    return distances, candidates.gather(-1, order)[0, :, :k].contiguous()
+    squared, indices = settle(exact[0][None], candidates, k, exact[-1][None])
+    return _of_squared(squared[0], metric).to(x.dtype), indices[0]
 
 
 def _of_squared(squared: Tensor, metric: str) -> Tensor:

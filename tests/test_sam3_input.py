@@ -4,13 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_sam3 import LAYERS, inputs, tiny_sam3
+from tiny_sam3 import ALL, inputs, tiny_sam3
 from transformers import Sam3Model
 
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
-from scclip_fast.sam3.config import STAGES
-
-ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
 
 
 @pytest.fixture

@@ -1,17 +1,12 @@
 """What a calibrated SAM3 gives: transformers' own outputs and more, and nothing that stays."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from tiny_sam3 import GRID, LAYERS, QUERIES, inputs, tiny_sam3
+from tiny_sam3 import ALL, GRID, LAYERS, NONE, QUERIES, inputs, tiny_sam3
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
 
-from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate, to_seed_dict
-from scclip_fast.sam3.config import STAGES
-
-ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
+from scclip_fast.sam3 import calibrate, to_seed_dict
 
 
 @pytest.fixture
@@ -80,7 +75,7 @@ def test_recorded_outputs(name):
     """What transformers records is what it recorded before, in every field."""
     model, given = tiny_sam3("eager"), {**inputs(1), name: True}
     frozen = model(**given)
-    with calibrate(model, replace(ALL, **dict.fromkeys(STAGES, False))):
+    with calibrate(model, NONE):
         off = model(**given)
     assert {*off} == {*frozen, "query_features"}
     for key in frozen:
@@ -114,7 +109,7 @@ def test_gradients(model):
         return torch.autograd.grad(model(**given).pred_logits.sum(), pixels)[0]
 
     frozen = gradient()
-    with calibrate(model, replace(ALL, **dict.fromkeys(STAGES, False))):
+    with calibrate(model, NONE):
         assert torch.equal(gradient(), frozen)
     with calibrate(model, ALL):
         assert gradient().isfinite().all() and not torch.allclose(gradient(), frozen)

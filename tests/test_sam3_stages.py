@@ -6,13 +6,12 @@ from itertools import product
 import plain_sam3
 import pytest
 import torch
-from tiny_sam3 import GRID, LAYERS, QUERIES, SIDE, inputs, tiny_sam3
+from tiny_sam3 import GRID, LAYERS, NONE, QUERIES, SIDE, inputs, tiny_sam3
 
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
 from scclip_fast.sam3.stages import calibrate_queries
 
-NONE = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, False))
 CLOSE = dict(rtol=1e-4, atol=2e-5)
 
 

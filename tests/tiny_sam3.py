@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from transformers import Sam3Config, Sam3Model
 
+from scclip_fast.sam3 import Sam3CalibrationConfig
+from scclip_fast.sam3.config import STAGES
+
 SIDE, PATCH, LAYERS, QUERIES = 64, 8, 6, 40
 GRID = SIDE // PATCH
+ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
+NONE = replace(ALL, **dict.fromkeys(STAGES, False))
 
 TRUNK = dict(
     hidden_size=32,

@@ -107,7 +107,7 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
         CommandError: there is no such model or device, or its weights are out of reach.
     """
     target = device(args.device)
-    off = [switch for switch in SWITCHES if not getattr(args, switch)]
+    off = _switched_off(args)
     if off and args.method != "scclip":
         raise CommandError(f"{_option(off[0])} is for --method scclip, got {args.method}")
     from ..clip import create_model
@@ -133,15 +133,20 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
     return encoder, tokenizer
 
 
+def _switched_off(args: argparse.Namespace) -> list[str]:
+    return [switch for switch in SWITCHES if not getattr(args, switch)]
+
+
 def _option(switch: str) -> str:
     return f"--no-{switch.replace('_', '-')}"
 
 
 def check_no_clip_options(args: argparse.Namespace) -> None:
     """CommandError where --method or --no-STAGE, which are CLIP's, are given with another model."""
-    off = [_option(switch) for switch in SWITCHES if not getattr(args, switch)]
-    if args.method != "scclip" or off:
-        raise CommandError(f"{[*off, '--method'][0]} is for CLIP, not for {args.model}")
+    given = [_option(switch) for switch in _switched_off(args)]
+    given += ["--method"] if args.method != "scclip" else []
+    if given:
+        raise CommandError(f"{given[0]} is for CLIP, not for {args.model}")
 
 
 def brings_weights(model: str) -> bool:

@@ -62,11 +62,20 @@ def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
     """
     candidates = chunked.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
     settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
-    undecided = undecided.sort(dim=-1).values  # of equal distances, the lower index
-    distances, order = chunked.pair_distances(tokens, undecided).sort(dim=-1, stable=True)
-    places = k - settled.shape[-1]
-    chosen = undecided.gather(-1, order[..., :places])
-    return distances[..., :places], torch.cat([settled, chosen], dim=-1)
+    distances, chosen = settle(tokens, undecided, k - settled.shape[-1])
+    return distances, torch.cat([settled, chosen], dim=-1)
+
+
+def settle(
+    x: Tensor, candidates: Tensor, places: int, queries: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Squared distances and indices (B, M, places), nearest first, of the candidates (B, M, m).
+
+    x and queries are `chunked.pair_distances`'; of equal distances, the lower index.
+    """
+    candidates = candidates.sort(dim=-1).values
+    distances, order = chunked.pair_distances(x, candidates, queries).sort(dim=-1, stable=True)
+    return distances[..., :places], candidates.gather(-1, order[..., :places])
 
 
 def knn(

@@ -1,8 +1,8 @@
 """SAM3's own modules with a stage in their forward; a module becomes one by its `__class__`.
 
 Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
-does not of forward hooks (measured). Each class adds to what its
-parent returns, so that nothing of SAM3 is written twice.
+does not of forward hooks (measured). Each class adds to what its parent returns, so that nothing of
+SAM3 is written twice.
 """
 
 from __future__ import annotations
