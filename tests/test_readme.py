@@ -1,0 +1,89 @@
+"""The README's Python, run as it stands, with small models in the place of those it loads."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli_sam3 import tiny_processor
+from tiny_sam3 import tiny_sam3
+
+from scclip_fast import clip
+from scclip_fast.scenes.draw import scene
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+LOF = "From `lof_pytorch` to scclip_fast in one line"
+OPEN_CLIP = "Calibrate your open_clip model"
+SAM3 = "Calibrate SAM3"
+OWN = "Write another calibration from the ops"
+OPS = "Ops"
+
+
+def blocks(title: str) -> list[str]:
+    """The blocks of Python in the section of that title."""
+    (text,) = (part for part in README.split("\n## ") if part.startswith(f"{title}\n"))
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def run(title: str, **names) -> dict:
+    """Run the blocks of a section, one after the other, given some names; returns all names."""
+    found = blocks(title)
+    assert found
+    for block in found:
+        exec(compile(block, f"README.md, {title}", "exec"), names)
+    return names
+
+
+def test_every_block_is_run():
+    tested = [block for title in (LOF, OPEN_CLIP, SAM3, OWN, OPS) for block in blocks(title)]
+    assert README.count("```python") == len(tested)
+
+
+def test_lof_in_one_line():
+    features = torch.randn(200, 32)
+    features[7] += 20
+    found = run(LOF, features=features)
+    assert 7 in found["indices"] and found["scores"].argmax() == 7
+
+
+def test_open_clip(monkeypatch):
+    scenes = clip.create_model("scenes")
+    monkeypatch.setattr(clip, "create_model", lambda name, pretrained: scenes)
+    image = scene("validation", 0).image[:112]
+    found = run(OPEN_CLIP, image=image, pixels=torch.randn(1, 3, 32, 48))
+    assert found["labels"].shape == image.shape[:2]
+    assert found["features"].shape[:3] == (
+        1,
+        32 // scenes[0].patch_size,
+        48 // scenes[0].patch_size,
+    )
+    assert not found["bolder"].config.multi_level and found["plain"].method == "clip"
+
+
+def test_sam3(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    for kind, small in (("Sam3Model", tiny_sam3), ("Sam3Processor", tiny_processor)):
+        kind = getattr(transformers, kind)
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, small=small: small())
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    with torch.inference_mode():
+        output = run(SAM3, image=image)["output"]
+    assert output.outlier_mask.any() and output.calibrated_features.isfinite().all()
+
+
+def test_own_calibration():
+    calibrate = run(OWN)["calibrate"]
+    features = torch.randn(2, 9, 8, 16).requires_grad_()
+    features.data[1, 4, 4] += 30
+    calibrated = torch.compile(calibrate, fullgraph=True, backend="aot_eager")(features)
+    assert torch.allclose(calibrated, calibrate(features), atol=1e-5)
+    assert calibrated[1, 4, 4].norm() < 10
+    calibrated.sum().backward()
+    assert features.grad.isfinite().all()
+
+
+def test_ops():
+    features = 5 + torch.randn(200, 32)
+    features[7] *= -1
+    assert run(OPS, features=features)["labels"][7] == -1
