@@ -25,34 +25,35 @@ TEMPLATES = ["a photo of a {}.", lambda name: f"the {name} in a scene."]
 
 
 @pytest.fixture(scope="module")
-def source():
-    """open_clip's, in float64: there no rounding decides which tokens are similar."""
-    return tiny_clip(layers=4, quick_gelu=True).double()
+def encoders():
+    """open_clip's and transformers', in float64: there no rounding decides which are similar."""
+    source = tiny_clip(layers=4, quick_gelu=True).double()
+    return SCCLIP(source), SCCLIP(copied(source))
 
 
 @pytest.fixture(scope="module")
-def model(source):
-    return copied(source)
+def encoder(encoders):
+    return encoders[1]
 
 
 @pytest.mark.parametrize("templates", [None, TEMPLATES], ids=["openai", "own"])
-def test_segmenter(source, model, templates):
+def test_segmenter(encoders, templates):
     """Classes with synonyms, long and short texts in one batch."""
     classes = CLASSES if templates else CLASSES[:2]
     settings = dict(SETTINGS, templates=templates)
-    expected = Segmenter(SCCLIP(source), tokenizer(), classes, **settings)
-    found = Segmenter(SCCLIP(model), their_tokenizer(), classes, **settings)
+    expected = Segmenter(encoders[0], tokenizer(), classes, **settings)
+    found = Segmenter(encoders[1], their_tokenizer(), classes, **settings)
     torch.testing.assert_close(found.text_features, expected.text_features, rtol=0, atol=1e-6)
     image = photo(40, 52)
     probabilities = expected.probabilities(image)
     torch.testing.assert_close(found.probabilities(image), probabilities, rtol=0, atol=1e-5)
 
 
-def test_a_processor_brings_its_means(model):
+def test_a_processor_brings_its_means(encoder):
     theirs = CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4])
     processor = CLIPProcessor(theirs, their_tokenizer())
-    found = Segmenter(SCCLIP(model), processor, CLASSES, templates=TEMPLATES)
-    plain = Segmenter(SCCLIP(model), their_tokenizer(), CLASSES, templates=TEMPLATES)
+    found = Segmenter(encoder, processor, CLASSES, templates=TEMPLATES)
+    plain = Segmenter(encoder, their_tokenizer(), CLASSES, templates=TEMPLATES)
     torch.testing.assert_close(found.mean.flatten(), torch.tensor([0.5, 0.4, 0.3]))
     torch.testing.assert_close(found.std.flatten(), torch.tensor([0.2, 0.3, 0.4]))
     assert torch.equal(found.text_features, plain.text_features)
@@ -60,9 +61,9 @@ def test_a_processor_brings_its_means(model):
 
 
 @pytest.mark.parametrize("kind", [CLIPVisionModelWithProjection, CLIPVisionModel])
-def test_segmenter_without_text(model, kind):
+def test_segmenter_without_text(encoder, kind):
     with pytest.raises(ValueError, match=f"CLIPModel, got a {kind.__name__}"):
-        Segmenter(SCCLIP(alone(model, kind)), their_tokenizer(), CLASSES)
+        Segmenter(SCCLIP(alone(encoder.model, kind)), their_tokenizer(), CLASSES)
 
 
 @pytest.fixture
@@ -86,14 +87,14 @@ def import_without(monkeypatch):
     sys.modules.update(installed)
 
 
-def test_transformers_without_open_clip(model, import_without):
+def test_transformers_without_open_clip(encoder, import_without):
     clip, segment = import_without("open_clip")
-    encoder, x = clip.SCCLIP(model), images(1, 24, 16).double()
-    assert torch.equal(encoder(x), SCCLIP(model)(x))
-    assert type(encoder) is not SCCLIP
-    assert segment.Segmenter(encoder, their_tokenizer(), CLASSES, templates=TEMPLATES)
+    anew, x = clip.SCCLIP(encoder.model), images(1, 24, 16).double()
+    assert type(anew) is not SCCLIP
+    assert torch.equal(anew(x), encoder(x))
+    assert segment.Segmenter(anew, their_tokenizer(), CLASSES, templates=TEMPLATES)
     with pytest.raises(ModuleNotFoundError, match="pass templates, or pip install"):
-        segment.Segmenter(encoder, their_tokenizer(), CLASSES)
+        segment.Segmenter(anew, their_tokenizer(), CLASSES)
     with pytest.raises(ModuleNotFoundError, match="open_clip"):
         clip.create_model("scenes")
     with pytest.raises(AttributeError, match="no attribute 'create'"):
