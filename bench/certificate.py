@@ -21,7 +21,7 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from scclip_fast.clip import create_model, tower
+from scclip_fast.clip import create_model
 from scclip_fast.kernels import nearest
 from scclip_fast.kernels.rounding import positions
 from scclip_fast.scenes.draw import scene
@@ -75,7 +75,7 @@ def vit(n: int, d: int) -> Tensor:
     drawn = scene("benchmark", 0, (16 * side, 16 * side)).image
     pixels = torch.from_numpy(drawn).permute(2, 0, 1).float().div(255).sub(0.45).div(0.27)
     with torch.no_grad():
-        return tower.layers(encoder.model.visual, pixels[None])[0][-2][0, 1:][:n]
+        return encoder.tower.layers(pixels[None])[0][-2][0, 1:][:n]
 
 
 KINDS = (gaussian, clusters, image, massive_channels, flat_regions, giant_tokens, vit)

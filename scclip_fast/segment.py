@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
+from .clip.prompts import text_features
 from .pamr import pamr
 from .picture import Picture, seen_size, to_tensor, upsampled, windows
 
 _WINDOWS = 128  # in one batch; more, of very large images, take several
+#: OpenAI's, for models that state none
+_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Segmenter(nn.Module):
@@ -24,11 +26,12 @@ class Segmenter(nn.Module):
     its best synonym.
 
     Args:
-        encoder: see `scclip_fast.clip.create_model`.
-        tokenizer: its tokenizer.
+        encoder: see `scclip_fast.clip.create_model`; of transformers, around a CLIPModel.
+        tokenizer: its tokenizer, of the same library; or its CLIPProcessor, whose mean and standard
+            deviation the images then get. OpenAI's are those of other models that state none.
         classes: one entry a class, synonyms after commas: "person, man, woman".
         templates: of captions, callables or format strings, whose text features are averaged; None
-            for the 80 of OpenAI.
+            for the 80 of OpenAI, which come with open_clip.
         logit_scale: sharpness of the probabilities; 40 as published.
         prob_thd: pixels whose largest probability is below become `background`.
         area_thd: classes with at most this share of all pixels that are not `background` are taken
@@ -45,7 +48,8 @@ class Segmenter(nn.Module):
         classes: the first name of each class.
 
     Raises:
-        ValueError: no classes, an empty or repeated name, or a setting out of range.
+        ValueError: no classes, an empty or repeated name, a setting out of range, or an encoder
+            without a text encoder.
     """
 
     def __init__(
@@ -83,19 +87,15 @@ class Segmenter(nn.Module):
         self.slide_stride = slide_stride
         self.short_side = short_side
         self.pamr_steps = pamr_steps
-        visual = encoder.model.visual
-        text = open_clip.build_zero_shot_classifier(
-            encoder.model,
-            tokenizer,
-            [name for names in synonyms for name in names],
-            open_clip.OPENAI_IMAGENET_TEMPLATES if templates is None else templates,
-            device=visual.conv1.weight.device,
-        )
+        names = [name for synonym in synonyms for name in synonym]
+        text = text_features(encoder.tower, tokenizer, names, templates)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
-        mean = getattr(visual, "image_mean", None) or open_clip.OPENAI_DATASET_MEAN
-        std = getattr(visual, "image_std", None) or open_clip.OPENAI_DATASET_STD
+        # Both open_clip's tower and transformers' image processor state them by these names.
+        stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
+        mean = getattr(stated, "image_mean", None) or _MEAN
+        std = getattr(stated, "image_std", None) or _STD
         constants = dict(
-            text_features=text.T.float(),  # (names, E)
+            text_features=text.float(),  # (names, E)
             owners=torch.tensor(owners),  # (names,), the class of each name
             mean=torch.tensor(mean)[:, None, None],
             std=torch.tensor(std)[:, None, None],

@@ -93,7 +93,7 @@ def rows(stdout):
 def tokens_of(photo, size):
     with Image.open(photo) as image:
         pixels = open_clip.image_transform(size, is_train=False)(image)
-    return lof_demo.patch_tokens(lof_demo.load_model(MODEL, None).model.visual, pixels)
+    return lof_demo.patch_tokens(lof_demo.load_model(MODEL, None), pixels)
 
 
 def test_report(demo, photo):
@@ -155,9 +155,10 @@ def test_plain_lof_is_scclips():
 
 
 def test_tokens_are_those_before_the_last_block(offline):
-    visual = lof_demo.load_model(MODEL, None).model.visual
+    encoder = lof_demo.load_model(MODEL, None)
+    visual = encoder.model.visual
     pixels = torch.rand(3, *visual.image_size, generator=torch.Generator().manual_seed(0))
-    tokens = lof_demo.patch_tokens(visual, pixels)
+    tokens = lof_demo.patch_tokens(encoder, pixels)
     expected = visual.forward_intermediates(
         pixels[None], indices=[1], output_fmt="NLC", intermediates_only=True
     )

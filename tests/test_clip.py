@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from tiny_clip import TEXT, images, randomise, tiny_clip
 
-from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig, methods, tower
+from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig, methods
 
 EXACT = 1e-9  # float64, and unit vectors: whatever is larger is another formula
 SIZES = [(32, 32), (48, 48), (24, 56)]  # the model's own, larger, a rectangle
@@ -141,7 +141,7 @@ def test_few_tokens_in_a_batch(model):
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (21, 28), (5, 8), (3, 1), (64, 6)], ids=str)
 def test_positions(model, grid):
     visual = model.visual
-    found = tower.positions(visual, grid)
+    found = SCCLIP(model).tower.positions(grid)
     if grid == visual.grid_size:
         assert torch.equal(found, visual.positional_embedding)
     else:

@@ -120,7 +120,7 @@ RESNET = dict(layers=(1, 1, 1, 1), width=16, head_width=16, image_size=32)
         (Timm, "got timm's VisionTransformer"),
         (lambda: tiny_clip(layers=2, qk_norm=True), "got CustomResidualAttentionBlock"),
         (lambda: tiny_clip(layers=1), "at least 2 blocks"),
-        (lambda: nn.Linear(1, 1), "VisionTransformer, got NoneType"),
+        (lambda: nn.Linear(1, 1), r"open_clip or transformers, got torch\.nn\..*\.Linear"),
     ],
     ids=["resnet", "coca", "timm", "qk-norm", "one-block", "no-clip"],
 )

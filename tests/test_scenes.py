@@ -97,19 +97,19 @@ def test_windows_keep_their_positions():
     model = tiny_clip(layers=2)
     visual = model.visual
     pixels = torch.rand(3, 3, *visual.image_size)
-    whole = train.encode_windows(visual, pixels, torch.zeros(3, 2, dtype=torch.int64))
+    whole = train.encode_windows(model, pixels, torch.zeros(3, 2, dtype=torch.int64))
     torch.testing.assert_close(whole, model.encode_image(pixels, normalize=True))
     # Positions of the rest of the image have no say.
     patch, corner = visual.patch_size[0], torch.tensor([[1, 2]])
     crop = pixels[:1, :, patch : 3 * patch, 2 * patch : 4 * patch]
-    seen = train.encode_windows(visual, crop, corner)
+    seen = train.encode_windows(model, crop, corner)
     table = visual.positional_embedding[1:].unflatten(0, visual.grid_size)
     inside = torch.zeros(visual.grid_size, dtype=torch.bool)
     inside[1:3, 2:4] = True
     table[~inside] += 1
-    torch.testing.assert_close(train.encode_windows(visual, crop, corner), seen)
+    torch.testing.assert_close(train.encode_windows(model, crop, corner), seen)
     table[inside] *= 2
-    assert not torch.allclose(train.encode_windows(visual, crop, corner), seen, atol=1e-3)
+    assert not torch.allclose(train.encode_windows(model, crop, corner), seen, atol=1e-3)
 
 
 def test_a_few_steps_of_training_lower_the_loss_and_are_saved(tmp_path, monkeypatch, capsys):

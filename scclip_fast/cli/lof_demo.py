@@ -16,9 +16,9 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..clip import SCCLIP, create_model, tower
+from ..clip import SCCLIP, create_model
 from ..measure import Measurement, measure
 from ..ops import lof, lof_scores
 from .common import CommandError, read_photo
@@ -84,15 +84,15 @@ def load_model(name: str, tag: str | None) -> SCCLIP:
         return create_model(name)[0]
 
 
-def patch_tokens(visual: nn.Module, pixels: Tensor) -> Tensor:
+def patch_tokens(encoder: SCCLIP, pixels: Tensor) -> Tensor:
     """Patch tokens (N, D) after all blocks but the last, where SC-CLIP looks for outliers.
 
     Args:
-        visual: open_clip's VisionTransformer.
+        encoder: a model, whatever its method.
         pixels: (3, H, W), preprocessed.
     """
     with torch.inference_mode():
-        layers, _ = tower.layers(visual, pixels[None])
+        layers, _ = encoder.tower.layers(pixels[None])
     return layers[-1][0, 1:].float()
 
 
@@ -120,10 +120,10 @@ def compare(
     Warmed up, in turns, medians of `REPEATS`.
     """
     visual = encoder.model.visual
-    device = visual.conv1.weight.device
+    device = encoder.tower.device
     preprocess = PreprocessCfg(**visual.preprocess_cfg | {"size": size})
     pixels = image_transform_v2(preprocess, is_train=False)(photo)
-    tokens = patch_tokens(visual, pixels.to(device))
+    tokens = patch_tokens(encoder, pixels.to(device))
     calls = (
         lambda: lof(tokens, neighbors, contamination),
         lambda: plain_lof(tokens, neighbors, contamination),

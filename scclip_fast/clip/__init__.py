@@ -1,10 +1,23 @@
-"""Frozen open_clip models with calibrated dense features: SC-CLIP and the baselines it improves on.
+"""Frozen CLIP models with calibrated dense features: SC-CLIP and the baselines it improves on.
 
-Needs the extra `clip`.
+Models are open_clip's (the extra `clip`) or transformers', each without the other installed.
 """
 
+from typing import TYPE_CHECKING
+
 from .config import SCCLIPConfig
-from .loading import create_model
 from .model import METHODS, SCCLIP
 
+if TYPE_CHECKING:
+    from .loading import create_model
+
 __all__ = ["METHODS", "SCCLIP", "SCCLIPConfig", "create_model"]
+
+
+def __getattr__(name: str):
+    """`create_model` when it is asked for, as it loads open_clip."""
+    if name == "create_model":
+        from .loading import create_model
+
+        return create_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """What becomes of the patch tokens in the last block: SC-CLIP, and the methods it is compared with.
 
-Each function takes open_clip's tower, the outputs of all blocks but the last, (B, 1 + N, D) each,
-the grid (h, w) and a configuration, and gives patch tokens (B, N, D) for the tower's projection.
+Each function takes a tower, the outputs of all blocks but its last, (B, 1 + N, D) each, the grid
+(h, w) and a configuration, and gives patch tokens (B, N, D) for the tower's projection.
 """
 
 from __future__ import annotations
@@ -10,55 +10,51 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor
 
 from ..ops import aggregate, blended_attention, lof_scores, outlier_mask, repair
-from . import tower
 from .config import SCCLIPConfig
+from .tower import Tower
 
 Grid = tuple[int, int]
 Layers = Sequence[Tensor]
 
 
-def clip(visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def clip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """CLIP as it was trained."""
-    return tower.block(visual.transformer.resblocks[-1], layers[-1])[:, 1:]
+    return tower.block(tower.blocks[-1], layers[-1])[:, 1:]
 
 
-def maskclip(visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def maskclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """MaskCLIP (Zhou et al., ECCV 2022): every token attends to itself alone."""
-    last, patches = visual.transformer.resblocks[-1], layers[-1][:, 1:]
+    last, patches = tower.blocks[-1], layers[-1][:, 1:]
     _, _, v = tower.heads(last, patches)
     return tower.finish(last, patches, tower.merge(last, v))
 
 
-def sclip(visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def sclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """SCLIP (Wang et al., ECCV 2024): query-query plus key-key attention."""
-    last, tokens = visual.transformer.resblocks[-1], layers[-1]
+    last, tokens = tower.blocks[-1], layers[-1]
     q, k, v = tower.heads(last, tokens)
     attention = F.scaled_dot_product_attention
     attended = attention(q, q, v) + attention(k, k, v)
     return tower.finish(last, tokens, tower.merge(last, attended))[:, 1:]
 
 
-def clearclip(
-    visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIPConfig
-) -> Tensor:
+def clearclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """ClearCLIP (Lan et al., ECCV 2024): query-query attention, no residual, no MLP."""
-    last = visual.transformer.resblocks[-1]
+    last = tower.blocks[-1]
     q, _, v = tower.heads(last, layers[-1])
     return tower.merge(last, F.scaled_dot_product_attention(q, q, v))[:, 1:]
 
 
-def scclip(visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """SC-CLIP (Bai et al., arXiv 2411.15869), with the two branches as one.
 
     Attention, output projection and aggregation are linear in the values, so that both branches go
     through one attention as extra heads, are added before the output projection, and are aggregated
     once.
     """
-    last = visual.transformer.resblocks[-1]
     class_token, patches = layers[-1].split([1, layers[-1].shape[1] - 1], dim=1)
     middle = layers[config.pre_adjust_idx][:, 1:]
     # Where all others are neighbours, the two that are farthest apart tie for the outlier.
@@ -72,10 +68,11 @@ def scclip(visual: VisionTransformer, layers: Layers, grid: Grid, config: SCCLIP
         levels = sum(layers[config.multi_start_idx : config.multi_end_idx])
         branches.append(levels[:, 1:])
         class_token = class_token + levels[:, :1]
-    attended = _attend(last, torch.stack(branches, dim=1), middle, config)
-    dense = last.attn.out_proj(attended.sum(dim=1))
+    attended = _attend(tower, torch.stack(branches, dim=1), middle, config)
+    output = tower.output(tower.blocks[-1])
+    dense = output(attended.sum(dim=1))
     if config.multi_level:  # the bias of the second projection
-        dense = dense + last.attn.out_proj.bias
+        dense = dense + output.bias
     dense = dense + config.res_cls * class_token
     if config.post_aggregate:
         dense = aggregate(dense, layers[config.post_adjust_idx][:, 1:], config.beta)
@@ -88,11 +85,9 @@ def _outliers(patches: Tensor, config: SCCLIPConfig) -> Tensor:
     return outlier_mask(scores, config.outlier_contamination)
 
 
-def _attend(
-    last: ResidualAttentionBlock, branches: Tensor, middle: Tensor, config: SCCLIPConfig
-) -> Tensor:
+def _attend(tower: Tower, branches: Tensor, middle: Tensor, config: SCCLIPConfig) -> Tensor:
     """The last block's blended attention on branches (B, S, N, D), heads merged."""
-    heads = tower.heads(last, branches)
+    heads = tower.heads(tower.blocks[-1], branches)
     q, k, v = (head.flatten(1, 2) for head in heads)  # (B, S heads, N, d)
     q = k if config.self_attention == "kk" else q
     if config.content_attention:

@@ -1,4 +1,4 @@
-"""SCCLIP: a frozen open_clip model that gives one text-aligned feature a patch."""
+"""SCCLIP: a frozen CLIP that gives one text-aligned feature a patch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import methods, tower
+from . import methods
 from .config import SCCLIPConfig
+from .tower import Tower
 
 METHODS = {
     method.__name__: method
@@ -22,38 +23,46 @@ METHODS = {
 
 
 class SCCLIP(nn.Module):
-    """Dense features of a frozen open_clip vision transformer.
+    """Dense features of a frozen vision transformer of CLIP.
 
     Args:
         model: any CLIP of open_clip whose vision tower is its own VisionTransformer with a class
             token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...; what is averaged before the last norm,
-            as in CLIPA, is normed a token instead). It is used as it is: its weights, their dtype
-            and its device.
+            as in CLIPA, is normed a token instead), or transformers' CLIPModel,
+            CLIPVisionModelWithProjection or CLIPVisionModel, whatever its attention implementation.
+            Of a CLIPVisionModel, which has no projection to the text, features are the tower's own
+            after its last norm. It is used as it is: its weights, their dtype and its device.
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
         method: "scclip", or to compare with, through the same path: "clip" (plain), "maskclip",
             "sclip", "clearclip".
 
     Raises:
-        ValueError: a vision tower that has no text-aligned patch tokens (ResNet, CoCa) or is
-            untested (timm's), an unknown method, or a configuration that does not fit the depth.
+        ValueError: another model, a vision tower that has no text-aligned patch tokens (ResNet,
+            CoCa) or is untested (timm's), an unknown method, or a configuration that does not fit
+            the depth.
     """
 
     def __init__(
         self, model: nn.Module, config: SCCLIPConfig | None = None, method: str = "scclip"
     ) -> None:
         super().__init__()
-        tower.check(model)
+        self._tower = _tower_of(model)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-        layers = len(model.visual.transformer.resblocks)
+        self.model = model
+        layers = len(self.tower.blocks)
         self.config = config or SCCLIPConfig.for_depth(layers)
         self.config.check(layers)
         self.method = method
-        self.model = model
+
+    @property
+    def tower(self) -> Tower:
+        """The model's parts, under the same names for every library."""
+        return self._tower(self.model)
 
     @property
     def patch_size(self) -> int:
-        return self.model.visual.patch_size[0]
+        return self.tower.patch_size
 
     def encode_dense(self, images: Tensor) -> Tensor:
         """One feature a patch, in the space of the text features.
@@ -65,17 +74,18 @@ class SCCLIP(nn.Module):
                 to the image.
 
         Returns:
-            (B, h, w, embed_dim), h and w in patches, of unit norm, in the model's dtype. Each image
-            gets what it gets alone. Nothing here waits for the GPU.
+            (B, h, w, E), h and w in patches, E that of the text features (of a CLIPVisionModel, its
+            width), of unit norm, in the model's dtype. Each image gets what it gets alone. Nothing
+            here waits for the GPU.
 
         Raises:
             TypeError: not a floating tensor.
             ValueError: not (B, 3, H, W).
         """
-        visual = self.model.visual
-        layers, grid = tower.layers(visual, self._whole_patches(images))
-        dense = METHODS[self.method](visual, layers, grid, self.config)
-        return tower.project(visual, dense).unflatten(1, grid)
+        tower = self.tower
+        layers, grid = tower.layers(self._whole_patches(images))
+        dense = METHODS[self.method](tower, layers, grid, self.config)
+        return tower.project(dense).unflatten(1, grid)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)
@@ -91,4 +101,26 @@ class SCCLIP(nn.Module):
         if size != list(images.shape[2:]):
             images = images.to(torch.promote_types(images.dtype, torch.float32))
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return images.to(self.model.visual.conv1.weight.dtype)
+        return images.to(self.tower.dtype)
+
+
+def _tower_of(model: nn.Module) -> type[Tower]:
+    """The view for the library that the model is from, of which only that one is imported."""
+    if _is_of("transformers", model):
+        from .transformers_tower import TransformersTower
+
+        return TransformersTower
+    if _is_of("open_clip", getattr(model, "visual", None)):
+        from .openclip_tower import OpenClipTower
+
+        return OpenClipTower
+    found = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise ValueError(
+        f"model must be a CLIP of open_clip or transformers, got {found}; of a wrapped or compiled "
+        "one, pass the model inside"
+    )
+
+
+def _is_of(library: str, module: nn.Module | None) -> bool:
+    """Whether its class, or one that it inherits from, is the library's."""
+    return any(kind.__module__.partition(".")[0] == library for kind in type(module).__mro__)

@@ -1,105 +1,131 @@
-"""What SC-CLIP needs of open_clip's vision transformer: embeddings, blocks, heads, projection."""
+"""What SC-CLIP needs of a CLIP's vision transformer: embedding, blocks, heads, projection.
+
+Where a library keeps them is said in `openclip_tower.py` and `transformers_tower.py`.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 INTERPOLATION_OFFSET = 0.1  # SC-CLIP's and DINO's, so that rounding never loses a row of patches
 
 
-def check(model: nn.Module) -> None:
-    """ValueError unless the vision tower of `model` has patch tokens in the space of the text."""
-    visual = getattr(model, "visual", None)
-    if not isinstance(visual, VisionTransformer):
-        trunk = getattr(visual, "trunk", visual)
-        kind = f"timm's {type(trunk).__name__}" if trunk is not visual else type(visual).__name__
-        raise ValueError(
-            f"the vision tower must be open_clip's VisionTransformer, got {kind}: "
-            "ResNet towers have no last block of attention, timm towers are untested"
-        )
-    if visual.attn_pool is not None:
-        raise ValueError(
-            "the vision tower pools by attention (CoCa): its patch tokens have no projection to "
-            "the text; use a model with a class token"
-        )
-    for block in visual.transformer.resblocks:
-        if type(block) is not ResidualAttentionBlock:
-            raise ValueError(
-                f"blocks must be open_clip's ResidualAttentionBlock, got {type(block).__name__}: "
-                "normalised or scaled attention is not supported"
-            )
+class Tower(ABC):
+    """A model's parts under names of ours, by what its library's subclass finds in it.
 
+    It is made anew for every call, so that weights are those that the model has at that time.
 
-def embed(visual: VisionTransformer, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Images (B, 3, H, W) to tokens (B, 1 + N, D), the class token first, and their grid (h, w)."""
-    patches = visual.conv1(images)
-    grid = (patches.shape[2], patches.shape[3])
-    tokens = patches.flatten(2).mT
-    class_token = visual.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-    tokens = torch.cat([class_token, tokens], dim=1)
-    return visual.ln_pre(tokens + positions(visual, grid).to(tokens.dtype)), grid
+    Raises:
+        ValueError: a model without what is needed.
 
-
-def layers(visual: VisionTransformer, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-    """What every block but the last makes of images (B, 3, H, W), and the grid; see `embed`."""
-    tokens, grid = embed(visual, images)
-    outputs = []
-    for layer in visual.transformer.resblocks[:-1]:
-        tokens = block(layer, tokens)
-        outputs.append(tokens)
-    return outputs, grid
-
-
-def positions(visual: VisionTransformer, grid: tuple[int, int]) -> Tensor:
-    """Positional embedding (1 + h w, D), stretched to the grid as SC-CLIP does.
-
-    Bicubic, without antialiasing, by the scale (h + 0.1) / (that of the model). open_clip's own
-    resizing, which happens when a model is made, is antialiased and differs visibly.
+    Attributes:
+        model: the whole model.
+        visual: its vision transformer.
+        patch_embedding: a convolution.
+        class_embedding: (D,).
+        positional_embedding: (1 + h w, D), the class token's first.
+        grid_size: (h, w) of the images that the model was trained on.
+        norm_before: the norm before the first block.
+        blocks: what `heads`, `output` and `finish` take apart.
     """
-    embedding = visual.positional_embedding
-    if grid == tuple(visual.grid_size):
-        return embedding
-    dtype = torch.promote_types(embedding.dtype, torch.float32)
-    patches = embedding[1:].to(dtype).unflatten(0, visual.grid_size).permute(2, 0, 1)
-    scale = [
-        (new + INTERPOLATION_OFFSET) / old for new, old in zip(grid, visual.grid_size, strict=True)
-    ]
-    stretched = F.interpolate(patches[None], scale_factor=scale, mode="bicubic")[0]
-    return torch.cat([embedding[:1], stretched.permute(1, 2, 0).flatten(0, 1).to(embedding.dtype)])
 
+    model: nn.Module
+    visual: nn.Module
+    patch_embedding: nn.Conv2d
+    class_embedding: Tensor
+    positional_embedding: Tensor
+    grid_size: tuple[int, int]
+    norm_before: nn.Module
+    blocks: Sequence[nn.Module]
 
-def block(layer: ResidualAttentionBlock, tokens: Tensor) -> Tensor:
-    """A whole block on (B, N, D).
+    @abstractmethod
+    def __init__(self, model: nn.Module) -> None: ...
 
-    open_clip's own call is the same function, but torch's MultiheadAttention builds the N x N
-    matrices of all heads on a CPU.
-    """
-    q, k, v = heads(layer, tokens)
-    return finish(layer, tokens, merge(layer, F.scaled_dot_product_attention(q, k, v)))
+    @abstractmethod
+    def heads(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (..., heads, N, d) of the normalised tokens (..., N, D)."""
 
+    @abstractmethod
+    def output(self, block: nn.Module) -> nn.Linear:
+        """The projection after a block's attention."""
 
-def finish(layer: ResidualAttentionBlock, tokens: Tensor, attended: Tensor) -> Tensor:
-    """The rest of a block after its attention: both residuals and the MLP; all (B, N, D)."""
-    tokens = tokens + layer.ls_1(attended)
-    return tokens + layer.ls_2(layer.mlp(layer.ln_2(tokens)))
+    @abstractmethod
+    def finish(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a block after its attention: both residuals and the MLP; all (B, N, D)."""
 
+    @abstractmethod
+    def final(self, tokens: Tensor) -> Tensor:
+        """The last norm and the projection, (..., D) to (..., E)."""
 
-def heads(layer: ResidualAttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (..., heads, N, d) of the normalised tokens (..., N, D)."""
-    attention = layer.attn
-    projected = F.linear(layer.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
-    split = projected.unflatten(-1, (3, attention.num_heads, attention.head_dim))
-    return split.transpose(-4, -2).unbind(-3)  # (..., heads, 3, N, d)
+    @abstractmethod
+    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
+        """Unit vectors (B, E) of texts; ValueError for a model without a text encoder."""
 
+    @property
+    def patch_size(self) -> int:
+        return self.patch_embedding.stride[0]
 
-def merge(layer: ResidualAttentionBlock, attended: Tensor) -> Tensor:
-    """Heads (..., heads, N, d) through the output projection, (..., N, D)."""
-    return layer.attn.out_proj(attended.transpose(-3, -2).flatten(-2))
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
 
-def project(visual: VisionTransformer, tokens: Tensor) -> Tensor:
-    """Tokens (B, N, D) to unit vectors (B, N, E) in the space of the text."""
-    return F.normalize(visual.ln_post(tokens) @ visual.proj, dim=-1)
+    def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Images (B, 3, H, W) to tokens (B, 1 + N, D), the class token first, and their (h, w)."""
+        patches = self.patch_embedding(images)
+        grid = (patches.shape[2], patches.shape[3])
+        tokens = patches.flatten(2).mT
+        class_token = self.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        tokens = torch.cat([class_token, tokens], dim=1)
+        return self.norm_before(tokens + self.positions(grid).to(tokens.dtype)), grid
+
+    def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """What every block but the last makes of images (B, 3, H, W), and the grid; see `embed`."""
+        tokens, grid = self.embed(images)
+        outputs = []
+        for block in self.blocks[:-1]:
+            tokens = self.block(block, tokens)
+            outputs.append(tokens)
+        return outputs, grid
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positional embedding (1 + h w, D), stretched to the grid as SC-CLIP does.
+
+        Bicubic, without antialiasing, by the scale (h + 0.1) / (that of the model). open_clip's own
+        resizing, which happens when a model is made, is antialiased and differs visibly;
+        transformers' leaves the 0.1 out.
+        """
+        embedding, own = self.positional_embedding, self.grid_size
+        if grid == own:
+            return embedding
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
+        patches = embedding[1:].to(dtype).unflatten(0, own).permute(2, 0, 1)
+        scale = [(new + INTERPOLATION_OFFSET) / old for new, old in zip(grid, own, strict=True)]
+        stretched = F.interpolate(patches[None], scale_factor=scale, mode="bicubic")[0]
+        stretched = stretched.permute(1, 2, 0).flatten(0, 1).to(embedding.dtype)
+        return torch.cat([embedding[:1], stretched])
+
+    def block(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        """A whole block on (B, N, D).
+
+        The libraries' own calls are the same function, but torch's MultiheadAttention (open_clip)
+        and eager attention (transformers) build the N x N matrices of all heads.
+        """
+        attended = F.scaled_dot_product_attention(*self.heads(block, tokens))
+        return self.finish(block, tokens, self.merge(block, attended))
+
+    def merge(self, block: nn.Module, attended: Tensor) -> Tensor:
+        """Heads (..., heads, N, d) through the output projection, (..., N, D)."""
+        return self.output(block)(attended.transpose(-3, -2).flatten(-2))
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., D) to unit vectors (..., E) in the space of the text."""
+        return F.normalize(self.final(tokens), dim=-1)

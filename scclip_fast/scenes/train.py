@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..clip import tower
+from ..clip.openclip_tower import OpenClipTower
 from .draw import CLASSES, GROUNDS, caption, scene
 
 CONFIG = Path(__file__).with_name("open_clip_config.json")
@@ -99,23 +99,24 @@ def _areas(labels: np.ndarray) -> np.ndarray:
     return np.bincount(labels.ravel(), minlength=len(CLASSES))
 
 
-def encode_windows(visual: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
+def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
     """Features (B, E) of windows (B, 3, h, w), which keep the positions they have in the image."""
-    patches = visual.conv1(pixels)
+    tower = OpenClipTower(model)
+    patches = tower.patch_embedding(pixels)
     rows, columns = (
         corners[:, axis, None] + torch.arange(patches.shape[2 + axis]) for axis in (0, 1)
     )
-    places = rows[:, :, None] * visual.grid_size[1] + columns[:, None, :]
-    positions = visual.positional_embedding
+    places = rows[:, :, None] * tower.grid_size[1] + columns[:, None, :]
+    positions = tower.positional_embedding
     patches = patches.flatten(2).mT + positions[1:][places.flatten(1)]
-    class_token = (visual.class_embedding + positions[0]).expand(len(pixels), 1, -1)
-    tokens = visual.ln_pre(torch.cat([class_token, patches], dim=1))
+    class_token = (tower.class_embedding + positions[0]).expand(len(pixels), 1, -1)
+    tokens = tower.norm_before(torch.cat([class_token, patches], dim=1))
     # Over few tokens, plain products are the faster attention.
     plain = tokens.shape[1] < 64
     with sdpa_kernel(SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION):
-        for block in visual.transformer.resblocks:
+        for block in tower.blocks:
             tokens = tower.block(block, tokens)
-    return tower.project(visual, tokens[:, 0])
+    return tower.project(tokens[:, 0])
 
 
 def train(model: nn.Module, tokenizer: open_clip.SimpleTokenizer, pool: Pool, seed: int) -> None:
@@ -143,7 +144,7 @@ def train(model: nn.Module, tokenizer: open_clip.SimpleTokenizer, pool: Pool, se
 def contrastive_loss(model: nn.Module, pixels: Tensor, corners: Tensor, texts: Tensor) -> Tensor:
     """CLIP's: each image to find its caption in the batch, and each caption its image."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        image = encode_windows(model.visual, pixels, corners)
+        image = encode_windows(model, pixels, corners)
         text = model.encode_text(texts, normalize=True)
     logits = model.logit_scale.exp() * image.float() @ text.float().T
     target = torch.arange(len(texts))

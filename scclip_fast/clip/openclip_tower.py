@@ -1,0 +1,65 @@
+"""open_clip's VisionTransformer as a `Tower`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from .tower import Tower
+
+
+class OpenClipTower(Tower):
+    """See `Tower`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        _check(model.visual)
+        self.model, self.visual = model, model.visual
+        self.patch_embedding = self.visual.conv1
+        self.class_embedding = self.visual.class_embedding
+        self.positional_embedding = self.visual.positional_embedding
+        self.grid_size = tuple(self.visual.grid_size)
+        self.norm_before = self.visual.ln_pre
+        self.blocks = self.visual.transformer.resblocks
+
+    def heads(self, block: ResidualAttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention = block.attn
+        projected = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
+        split = projected.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        return split.transpose(-4, -2).unbind(-3)  # (..., heads, 3, N, d)
+
+    def output(self, block: ResidualAttentionBlock) -> nn.Linear:
+        return block.attn.out_proj
+
+    def finish(self, block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor) -> Tensor:
+        tokens = tokens + block.ls_1(attended)
+        return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+
+    def final(self, tokens: Tensor) -> Tensor:
+        return self.visual.ln_post(tokens) @ self.visual.proj
+
+    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
+        return self.model.encode_text(tokenizer(texts).to(self.device), normalize=True)
+
+
+def _check(visual: nn.Module) -> None:
+    if not isinstance(visual, VisionTransformer):
+        trunk = getattr(visual, "trunk", visual)
+        kind = f"timm's {type(trunk).__name__}" if trunk is not visual else type(visual).__name__
+        raise ValueError(
+            f"the vision tower must be open_clip's VisionTransformer, got {kind}: "
+            "ResNet towers have no last block of attention, timm towers are untested"
+        )
+    if visual.attn_pool is not None:
+        raise ValueError(
+            "the vision tower pools by attention (CoCa): its patch tokens have no projection to "
+            "the text; use a model with a class token"
+        )
+    for block in visual.transformer.resblocks:
+        if type(block) is not ResidualAttentionBlock:
+            raise ValueError(
+                f"blocks must be open_clip's ResidualAttentionBlock, got {type(block).__name__}: "
+                "normalised or scaled attention is not supported"
+            )

@@ -1,0 +1,71 @@
+"""The vision transformer of transformers' CLIP as a `Tower`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
+
+from .tower import Tower
+
+_KINDS = (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel)
+
+
+class TransformersTower(Tower):
+    """See `Tower`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, _KINDS):
+            names = ", ".join(kind.__name__ for kind in _KINDS)
+            raise ValueError(
+                f"model must be one of transformers' {names}, got {type(model).__name__}; of a "
+                "wrapped one, pass the model inside"
+            )
+        self.model = model
+        # A CLIPVisionModel is the transformer itself, or, in older versions, holds it.
+        self.visual = getattr(model, "vision_model", model)
+        embeddings = self.visual.embeddings
+        self.patch_embedding = embeddings.patch_embedding
+        self.class_embedding = embeddings.class_embedding
+        self.positional_embedding = embeddings.position_embedding.weight
+        side = embeddings.image_size // embeddings.patch_size
+        self.grid_size = (side, side)
+        self.norm_before = self.visual.pre_layrnorm
+        self.blocks = self.visual.encoder.layers
+
+    def heads(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attention, tokens = block.self_attn, block.layer_norm1(tokens)
+        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+        q, k, v = (
+            projection(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2)
+            for projection in projections
+        )
+        return q, k, v
+
+    def output(self, block: nn.Module) -> nn.Linear:
+        return block.self_attn.out_proj
+
+    def finish(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
+        tokens = tokens + attended
+        return tokens + block.mlp(block.layer_norm2(tokens))
+
+    def final(self, tokens: Tensor) -> Tensor:
+        tokens = self.visual.post_layernorm(tokens)
+        if isinstance(self.model, CLIPVisionModel):
+            return tokens
+        return self.model.visual_projection(tokens)
+
+    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
+        if not isinstance(self.model, CLIPModel):
+            name = type(self.model).__name__
+            raise ValueError(f"text needs a CLIPModel, got a {name}, which has no text encoder")
+        length = self.model.config.text_config.max_position_embeddings
+        # By keyword, as the first argument of a CLIPProcessor is the images.
+        tokens = tokenizer(
+            text=texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self.device)
+        # Not by get_text_features, which returns a tensor or a structure, by the version.
+        pooled = self.model.text_model(**tokens)[1]
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
