@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+import transformers
+from copied_clip import copied, their_tokenizer
 from test_cli_sam3 import tiny_processor
+from tiny_clip import tiny_clip
 from tiny_sam3 import tiny_sam3
+from transformers import CLIPImageProcessor, CLIPProcessor
 
 from scclip_fast import clip
 from scclip_fast.scenes.draw import scene
@@ -35,6 +38,14 @@ def run(title: str, **names) -> dict:
     return names
 
 
+def stand_in(monkeypatch, **small) -> None:
+    """What transformers' classes of these names load, whatever they are asked for."""
+    for name, make in small.items():
+        monkeypatch.setattr(
+            getattr(transformers, name), "from_pretrained", lambda _, make=make: make()
+        )
+
+
 def test_every_block_is_run():
     tested = [block for title in (LOF, OPEN_CLIP, SAM3, OWN, OPS) for block in blocks(title)]
     assert README.count("```python") == len(tested)
@@ -50,6 +61,8 @@ def test_lof_in_one_line():
 def test_open_clip(monkeypatch):
     scenes = clip.create_model("scenes")
     monkeypatch.setattr(clip, "create_model", lambda name, pretrained: scenes)
+    processor = CLIPProcessor(CLIPImageProcessor(), their_tokenizer())
+    stand_in(monkeypatch, CLIPModel=lambda: copied(tiny_clip()), CLIPProcessor=lambda: processor)
     image = scene("validation", 0).image[:112]
     found = run(OPEN_CLIP, image=image, pixels=torch.randn(1, 3, 32, 48))
     assert found["labels"].shape == image.shape[:2]
@@ -58,14 +71,12 @@ def test_open_clip(monkeypatch):
         32 // scenes[0].patch_size,
         48 // scenes[0].patch_size,
     )
+    assert found["theirs"].text_features.shape[0] == 2
     assert not found["bolder"].config.multi_level and found["plain"].method == "clip"
 
 
 def test_sam3(monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    for kind, small in (("Sam3Model", tiny_sam3), ("Sam3Processor", tiny_processor)):
-        kind = getattr(transformers, kind)
-        monkeypatch.setattr(kind, "from_pretrained", lambda name, small=small: small())
+    stand_in(monkeypatch, Sam3Model=tiny_sam3, Sam3Processor=tiny_processor)
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
     with torch.inference_mode():
         output = run(SAM3, image=image)["output"]
