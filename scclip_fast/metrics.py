@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import search
 from .ops import knn
 from .ops.outliers import BAND, settle
 
@@ -27,7 +27,7 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
     if queries is None:
         _, candidates = knn(parts[0], min(k + BAND, len(x) - 1))
     else:
-        candidates = chunked.neighbors(parts[0], min(k + BAND, len(x)), parts[1])
+        candidates = search.neighbors(parts[0], min(k + BAND, len(x)), parts[1])
     squared, indices = settle(exact[0][None], candidates, k, exact[-1][None])
     return _of_squared(squared[0], metric).to(x.dtype), indices[0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import chunked, reference
+from .. import chunked, reference, search
 from ..backend import resolve
 from . import _check
 
@@ -60,7 +60,7 @@ def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
     The search ranks by products whose rounding is that of the norms. A few candidates more than k,
     measured as sums of squared differences, settle who is among the k.
     """
-    candidates = chunked.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
+    candidates = search.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
     settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
     distances, chosen = settle(tokens, undecided, k - settled.shape[-1])
     return distances, torch.cat([settled, chosen], dim=-1)
@@ -71,10 +71,10 @@ def settle(
 ) -> tuple[Tensor, Tensor]:
     """Squared distances and indices (B, M, places), nearest first, of the candidates (B, M, m).
 
-    x and queries are `chunked.pair_distances`'; of equal distances, the lower index.
+    x and queries are `search.pair_distances`'; of equal distances, the lower index.
     """
     candidates = candidates.sort(dim=-1).values
-    distances, order = chunked.pair_distances(x, candidates, queries).sort(dim=-1, stable=True)
+    distances, order = search.pair_distances(x, candidates, queries).sort(dim=-1, stable=True)
     return distances[..., :places], candidates.gather(-1, order[..., :places])
 
 
