@@ -68,16 +68,33 @@ def aggregate(
             queries = features[images, rows].to(dtype) * scale[images, rows]
             average, weight_sum = 0, 0
             for columns in spans(tokens, tile.columns):
-                keys = features[images, columns].to(dtype)
-                s = (queries @ keys.mT).mul_(scale[images, columns].mT)
-                w = weights(s, floor[images, None, None], gamma)
-                average = average + w @ values[images, columns].to(dtype)
-                weight_sum = weight_sum + w.sum(dim=-1)
+                keys = (each[images, columns] for each in (features, scale, values))
+                part, part_sum = weighed(queries, *keys, floor[images], gamma)
+                average = average + part
+                weight_sum = weight_sum + part_sum
             out[images, rows] = (average / (weight_sum + normaliser_eps(gamma)).unsqueeze(-1)).to(
                 out.dtype
             )
             total[images, rows] = weight_sum
     return out, total
+
+
+def weighed(
+    queries: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    floor: Tensor,
+    gamma: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Sums (b, r, Dv) of the values (b, c, Dv) by weight, and of the weights (b, r).
+
+    Queries (b, r, D) are unit rows in the dtype of the sums, scale (b, c, 1) the features' inverse
+    norms.
+    """
+    s = (queries @ features.to(queries.dtype).mT).mul_(scale.mT)
+    w = weights(s, floor[:, None, None], gamma)
+    return w @ values.to(queries.dtype), w.sum(dim=-1)
 
 
 def aggregate_backward(

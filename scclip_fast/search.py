@@ -5,6 +5,8 @@ Where N does not fit one tile, the running O(B N k) neighbour lists come on top.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -13,52 +15,81 @@ from .chunked import compute_dtype, plan, spans
 from .selection import GROUP, smallest, smallest_grouped
 
 
-def finite_mean(x: Tensor) -> Tensor:
-    """(B, 1, D) mean of the finite tokens; what is centred on it loses no digits to an offset."""
-    batch, tokens, width = x.shape
-    dtype = compute_dtype(x)
-    total = x.new_zeros(batch, 1, width, dtype=dtype)
-    count = x.new_zeros(batch, 1, 1, dtype=dtype)
-    for part in spans(
-        tokens, max(1, chunked.WORKSPACE_BYTES // max(1, 4 * batch * width * dtype.itemsize))
-    ):
-        finite = x[:, part].isfinite().all(dim=-1, keepdim=True)
-        total += torch.where(finite, x[:, part], 0).sum(dim=1, keepdim=True, dtype=dtype)
-        count += finite.sum(dim=1, keepdim=True)
-    return total / count.clamp(min=1)
+class Search:
+    """The k nearest tokens of rows (B, M, D), the tokens coming a few at a time.
+
+    d2(i, j) - ||x_i||^2 = ||x_j||^2 - 2 x_i x_j ranks like d2 along a row. Both are centred first:
+    distances do not change, and the products lose no digits to a few huge channels.
+
+    Args:
+        mean: (B, 1, D), which they are centred on.
+        step: so many rows a product.
+        first_row: the index of the first row where rows are tokens too, none its own neighbour.
+
+    Attributes:
+        indices: (B, M, k) of the nearest so far, nearest first.
+    """
+
+    def __init__(self, rows: Tensor, k: int, mean: Tensor, step: int, first_row: int | None):
+        self._rows, self._mean, self._step, self._first_row = rows, mean, step, first_row
+        shape = (*rows.shape[:2], k)
+        self._scores = mean.new_full(shape, torch.inf)
+        self.indices = torch.zeros(shape, dtype=torch.int64, device=rows.device)
+
+    def see(self, tokens: Tensor, first: int) -> None:
+        """Tokens (B, n, D) that count from `first`."""
+        candidates, norms = _centred(tokens, self._mean, multiple=GROUP)
+        # One tile for all: an allocator hands out and takes back so large ones at a cost.
+        score = norms.new_empty(len(tokens), self._step, norms.shape[-1])
+        for part in spans(self._rows.shape[1], self._step):
+            centred, _ = _centred(self._rows[:, part], self._mean)
+            tile = score[:, : centred.shape[1]]
+            torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=tile)
+            if self._first_row is not None:
+                offset = self._first_row + part.start - first
+                tile.diagonal(offset=offset, dim1=-2, dim2=-1).fill_(torch.inf)
+            _keep_smallest(self._scores[:, part], self.indices[:, part], tile, first)
 
 
 def neighbors(x: Tensor, k: int, queries: Tensor | None = None) -> Tensor:
     """Indices (B, M, k) of the tokens of x (B, N, D) nearest to queries (B, M, D), nearest first.
 
     Without queries, of the nearest others to every token of x.
-
-    d2(i, j) - ||x_i||^2 = ||x_j||^2 - 2 x_i x_j ranks like d2 along a row. x is centred first:
-    distances do not change, and the products lose no digits to a few huge channels.
     """
     batch, tokens, width = x.shape
-    dtype = compute_dtype(x)
-    tile = plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
-    from_rows = x if queries is None else queries
-    asked = from_rows.shape[1]
-    scores = x.new_full((batch, asked, k), torch.inf, dtype=dtype)
-    indices = x.new_zeros((batch, asked, k), dtype=torch.int64)
+    tile = tile_of(batch, tokens, width, k, compute_dtype(x))
+    rows, first_row = (x, 0) if queries is None else (queries, None)
+    indices = x.new_empty((*rows.shape[:2], k), dtype=torch.int64)
     for images in spans(batch, tile.images):
-        block, mean = x[images], finite_mean(x[images])
+        block = x[images]
+        step = mean_step(len(block), width, compute_dtype(x))
+        mean = finite_mean(block[:, part] for part in spans(tokens, step))
+        search = Search(rows[images], k, mean, tile.rows, first_row)
         for columns in spans(tokens, tile.columns):
-            candidates, norms = _centred(block[:, columns], mean, multiple=GROUP)
-            # One tile for all: an allocator hands out and takes back so large ones at a cost.
-            score = norms.new_empty(block.shape[0], tile.rows, norms.shape[-1])
-            for rows in spans(asked, tile.rows):
-                centred, _ = _centred(from_rows[images, rows], mean)
-                part = score[:, : centred.shape[1]]
-                torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=part)
-                if queries is None:
-                    itself = part.diagonal(offset=rows.start - columns.start, dim1=-2, dim2=-1)
-                    itself.fill_(torch.inf)
-                _keep_smallest(scores[images, rows], indices[images, rows], part, columns.start)
-            del candidates, score  # before the next are made
+            search.see(block[:, columns], columns.start)
+        indices[images] = search.indices
     return indices
+
+
+def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> chunked.Tile:
+    """The tile of a search for k neighbours: of its columns, k groups are read once more."""
+    return plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
+
+
+def mean_step(batch: int, width: int, dtype: torch.dtype) -> int:
+    """How many tokens `finite_mean` takes at a time."""
+    return max(1, chunked.WORKSPACE_BYTES // max(1, 4 * batch * width * dtype.itemsize))
+
+
+def finite_mean(parts: Iterable[Tensor]) -> Tensor:
+    """(B, 1, D) mean of the finite tokens of the parts (B, n, D)."""
+    total, count = 0, 0
+    for part in parts:
+        finite = part.isfinite().all(dim=-1, keepdim=True)
+        kept = torch.where(finite, part, 0)
+        total = total + kept.sum(dim=1, keepdim=True, dtype=compute_dtype(part))
+        count = count + finite.sum(dim=1, keepdim=True)
+    return total / count.clamp(min=1)
 
 
 def pair_distances(x: Tensor, neighbors: Tensor, queries: Tensor | None = None) -> Tensor:
