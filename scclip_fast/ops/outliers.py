@@ -146,8 +146,7 @@ def lof_scores(
     Raises:
         TypeError, ValueError: as `knn`, and for an unknown variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    check_variant(variant)
     tokens, k, backend = _prepare(
         features, "features", n_neighbors, "n_neighbors", check_finite, backend
     )
@@ -158,6 +157,11 @@ def lof_scores(
         distances, neighbors = _nearest(tokens, k, True, backend)
         scores = reference.breunig_lof(distances.sqrt(), neighbors)
     return scores if features.dim() == 3 else scores[0]
+
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
 
 
 def outlier_mask(
