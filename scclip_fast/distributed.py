@@ -3,19 +3,21 @@
 Each rank of a `torch.distributed` group passes its rows (n, D) and gets the results of these. The
 rows of all ranks, one rank's after the other's, are the N tokens of one image, and indices count
 through them. Shards may be uneven or empty. All ranks make the same call; arguments that do not fit
-are an error on every rank, not a deadlock.
+are an error on every rank, not a deadlock. With NCCL, rows are on the rank's current device.
 
-Rows travel in pieces, broadcast by the ranks that hold them, so that no rank has more than its own
-and two pieces: `chunked.WORKSPACE_BYTES`, its shard twice and its neighbour lists, never N x N and,
-beyond a few thousand rows, not N x D. Only numbers a token (k-distances, densities) go to everyone.
+Rows travel in pieces, each broadcast by the ranks that hold it. A rank holds its shard twice, its
+neighbour lists, two pieces and `chunked.WORKSPACE_BYTES`: never N x N and, beyond a few thousand
+rows, not N x D. Only single numbers a token (k-distances, densities) go to everyone.
 
-The result does not depend on how rows are shared out, to the last bit: pieces and tiles of rows
-begin at multiples of one step in the order of all rows, whoever holds them, so that each product
-has the same shape and each row the same place in it; sums run over the pieces in order. On the CPU
-it is also, bit for bit, what the op of that name gives on all rows (contiguous, `backend="torch"`)
-in one process. Both hold between equal machines with as many threads each, as matrix products
-differ otherwise. The torch path runs on every device: the Triton kernels search one tensor, not
-rows of one in pieces of another.
+No bit of a result depends on how the rows are shared out: pieces and tiles of rows begin at
+multiples of one step in the order of all rows, whoever holds them, so that each product has the
+same shape and each row its place in it, and sums run over the pieces in order. On a CPU, `knn` and
+`lof_scores` are also, bit for bit, what the ops of these names give on all rows in one process
+(contiguous, `backend="torch"`); `aggregate` is so to rounding, as a product may depend on where in
+memory its operands begin. All this between equal machines with as many threads each. It is tested
+with Gloo on CPUs, not on GPUs.
+
+The torch path runs on every device: the Triton kernels search one tensor among itself.
 """
 
 from __future__ import annotations
@@ -51,9 +53,9 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
         lie in which piece.
 
     Raises:
-        TypeError: x or k is no such argument.
-        ValueError: the same, or of another rank; ranks that disagree; no process group, or one that
-            this process is not in.
+        TypeError: x is no floating tensor or k no int.
+        ValueError: wrong rank of x, k outside [1, N - 1], an error of another rank, ranks that
+            disagree, no process group, or one that this process is not in.
     """
     shards, (x,) = meet(group, partial(rows_of, x=x), op="knn", k=k)
     k = _check.neighbor_count("k", k, shards.total)

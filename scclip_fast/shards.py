@@ -37,8 +37,9 @@ def meet(
 ) -> tuple[Shards, list[Tensor]]:
     """The shards of the checked tensors, if no rank has an error and all have the same settings.
 
-    The only exchange of Python objects: what every rank has to say comes before any tensor travels,
-    as a rank that raised alone would leave the others waiting.
+    The one exchange of Python objects. It comes before any tensor travels and brings errors too, as
+    a rank that raised alone would leave the others waiting. Settings are compared as texts: 5 and
+    5.0 are equal, but only one of them is a k.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("torch.distributed has no process group: call init_process_group first")
