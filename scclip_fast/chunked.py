@@ -1,8 +1,7 @@
 """The torch path, on CPU and GPU: the reference's equations tile by tile, never an N x N tensor.
 
 Beyond the tensors it returns, a call holds at most about `WORKSPACE_BYTES`, whatever N, D and the
-batch are, plus O(B N) floats (norms, sums) and, where N does not fit one tile, the running O(B N k)
-neighbour lists.
+batch are, plus O(B N) floats (norms, sums).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reference import NORM_EPS, normaliser_eps, weights
-from .selection import GROUP, smallest, smallest_grouped
 
 WORKSPACE_BYTES = 64 * 2**20
 
@@ -55,73 +53,6 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def finite_mean(x: Tensor) -> Tensor:
-    """(B, 1, D) mean of the finite tokens; what is centred on it loses no digits to an offset."""
-    batch, tokens, width = x.shape
-    dtype = compute_dtype(x)
-    total = x.new_zeros(batch, 1, width, dtype=dtype)
-    count = x.new_zeros(batch, 1, 1, dtype=dtype)
-    for part in spans(
-        tokens, max(1, WORKSPACE_BYTES // max(1, 4 * batch * width * dtype.itemsize))
-    ):
-        finite = x[:, part].isfinite().all(dim=-1, keepdim=True)
-        total += torch.where(finite, x[:, part], 0).sum(dim=1, keepdim=True, dtype=dtype)
-        count += finite.sum(dim=1, keepdim=True)
-    return total / count.clamp(min=1)
-
-
-def neighbors(x: Tensor, k: int, queries: Tensor | None = None) -> Tensor:
-    """Indices (B, M, k) of the tokens of x (B, N, D) nearest to queries (B, M, D), nearest first.
-
-    Without queries, of the nearest others to every token of x.
-
-    d2(i, j) - ||x_i||^2 = ||x_j||^2 - 2 x_i x_j ranks like d2 along a row. x is centred first:
-    distances do not change, and the products lose no digits to a few huge channels.
-    """
-    batch, tokens, width = x.shape
-    dtype = compute_dtype(x)
-    tile = plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
-    from_rows = x if queries is None else queries
-    asked = from_rows.shape[1]
-    scores = x.new_full((batch, asked, k), torch.inf, dtype=dtype)
-    indices = x.new_zeros((batch, asked, k), dtype=torch.int64)
-    for images in spans(batch, tile.images):
-        block, mean = x[images], finite_mean(x[images])
-        for columns in spans(tokens, tile.columns):
-            candidates, norms = _centred(block[:, columns], mean, multiple=GROUP)
-            # One tile for all: an allocator hands out and takes back so large ones at a cost.
-            score = norms.new_empty(block.shape[0], tile.rows, norms.shape[-1])
-            for rows in spans(asked, tile.rows):
-                centred, _ = _centred(from_rows[images, rows], mean)
-                part = score[:, : centred.shape[1]]
-                torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=part)
-                if queries is None:
-                    itself = part.diagonal(offset=rows.start - columns.start, dim1=-2, dim2=-1)
-                    itself.fill_(torch.inf)
-                _keep_smallest(scores[images, rows], indices[images, rows], part, columns.start)
-            del candidates, score  # before the next are made
-    return indices
-
-
-def pair_distances(x: Tensor, neighbors: Tensor, queries: Tensor | None = None) -> Tensor:
-    """||q_i - x_j||^2 (B, M, m) for j in neighbors (B, M, m), exactly 0 for duplicates.
-
-    Without queries q (B, M, D), these are the tokens of x (B, N, D). It sums squared differences:
-    the Gram form only ranks, as its error is that of the norms.
-    """
-    batch, asked, m = neighbors.shape
-    from_rows = x if queries is None else queries
-    dtype = compute_dtype(x)
-    distances = torch.empty(batch, asked, m, dtype=dtype, device=x.device)
-    rows_per_step = max(1, WORKSPACE_BYTES // 32 // max(1, m * x.shape[-1] * dtype.itemsize))
-    for image in range(batch):
-        for rows in spans(asked, rows_per_step):
-            others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)
-            difference = others.unflatten(0, (-1, m)).sub_(from_rows[image, rows, None])
-            distances[image, rows] = difference.square_().sum(dim=-1)
-    return torch.where(distances.isfinite(), distances, torch.inf)
-
-
 def aggregate(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -137,16 +68,33 @@ def aggregate(
             queries = features[images, rows].to(dtype) * scale[images, rows]
             average, weight_sum = 0, 0
             for columns in spans(tokens, tile.columns):
-                keys = features[images, columns].to(dtype)
-                s = (queries @ keys.mT).mul_(scale[images, columns].mT)
-                w = weights(s, floor[images, None, None], gamma)
-                average = average + w @ values[images, columns].to(dtype)
-                weight_sum = weight_sum + w.sum(dim=-1)
+                keys = (each[images, columns] for each in (features, scale, values))
+                part, part_sum = weighed(queries, *keys, floor[images], gamma)
+                average = average + part
+                weight_sum = weight_sum + part_sum
             out[images, rows] = (average / (weight_sum + normaliser_eps(gamma)).unsqueeze(-1)).to(
                 out.dtype
             )
             total[images, rows] = weight_sum
     return out, total
+
+
+def weighed(
+    queries: Tensor,
+    features: Tensor,
+    scale: Tensor,
+    values: Tensor,
+    floor: Tensor,
+    gamma: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Sums (b, r, Dv) of the values (b, c, Dv) by weight, and of the weights (b, r).
+
+    Queries (b, r, D) are unit rows in the dtype of the sums, scale (b, c, 1) the features' inverse
+    norms.
+    """
+    s = (queries @ features.to(queries.dtype).mT).mul_(scale.mT)
+    w = weights(s, floor[:, None, None], gamma)
+    return w @ values.to(queries.dtype), w.sum(dim=-1)
 
 
 def aggregate_backward(
@@ -242,32 +190,3 @@ def inverse_norms(features: Tensor) -> Tensor:
     """1 / ||f||, (B, N, 1); the norm is held above `NORM_EPS` as in F.normalize."""
     norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=compute_dtype(features))
     return norms.clamp(min=NORM_EPS).reciprocal()
-
-
-def _centred(tokens: Tensor, mean: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
-    """tokens (b, n, D) - mean and its squared norms (b, n), with n filled up to a multiple.
-
-    A token that is not finite becomes 0 with the largest finite norm, one that only fills up 0 with
-    an infinite norm: in this order they come last.
-    """
-    batch, n, width = tokens.shape
-    missing = -n % multiple
-    centred = mean.new_empty(batch, n + missing, width)
-    centred[:, n:] = 0
-    torch.sub(tokens, mean, out=centred[:, :n])
-    norms = torch.linalg.vector_norm(centred, dim=-1).square_()
-    broken = ~norms.isfinite()
-    norms.masked_fill_(broken, torch.finfo(norms.dtype).max)[:, n:] = torch.inf
-    return centred.masked_fill_(broken.unsqueeze(-1), 0), norms
-
-
-def _keep_smallest(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:
-    """Merge scores (b, r, c), whose columns count from `first`, into the best so far (b, r, k)."""
-    k = best_scores.shape[-1]
-    found, position = smallest_grouped(scores, k)
-    position += first
-    if first > 0 or found.shape[-1] < k:
-        found, order = smallest(torch.cat([best_scores, found], dim=-1), k)
-        position = torch.cat([best_indices, position], dim=-1).gather(-1, order)
-    best_scores.copy_(found)
-    best_indices.copy_(position)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from . import chunked
 from .ops import knn
 from .ops.outliers import BAND, settle
+from .search import neighbors, pair_distances
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -27,8 +29,9 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
     if queries is None:
         _, candidates = knn(parts[0], min(k + BAND, len(x) - 1))
     else:
-        candidates = chunked.neighbors(parts[0], min(k + BAND, len(x)), parts[1])
-    squared, indices = settle(exact[0][None], candidates, k, exact[-1][None])
+        candidates = neighbors(parts[0], min(k + BAND, len(x)), parts[1])
+    measure = partial(pair_distances, exact[0][None], queries=exact[-1][None])
+    squared, indices = settle(candidates, k, measure)
     return _of_squared(squared[0], metric).to(x.dtype), indices[0]
 
 

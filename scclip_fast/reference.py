@@ -37,12 +37,14 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return d2.gather(-1, indices), indices
 
 
-def simplified_lof(k_distance: Tensor, neighbors: Tensor) -> Tensor:
+def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(None)) -> Tensor:
     """LOF_i = mean over j in N_k(i) of kappa_i / kappa_j; kappa (B, N), the squared k-distances.
+
+    neighbors (B, M, k) are those of the tokens `rows`; of all of them, M = N.
 
     SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
     kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
-    neighbour indices (B, N, k). kappa is held above the rounding of the largest one: duplicates
+    neighbour indices. kappa is held above the rounding of the largest one: duplicates
     then score 1, not 0 / 0. A token that is not finite, or has fewer than k finite others, scores
     NaN.
     """
@@ -50,8 +52,8 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor) -> Tensor:
     largest = torch.where(finite, k_distance, 0).amax(dim=-1, keepdim=True)
     limits = torch.finfo(k_distance.dtype)
     kappa = k_distance.maximum((largest * limits.eps**2).clamp(min=limits.tiny))
-    ratios = kappa.unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    return torch.where(finite, ratios.mean(dim=-1), torch.nan)
+    ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
+    return torch.where(finite[:, rows], ratios.mean(dim=-1), torch.nan)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:

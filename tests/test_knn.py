@@ -110,14 +110,14 @@ def test_tokens_that_are_not_finite_are_nobodys_neighbour(device, backend):
 
 def test_tiles_agree(monkeypatch):
     """Several tiles, and lists longer than a tile is wide, give what one tile gives."""
-    from scclip_fast import chunked
+    from scclip_fast import chunked, search
 
     x = torch.randn(5, 300, 24, dtype=torch.float64)
-    expected = {k: chunked.neighbors(x, k) for k in (1, 30, 250)}
+    expected = {k: search.neighbors(x, k) for k in (1, 30, 250)}
     for bytes_ in (2**21, 2**17, 2**13):
         monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
         for k, indices in expected.items():
-            assert torch.equal(chunked.neighbors(x, k), indices)
+            assert torch.equal(search.neighbors(x, k), indices)
     assert chunked.plan(5, 300, 24, x.dtype).columns < 250
 
 

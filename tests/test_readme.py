@@ -4,12 +4,14 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from copied_clip import copied, their_tokenizer
 from test_cli_sam3 import tiny_processor
 from tiny_clip import tiny_clip
 from tiny_sam3 import tiny_sam3
+from torch import distributed
 from transformers import CLIPImageProcessor, CLIPProcessor
 
 from scclip_fast import clip
@@ -94,7 +96,15 @@ def test_own_calibration():
     assert features.grad.isfinite().all()
 
 
-def test_ops():
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def test_ops(process_group):
     features = 5 + torch.randn(200, 32)
     features[7] *= -1
-    assert run(OPS, features=features)["labels"][7] == -1
+    found = run(OPS, features=features, my_rows=features)
+    assert found["labels"][7] == -1 and found["scores"].argmax() == 7

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from .. import chunked, reference
+from .. import chunked, reference, search
 from ..backend import resolve
 from . import _check
 
@@ -27,7 +30,9 @@ def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor
     if backend == "reference":
         distances, indices = reference.knn(x.to(chunked.compute_dtype(x)), k)
     else:
-        distances, indices = _settled(x, k, k if measure_all else BAND)
+        candidates = search.neighbors(x, min(k + BAND, x.shape[1] - 1))
+        measure = partial(search.pair_distances, x)
+        distances, indices = settle_last(candidates, k, k if measure_all else BAND, measure)
     distances = distances if measure_all else distances[..., -1:]
     return distances.contiguous(), indices.contiguous()
 
@@ -54,27 +59,28 @@ def _(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
     return torch.empty_like(k_distance, memory_format=torch.contiguous_format)
 
 
-def _settled(tokens: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
-    """Indices (B, N, k) of the nearest others and the squared distances of the last `measured`.
+def settle_last(
+    candidates: Tensor, k: int, measured: int, measure: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Indices (B, M, k) of the nearest and the squared distances of the last `measured`.
 
     The search ranks by products whose rounding is that of the norms. A few candidates more than k,
     measured as sums of squared differences, settle who is among the k.
     """
-    candidates = chunked.neighbors(tokens, min(k + BAND, tokens.shape[1] - 1))
     settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
-    distances, chosen = settle(tokens, undecided, k - settled.shape[-1])
+    distances, chosen = settle(undecided, k - settled.shape[-1], measure)
     return distances, torch.cat([settled, chosen], dim=-1)
 
 
 def settle(
-    x: Tensor, candidates: Tensor, places: int, queries: Tensor | None = None
+    candidates: Tensor, places: int, measure: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Squared distances and indices (B, M, places), nearest first, of the candidates (B, M, m).
 
-    x and queries are `chunked.pair_distances`'; of equal distances, the lower index.
+    measure takes candidates to squared distances; of equal ones, the lower index.
     """
     candidates = candidates.sort(dim=-1).values
-    distances, order = chunked.pair_distances(x, candidates, queries).sort(dim=-1, stable=True)
+    distances, order = measure(candidates).sort(dim=-1, stable=True)
     return distances[..., :places], candidates.gather(-1, order[..., :places])
 
 
@@ -140,8 +146,7 @@ def lof_scores(
     Raises:
         TypeError, ValueError: as `knn`, and for an unknown variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
+    check_variant(variant)
     tokens, k, backend = _prepare(
         features, "features", n_neighbors, "n_neighbors", check_finite, backend
     )
@@ -152,6 +157,11 @@ def lof_scores(
         distances, neighbors = _nearest(tokens, k, True, backend)
         scores = reference.breunig_lof(distances.sqrt(), neighbors)
     return scores if features.dim() == 3 else scores[0]
+
+
+def check_variant(variant: str) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
 
 
 def outlier_mask(

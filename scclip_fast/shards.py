@@ -1,0 +1,139 @@
+"""Rows of one image that the ranks of a torch.distributed group hold: whose, and all in pieces."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import accumulate, pairwise
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import chunked
+from .ops import _check
+
+
+def rows_of(*, differentiable: bool = True, **tensors: Tensor) -> dict[str, Tensor]:
+    """The tensors without their gradients, if each is floating (n, D) with one n."""
+    for name, tensor in tensors.items():
+        _check.floating(name, tensor)
+        if tensor.dim() != 2 or tensor.shape[1] == 0:
+            raise ValueError(
+                f"{name} must be (n, D), the rows of one rank, with D of at least 1, got shape "
+                f"{tuple(tensor.shape)}"
+            )
+        if not differentiable and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which is not computed: detach it")
+    _check.same_device(**tensors)
+    sizes = {name: len(tensor) for name, tensor in tensors.items()}
+    if len({*sizes.values()}) > 1:
+        raise ValueError(f"all tensors must have as many rows, got {sizes}")
+    return {name: tensor.detach() for name, tensor in tensors.items()}
+
+
+def meet(
+    group: dist.ProcessGroup | None, check: Callable[[], dict[str, Tensor]], **settings: object
+) -> tuple[Shards, list[Tensor]]:
+    """The shards of the checked tensors, if no rank has an error and all have the same settings.
+
+    The one exchange of Python objects. It comes before any tensor travels and brings errors too, as
+    a rank that raised alone would leave the others waiting. Settings are compared as texts: 5 and
+    5.0 are equal, but only one of them is a k.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("torch.distributed has no process group: call init_process_group first")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group must be one that this process is in")
+    tensors, error = {}, None
+    try:
+        tensors = check()
+    except Exception as found:
+        error = found
+    for name, tensor in tensors.items():
+        settings |= {f"the dtype of {name}": tensor.dtype, f"the width of {name}": tensor.shape[1]}
+        settings["the kind of device"] = tensor.device.type
+    size = max(map(len, tensors.values()), default=0)
+    said = [None] * dist.get_world_size(group)
+    mine = (error and str(error), size, {name: repr(value) for name, value in settings.items()})
+    dist.all_gather_object(said, mine, group)
+    if error is not None:
+        raise error
+    for rank, (problem, _, _) in enumerate(said):
+        if problem is not None:
+            raise ValueError(f"rank {rank} has an error: {problem}")
+    for name, expected in said[0][2].items():
+        for rank, (_, _, other) in enumerate(said):
+            if other.get(name) != expected:
+                raise ValueError(
+                    f"all ranks must agree on {name}, got {expected} on rank 0 and "
+                    f"{other.get(name)} on rank {rank}"
+                )
+    shards = Shards(group, [size for _, size, _ in said])
+    if shards.total == 0:
+        raise ValueError("at least one rank must have a row, got none on any")
+    return shards, [*tensors.values()]
+
+
+class Shards:
+    """Which of all N rows lie on which rank of a group."""
+
+    def __init__(self, group: dist.ProcessGroup | None, sizes: list[int]):
+        self._group, self._rank = group, dist.get_rank(group)
+        self._starts = [0, *accumulate(sizes)]
+        self.total = self._starts[-1]
+        self.own = slice(*self._starts[self._rank : self._rank + 2])
+
+    def pieces(self, step: int, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+        """All rows of each of the tensors (n, ...), as (first row, pieces (1, `step`, ...)).
+
+        The next piece travels while one is in use. Every rank has to take all of them.
+        """
+        travelling = deque()
+        for span in chunked.spans(self.total, step):
+            travelling.append((span.start, *self._broadcast(span, tensors)))
+            if len(travelling) == 2:
+                yield _arrived(*travelling.popleft())
+        yield _arrived(*travelling.pop())
+
+    def everyones(self, tensor: Tensor) -> Tensor:
+        """All rows (1, N) of a tensor (n,)."""
+        ((_, (rows,)),) = self.pieces(self.total, tensor)
+        return rows
+
+    def whole_tiles(self, x: Tensor, step: int) -> tuple[Tensor, int, slice]:
+        """This rank's rows (n, D) within the tiles of `step` of all rows that they touch.
+
+        Returns these tiles (1, m, D), zero where another rank's rows are, the number of their first
+        row, and where in them this rank's are.
+        """
+        first = self.own.start // step * step
+        last = min(self.total, -(-self.own.stop // step) * step)
+        own = slice(self.own.start - first, self.own.stop - first)
+        rows = x.new_zeros(1, last - first, x.shape[1])
+        rows[0, own] = x
+        return rows, first, own
+
+    def _broadcast(
+        self, span: slice, tensors: tuple[Tensor, ...]
+    ) -> tuple[list[Tensor], list[dist.Work]]:
+        """Room for the rows `span` of each tensor, and the broadcasts that fill it."""
+        pieces = [tensor.new_empty(span.stop - span.start, *tensor.shape[1:]) for tensor in tensors]
+        works = []
+        for owner, (start, stop) in enumerate(pairwise(self._starts)):
+            first, last = max(start, span.start), min(stop, span.stop)
+            for tensor, piece in zip(tensors, pieces, strict=True) if first < last else ():
+                part = piece[first - span.start : last - span.start]
+                if owner == self._rank:
+                    part.copy_(tensor[first - start : last - start])
+                # As bytes: not every backend knows every dtype.
+                part = part.view(torch.uint8)
+                work = dist.broadcast(part, group_src=owner, group=self._group, async_op=True)
+                works.append(work)
+        return pieces, works
+
+
+def _arrived(first: int, pieces: list[Tensor], works: list[dist.Work]) -> tuple[int, list[Tensor]]:
+    for work in works:
+        work.wait()
+    return first, [piece[None] for piece in pieces]

@@ -1,0 +1,175 @@
+"""Three processes, each of which runs `run`, and what test_distributed.py looks at afterwards.
+
+Groups of one, two and three of them share the same tokens in different ways. The group of two is
+that of ranks 1 and 2, which count as 0 and 1 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import accumulate, product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from cases import clusters
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+import scclip_fast as sf
+from scclip_fast import chunked, distributed
+
+WORLD, LARGE = 3, (1500, 64)
+N, D, K = 131, 24, 5
+WORKSPACES = {"pieces": 2**14, "whole": chunked.WORKSPACE_BYTES}  # several tiles a rank, or one
+KINDS = ("clusters", "ties", "broken")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMBINATIONS = [*product(["pieces"], KINDS, DTYPES), ("whole", "clusters", torch.float32)]
+
+#: How N rows are shared out, sizes by rank; the cases take turns.
+SHARES = {
+    1: [(N,)],
+    2: [(70, 61), (1, 130), (N, 0)],
+    3: [(17, 60, 54), (1, 0, 130), (65, 65, 1), (0, 0, N)],
+}
+
+
+def tokens(kind: str) -> Tensor:
+    if kind == "ties":
+        return torch.randint(3, (N, 3)).double().repeat(1, D // 3) + 100
+    x = clusters(1, N, D)[0].double()
+    if kind == "broken":
+        x[:, :2] += 300
+        x[0, 0], x[N // 2], x[-1, 3] = torch.nan, torch.inf, -torch.inf
+    return x
+
+
+def cases() -> Iterator[tuple[str, int, Tensor, Tensor]]:
+    """(name, workspace, values, features); every other one of the features is strided."""
+    for turn, (where, kind, dtype) in enumerate(COMBINATIONS):
+        x = tokens(kind).to(dtype)
+        x = x.mT.contiguous().mT if turn % 2 else x
+        values = torch.randn(N, 5).to(DTYPES[turn // 2 % 4])
+        yield f"{where}-{kind}-{str(dtype).removeprefix('torch.')}", WORKSPACES[where], values, x
+
+
+def results(module, values: Tensor, x: Tensor, **group) -> dict[str, tuple[Tensor, ...]]:
+    return {
+        "knn": module.knn(x, K, **group),
+        "scclip": (module.lof_scores(x, K, **group),),
+        "breunig": (module.lof_scores(x, K, variant="breunig", **group),),
+        "aggregate": (module.aggregate(values, x, 0.3, **group),),
+    }
+
+
+@contextmanager
+def workspace(size: int) -> Iterator[None]:
+    before, chunked.WORKSPACE_BYTES = chunked.WORKSPACE_BYTES, size
+    yield
+    chunked.WORKSPACE_BYTES = before
+
+
+class Largest(TorchFunctionMode):
+    """How many numbers the largest tensor holds that is made within it."""
+
+    numel = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = (leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
+        self.numel = max(self.numel, *made, 0)
+        return out
+
+
+def largest() -> dict[str, int]:
+    """By op, for `LARGE` tokens in equal shares."""
+    tokens, width = LARGE
+    x, found = torch.randn(tokens // WORLD, width), {}
+    calls = {
+        "knn": lambda: distributed.knn(x, K),
+        "lof_scores": lambda: distributed.lof_scores(x, K),
+        "aggregate": lambda: distributed.aggregate(x, x),
+    }
+    for name, call in calls.items():
+        with workspace(2**16), Largest() as seen:
+            call()
+        found[name] = seen.numel
+    return found
+
+
+def said(call: Callable[[], object]) -> tuple[str, str]:
+    """The type and the text of the error that a call raises."""
+    try:
+        call()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def faults(rank: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    """Calls that must fail on every rank. One that hangs ends with the group's timeout."""
+    x = torch.randn(10, D)
+    last = rank == WORLD - 1
+    knn, aggregate = distributed.knn, distributed.aggregate
+    return {
+        "k": lambda: knn(x, 5 + last),
+        "k that compares equal": lambda: knn(x, 5.0 if last else 5),
+        "width": lambda: knn(x[:, last:], 5),
+        "dtype": lambda: knn(x.double() if last else x, 5),
+        "width of values": lambda: aggregate(x[:, last:], x),
+        "beta": lambda: aggregate(x, x, 0.4 + last),
+        "variant": lambda: distributed.lof_scores(x, 5, variant="breunig" if last else "scclip"),
+        "op": lambda: distributed.lof_scores(x, 5) if last else knn(x, 5),
+        "tokens": lambda: knn(x.long() if last else x, 5),
+        "rank": lambda: knn(x[None] if last else x, 5),
+        "no channel": lambda: knn(x[:, :0], 5),
+        "rows": lambda: aggregate(x[last:], x),
+        "device": lambda: knn(x.to("meta") if last else x, 5),
+        "gradient": lambda: aggregate(x, x.clone().requires_grad_(last)),
+        "k of 30": lambda: knn(x, 30),
+        "no k": lambda: knn(x, 2.5),
+        "no beta": lambda: aggregate(x, x, float("nan")),
+        "no variant": lambda: distributed.lof_scores(x, 5, variant="textbook"),
+        "no rows": lambda: knn(x[:0], 5),
+        "group": lambda: knn(x, 50, group=pair),
+    }
+
+
+def run(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    store = f"file://{folder}/store"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    alone = [dist.new_group([i]) for i in range(WORLD)]
+    pair = dist.new_group([1, 2])
+    groups = {1: alone[rank], 2: pair, 3: None}
+    found = {}
+    for turn, (name, size, values, x) in enumerate(cases()):
+        with workspace(size), sf.backend("torch"):
+            found[name] = {"op": results(sf, values, x) if rank == 0 else None}
+            for world, group in groups.items():
+                if (place := dist.get_rank(group)) < 0:
+                    continue
+                bounds = [0, *accumulate(SHARES[world][turn % len(SHARES[world])])]
+                own = slice(bounds[place], bounds[place + 1])
+                found[name][world] = results(distributed, values[own], x[own], group=group)
+    found["largest"] = largest()
+    found["gradient"] = gradients()
+    found["faults"] = {name: said(call) for name, call in faults(rank, pair).items()}
+    found["afterwards"] = distributed.knn(torch.arange(3.0)[:, None] + 3 * rank, 1)[1].tolist()
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def gradients() -> list[bool]:
+    """Whether results require gradients where the tokens do."""
+    x = torch.randn(9, D, requires_grad=True)
+    with torch.no_grad():
+        means = distributed.aggregate(x, x)
+    made = (*distributed.knn(x, K), distributed.lof_scores(x, K), means)
+    return [each.requires_grad for each in made]

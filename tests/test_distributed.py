@@ -1,0 +1,126 @@
+"""The ops over rows that three processes share: the bits of one, and errors on all of them."""
+
+import pytest
+import ranks
+import torch
+from tolerance import assert_close
+
+from scclip_fast import distributed
+
+CASES = [name for name, *_ in ranks.cases()]
+OPS = ("knn", "scclip", "breunig", "aggregate")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What every rank found; `ranks.run` says under which names."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(ranks.run, (str(folder),), nprocs=ranks.WORLD)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.WORLD)]
+
+
+def of_all(found, case, op, world):
+    """The tensors that an op returned to the ranks of a group, one rank's after the other's."""
+    members = found[1:] if world == 2 else found[:world]
+    return [torch.cat(parts) for parts in zip(*(m[case][world][op] for m in members), strict=True)]
+
+
+def assert_same(out, expected):
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_of_one_process(found, case, op):
+    alone = of_all(found, case, op, world=1)
+    for world in (2, 3):
+        assert_same(of_all(found, case, op, world), alone)
+    for rank in found[1:]:
+        assert_same([*rank[case][1][op]], alone)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("case", CASES)
+def test_what_the_op_itself_gives(found, case, op):
+    expected = found[0][case]["op"][op]
+    for out, ref in zip(of_all(found, case, op, world=3), expected, strict=True):
+        assert out.dtype == ref.dtype
+        if op == "aggregate":  # a product may depend on where in memory its rows begin
+            assert_close(out, ref=ref.double())
+        else:
+            assert_same(out, ref)
+
+
+def test_cases_have_what_they_are_for(found):
+    """Several pieces and tiles, ties at the k-th place, tokens without a score."""
+    assert {"pieces", "whole"} == {case.split("-")[0] for case in CASES}
+    distances, indices = found[0]["pieces-ties-float32"]["op"]["knn"]
+    assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
+    scores = found[0]["pieces-broken-float32"]["op"]["scclip"][0]
+    assert scores.isnan().sum() == 3
+
+
+@pytest.mark.parametrize("op", ["knn", "lof_scores", "aggregate"])
+def test_no_rank_holds_all_rows(found, op):
+    """Its share, its lists and pieces of the others' rows: nothing of N x D, let alone N x N."""
+    tokens, width = ranks.LARGE
+    for rank in found:
+        assert tokens * width / 3 <= rank["largest"][op] < tokens * width / 2
+
+
+def test_no_gradient(found):
+    assert [rank["gradient"] for rank in found] == [[False] * 4] * ranks.WORLD
+
+
+#: By fault: what rank 0 says, and what the last rank does where it is something else.
+FAULTS = {
+    "k": "ValueError: all ranks must agree on k, got 5 on rank 0 and 6 on rank 2",
+    "k that compares equal": "ValueError: all ranks must agree on k, got 5 on rank 0 and 5.0 on",
+    "width": "ValueError: all ranks must agree on the width of x, got 24 on rank 0 and 23 on",
+    "dtype": "ValueError: all ranks must agree on the dtype of x, got torch.float32 on rank 0",
+    "width of values": "ValueError: all ranks must agree on the width of values, got 24 on rank 0",
+    "beta": "ValueError: all ranks must agree on beta, got 0.4 on rank 0 and 1.4 on rank 2",
+    "variant": "ValueError: all ranks must agree on variant, got 'scclip' on rank 0 and 'breunig'",
+    "op": "ValueError: all ranks must agree on op, got 'knn' on rank 0 and 'lof_scores' on rank 2",
+    "device": "ValueError: all ranks must agree on the kind of device, got 'cpu' on rank 0",
+    "tokens": ("ValueError: rank 2 has an error: x must have", "TypeError: x must have a floating"),
+    "rank": ("ValueError: rank 2 has an error: x must be (n, D)", "ValueError: x must be (n, D)"),
+    "rows": ("ValueError: rank 2 has an error: all tensors", "ValueError: all tensors must have"),
+    "gradient": (
+        "ValueError: rank 2 has an error: features requires",
+        "ValueError: features requires a gradient, which is not computed: detach it",
+    ),
+    "no channel": "ValueError: x must be (n, D), the rows of one rank, with D of at least 1, got",
+    "k of 30": "ValueError: k must be smaller than the number of tokens, got k=30 with N=30 tokens",
+    "no k": "TypeError: k must be an int, got float",
+    "no beta": "ValueError: beta must be a finite number",
+    "no variant": "ValueError: variant must be one of scclip, breunig, got 'textbook'",
+    "no rows": "ValueError: at least one rank must have a row, got none on any",
+    "group": (
+        "ValueError: group must be one that this process is in",
+        "ValueError: k must be smaller than the number of tokens, got k=50 with N=20 tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_rank_raises(found, fault):
+    expected = FAULTS[fault]
+    first, last = (expected, expected) if isinstance(expected, str) else expected
+    for rank, start in ((0, first), (2, last)):
+        assert ": ".join(found[rank]["faults"][fault]).startswith(start)
+    assert found[1]["faults"][fault] in (found[0]["faults"][fault], found[2]["faults"][fault])
+
+
+def test_all_faults_are_looked_at_and_none_blocks_the_group(found):
+    assert found[0]["faults"].keys() == FAULTS.keys()
+    assert [rank["afterwards"] for rank in found] == [
+        [[1], [0], [1]],
+        [[2], [3], [4]],
+        [[5], [6], [7]],
+    ]
+
+
+def test_without_a_process_group():
+    with pytest.raises(ValueError, match="no process group: call init_process_group first"):
+        distributed.knn(torch.randn(9, 2), 3)
