@@ -98,6 +98,12 @@ class Sam3CalibrationConfig:
     def calibrates_trunk(self) -> bool:
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
+    @property
+    def tapped_layers(self) -> list[int]:
+        """The layers of the trunk whose outputs its stages read."""
+        middle = range(self.multi_start_idx, self.multi_end_idx)
+        return sorted({self.pre_adjust_idx, self.post_adjust_idx, *middle})
+
     def check(self, layers: int, decoder_layers: int) -> None:
         """Raise unless every setting fits a trunk and a DETR decoder of that many layers.
 

@@ -1,4 +1,4 @@
-"""SAM3's own modules with a stage in their forward; a module becomes one by its `__class__`.
+"""transformers' SAM3 modules with a stage in their forward; they become it by their `__class__`.
 
 Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
 does not of forward hooks (measured). Each class adds to what its parent returns, so that nothing of
@@ -7,12 +7,15 @@ SAM3 is written twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Sam3Model
+from transformers import AttentionInterface, PreTrainedModel, Sam3Model
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 from transformers.models.sam3 import modeling_sam3 as sam3
 
 from ..ops import blended_attention
@@ -22,19 +25,6 @@ from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
 
 ATTENTION = "scclip_blended"
 _TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
-
-
-@dataclass
-class Shared:
-    """What the modules of one model leave for each other during a forward pass."""
-
-    config: Sam3CalibrationConfig
-    features: dict[int, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, *names: str) -> dict[str, Tensor | None]:
-        """What was found, given once: nothing outlives the forward pass."""
-        return {name: self.found.pop(name, None) for name in names}
 
 
 class TappedLayer(sam3.Sam3ViTLayer):
@@ -102,7 +92,7 @@ class CalibratedVisionModel(sam3.Sam3VisionModel):
     """The vision encoder, whose output carries what was found: reused, it is found once."""
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Any:
-        _check_pixels(pixel_values)
+        stages.check_pixels("pixel_values", pixel_values)
         out = super().forward(pixel_values, *args, **kwargs)
         return _extended(CalibratedVisionOutput, out, self.scclip.take(*_TRUNK_FOUND))
 
@@ -171,9 +161,8 @@ class CalibratedModel(Sam3Model):
     def forward(self, pixel_values=None, vision_embeds=None, *args, **kwargs) -> Any:
         try:
             return self._forward(pixel_values, vision_embeds, *args, **kwargs)
-        finally:  # after an error, too, no tensor stays
-            self.scclip.features.clear()
-            self.scclip.found.clear()
+        finally:
+            self.scclip.clear()
 
     def _forward(self, pixel_values, vision_embeds, *args, **kwargs) -> Any:
         if pixel_values is not None and vision_embeds is None:
@@ -192,15 +181,58 @@ CalibratedModel.__name__ = Sam3Model.__name__
 _PROMPTS = ("input_ids", "attention_mask", "text_embeds", "input_boxes", "input_boxes_labels")
 
 
-def _check_pixels(pixels: Tensor) -> None:
-    """On the CPU only: elsewhere it would wait for the device."""
-    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not pixels.isfinite().all():
-            raise ValueError("pixel_values must be finite, got NaN or infinity; check the images")
-
-
 def _extended(kind: type, out: Any, found: dict[str, Tensor | None]) -> Any:
     """transformers' output as the dataclass that adds fields to it; tuples as they are."""
     if isinstance(out, tuple):
         return out
     return kind(**{f.name: getattr(out, f.name) for f in fields(out)}, **found)
+
+
+AttentionInterface.register(ATTENTION, blended)
+
+
+def depths(model: Sam3Model) -> tuple[int, int]:
+    """Layers of the trunk and of the DETR decoder."""
+    return len(model.vision_encoder.backbone.layers), len(model.detr_decoder.layers)
+
+
+def replacements(
+    model: Sam3Model, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    """Each module that a stage needs, the class it becomes, and attributes that it gets."""
+    for module, kind, attributes in _chosen(model, config):
+        if isinstance(module, PreTrainedModel):
+            # By the name of its class transformers knows what a model can record; a name that is
+            # missing would lose hidden states and attentions without a word.
+            _CAN_RECORD_REGISTRY[str(kind)] = module._can_record_outputs
+        yield module, kind, attributes
+
+
+def _chosen(
+    model: Sam3Model, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    yield model, CalibratedModel, {}
+    yield model.vision_encoder, CalibratedVisionModel, {}
+    yield model.detr_decoder, TappedDecoder, {}
+    if config.calibrates_trunk:
+        layers = model.vision_encoder.backbone.layers
+        for index in config.tapped_layers:
+            yield layers[index], TappedLayer, {"scclip_index": index}
+        yield layers[-1], CalibratedLastLayer, {}
+        if config.trunk_attention:
+            attention = layers[-1].attention
+            own = copy.copy(attention.config)  # all layers of the trunk share one
+            own._attn_implementation = ATTENTION
+            yield attention, type(attention), {"config": own}
+    if config.decoder_calibration:
+        layers = model.detr_decoder.layers
+        for index in sorted({i % len(layers) for i in config.decoder_layers}):
+            yield layers[index], CalibratedDecoderLayer, {}
+    head = model.mask_decoder
+    if config.mask_repair and config.mask_grid == "tokens":
+        yield head.pixel_decoder, RepairedPixelDecoder, {}
+    if config.mask_threshold or (config.mask_repair and config.mask_grid == "pixels"):
+        yield head.instance_projection, CalibratedProjection, {}
+    if config.mask_threshold:
+        yield head.mask_embedder, MeasuredMaskEmbedder, {}
+        yield head, ThresholdedMaskDecoder, {}

@@ -103,3 +103,10 @@ def find_outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers:
     """Of tokens (B, N, D); distances and scores are float32 at least."""
     scores = lof_scores(tokens, config.outlier_n_neighbors)
     return Outliers(scores, outlier_mask(scores, config.outlier_contamination))
+
+
+def check_pixels(name: str, pixels: Tensor) -> None:
+    """ValueError unless finite; on the CPU only: elsewhere it would wait for the device."""
+    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not pixels.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity; check the images")
