@@ -5,6 +5,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from scclip_fast.sam3.config import TRUNK_STAGES
+
+# Each stage of the trunk alone, beside repair, and all of them.
+TRUNKS = [
+    *((name,) for name in TRUNK_STAGES),
+    *(("trunk_repair", name) for name in TRUNK_STAGES[1:]),
+    TRUNK_STAGES,
+]
+
 
 def outliers(x, k, contamination):
     """Of tokens (N, D): scores and mask, from the differences of all pairs."""

@@ -6,29 +6,19 @@ import plain_sam3
 import pytest
 import torch
 
-from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
-from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
+from scclip_fast.sam3 import calibrate
+from scclip_fast.sam3.config import STAGES
 
-pytest.importorskip("sam3", reason="needs Meta's package sam3 (pip install sam3) with its needs")
+pytest.importorskip("sam3", reason="Meta's sam3 is not installed; CONTRIBUTING.md says how")
 
-from tiny_meta import GRID, LAYERS, QUERIES, SIDE, WIDTH, ground, tiny_meta
+from tiny_meta import GRID, NONE, QUERIES, WIDTH, equal, ground, pixels, tiny_meta
 
-NONE = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, False))
 CLOSE = dict(rtol=1e-4, atol=2e-5)
-TENSORS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logit_dec", "semantic_seg")
 
 
 @pytest.fixture
 def model():
     return tiny_meta()
-
-
-def pixels(batch):
-    return torch.randn(batch, 3, SIDE, SIDE)
-
-
-def equal(first, second):
-    return all(torch.equal(first[name], second[name]) for name in TENSORS)
 
 
 def recorded(modules):
@@ -40,8 +30,8 @@ def recorded(modules):
     ]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("stages", [*((name,) for name in TRUNK_STAGES), TRUNK_STAGES])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stages", plain_sam3.TRUNKS)
 @torch.no_grad()
 def test_trunk(model, batch, stages):
     config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
@@ -61,12 +51,17 @@ def test_trunk(model, batch, stages):
         for i in range(batch)
     ]
     expected = torch.stack([tokens for tokens, _ in plain])
-    level = neck.convs[2](expected.mT.unflatten(2, grid))
+    map_ = expected.mT.unflatten(2, grid)
     with calibrate(model, config):
         out = model.backbone.forward_image(images)
     assert torch.allclose(out["calibrated_features"], expected, **CLOSE)
-    assert torch.allclose(out["backbone_fpn"][2], level, **CLOSE)
-    assert not torch.allclose(out["backbone_fpn"][2], frozen["backbone_fpn"][2], **CLOSE)
+    # What the detector reads, and the tracker and the interactive predictor.
+    for convs, found, before in (
+        (neck.convs, out, frozen),
+        (neck.sam2_convs, out["sam2_backbone_out"], frozen["sam2_backbone_out"]),
+    ):
+        assert torch.allclose(found["backbone_fpn"][2], convs[2](map_), **CLOSE)
+        assert not torch.allclose(found["backbone_fpn"][2], before["backbone_fpn"][2], **CLOSE)
     if config.trunk_repair:
         mask = torch.stack([mask for _, mask in plain]).view(batch, GRID, GRID)
         assert torch.equal(out["outlier_mask"], mask) and mask.any()
@@ -75,7 +70,7 @@ def test_trunk(model, batch, stages):
         assert out["outlier_mask"] is None and out["lof_scores"] is None
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layers", [(-1,), (0, 2)])
 @torch.no_grad()
 def test_queries(model, batch, layers):
@@ -96,7 +91,7 @@ def test_queries(model, batch, layers):
     assert not torch.equal(out["pred_masks"], frozen["pred_masks"])
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("stages", [("mask_repair",), ("mask_threshold",), STAGES[-2:]])
 @torch.no_grad()
 def test_mask_head(model, batch, stages):
@@ -142,7 +137,7 @@ def test_mask_repair_on_the_tokens(model):
     assert torch.allclose(out["pred_masks"], expected, **CLOSE)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("config", [NONE, replace(NONE, trunk_repair=True, residual_weight=0.0)])
 @torch.no_grad()
 def test_off_is_the_frozen_model(model, batch, config):

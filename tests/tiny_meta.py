@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -17,8 +18,14 @@ from sam3.model.vitdet import ViT
 from sam3.model.vl_combiner import SAM3VLBackbone
 from torch import nn
 
+from scclip_fast.sam3 import Sam3CalibrationConfig
+from scclip_fast.sam3.config import STAGES
+
 SIDE, PATCH, LAYERS, QUERIES, WIDTH = 64, 8, 6, 40, 32
 GRID = SIDE // PATCH
+NONE = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, False))
+ALL = replace(NONE, decoder_layers=(-1, 2), **dict.fromkeys(STAGES, True))
+TENSORS = ("pred_masks", "pred_boxes", "pred_logits", "presence_logit_dec", "semantic_seg")
 
 
 def _trunk() -> ViT:
@@ -111,7 +118,9 @@ def _tokens(texts: list[str], context_length: int) -> torch.Tensor:
 
 def _image_model() -> Sam3Image:
     positions = PositionEmbeddingSine(num_pos_feats=WIDTH)
-    neck = necks.Sam3DualViTDetNeck(position_encoding=positions, d_model=WIDTH, trunk=_trunk())
+    neck = necks.Sam3DualViTDetNeck(
+        position_encoding=positions, d_model=WIDTH, trunk=_trunk(), add_sam2_neck=True
+    )
     text = VETextEncoder(
         d_model=WIDTH,
         tokenizer=_tokens,
@@ -168,10 +177,19 @@ def tiny_meta() -> Sam3Image:
     return model.eval().requires_grad_(False)
 
 
-def ground(model: Sam3Image, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+def pixels(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, SIDE, SIDE)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    """Every output of the package's, bit for bit."""
+    return all(torch.equal(first[name], second[name]) for name in TENSORS)
+
+
+def ground(model: Sam3Image, images: torch.Tensor) -> dict[str, torch.Tensor]:
     """The package's own way: the images (B, 3, H, W) first, then a text for each of them."""
-    found = model.backbone.forward_image(pixels)
-    return prompt(model, found, len(pixels))
+    found = model.backbone.forward_image(images)
+    return prompt(model, found, len(images))
 
 
 def prompt(model: Sam3Image, found: dict, count: int) -> dict[str, torch.Tensor]:

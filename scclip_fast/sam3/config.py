@@ -99,10 +99,21 @@ class Sam3CalibrationConfig:
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
     @property
-    def tapped_layers(self) -> list[int]:
-        """The layers of the trunk whose outputs its stages read."""
-        middle = range(self.multi_start_idx, self.multi_end_idx)
-        return sorted({self.pre_adjust_idx, self.post_adjust_idx, *middle})
+    def taps(self) -> dict[int, tuple[str, ...]]:
+        """By layer of the trunk, as what the stages that are on read its output."""
+        layers = dict(
+            pre=[self.pre_adjust_idx] if self.trunk_aggregate or self.trunk_attention else [],
+            post=[self.post_adjust_idx] if self.trunk_aggregate else [],
+            levels=range(self.multi_start_idx, self.multi_end_idx) if self.trunk_fusion else [],
+        )
+        return {
+            index: tuple(role for role in layers if index in layers[role])
+            for index in sorted(set().union(*layers.values()))
+        }
+
+    @property
+    def repaired_grid(self) -> str | None:
+        return self.mask_grid if self.mask_repair else None
 
     def check(self, layers: int, decoder_layers: int) -> None:
         """Raise unless every setting fits a trunk and a DETR decoder of that many layers.

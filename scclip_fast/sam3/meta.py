@@ -1,4 +1,4 @@
-"""The modules of Meta's package `sam3` with a stage in their forward, as `modules.py` has them.
+"""The modules of Meta's package `sam3` with a stage in them, as `huggingface.py` has them.
 
 Meta's decoder keeps its queries (Q, B, C) and their presence token apart; its blocks take no
 keywords, so that the last one leaves its attention the content features in `Shared`.
@@ -15,40 +15,28 @@ from torch import Tensor, nn
 from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
-
-_TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
+from .shared import TRUNK_FOUND
 
 
 class TappedBlock(vitdet.Block):
     """A block of the trunk whose output a later stage reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
-        self.scclip.features[self.scclip_index] = out.flatten(1, 2)
-        return out
+        return self.scclip.tap(super().forward(x), self.scclip_roles)
 
 
 class CalibratedLastBlock(vitdet.Block):
     """The trunk's last block, in the middle of `stages.calibrate_trunk`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shared, grid = self.scclip, (x.shape[1], x.shape[2])
+        _refuse_training(self)
 
-        def last(tokens: Tensor, content: Tensor | None) -> Tensor:
+        def last(x: Tensor, content: Tensor | None) -> Tensor:
             if content is not None:
-                shared.found["content"] = content
-            out = super(CalibratedLastBlock, self).forward(tokens.unflatten(1, grid))
-            return out.flatten(1, 2)
+                self.scclip.found["content"] = content
+            return super(CalibratedLastBlock, self).forward(x)
 
-        tokens, outliers = stages.calibrate_trunk(
-            x.flatten(1, 2), shared.features, last, grid, shared.config
-        )
-        shared.features.clear()
-        if outliers is not None:
-            shared.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
-            shared.found["lof_scores"] = outliers.scores.unflatten(1, grid)
-        shared.found["calibrated_features"] = tokens
-        return tokens.unflatten(1, grid)
+        return self.scclip.run_last(x, last)
 
 
 class BlendedAttention(vitdet.Attention):
@@ -77,7 +65,7 @@ class CalibratedBackbone(vl_combiner.SAM3VLBackbone):
     def forward_image(self, samples: Tensor) -> dict[str, Any]:
         stages.check_pixels("samples", samples)
         try:
-            return super().forward_image(samples) | self.scclip.take(*_TRUNK_FOUND)
+            return super().forward_image(samples) | self.scclip.take(*TRUNK_FOUND)
         finally:
             self.scclip.clear()
 
@@ -86,24 +74,10 @@ class CalibratedDecoderLayer(decoder.TransformerDecoderLayer):
     """A layer of the DETR decoder."""
 
     def forward(self, **kwargs) -> tuple[Tensor, Tensor | None]:
-        if self.training:
-            raise ValueError(
-                "decoder_calibration needs a model in evaluation mode: in training its decoder has "
-                "every query twice"
-            )
+        _refuse_training(self)
         queries, presence = super().forward(**kwargs)
         calibrated = stages.calibrate_queries(queries.transpose(0, 1), self.scclip.config)
         return calibrated.transpose(0, 1), presence
-
-
-class TappedDecoder(decoder.TransformerDecoder):
-    """The DETR decoder, whose queries and boxes of all layers the output shows, batch first."""
-
-    def forward(self, *args, **kwargs) -> tuple[Tensor | None, ...]:
-        out = super().forward(*args, **kwargs)
-        for name, value in zip(("query_features", "decoder_reference_boxes"), out, strict=False):
-            self.scclip.found[name] = value.transpose(1, 2)
-        return out
 
 
 class RepairedPixelDecoder(maskformer_segmentation.PixelDecoder):
@@ -119,7 +93,7 @@ class CalibratedMaskPredictor(maskformer_segmentation.MaskPredictor):
 
     def forward(self, obj_queries: Tensor, pixel_embed: Tensor) -> Tensor:
         config = self.scclip.config
-        if config.mask_repair and config.mask_grid == "pixels":
+        if config.repaired_grid == "pixels":
             pixel_embed = stages.repair_map(pixel_embed, config)
         logits = super().forward(obj_queries, pixel_embed)
         if not config.mask_threshold:
@@ -131,16 +105,16 @@ class CalibratedMaskPredictor(maskformer_segmentation.MaskPredictor):
 
 
 class CalibratedModel(sam3_image.Sam3Image):
-    """The whole model: its dictionary has what was found."""
+    """The whole model: its dictionary has what was found, and the decoder's layers batch first."""
 
     def forward_grounding(self, *args, **kwargs) -> dict[str, Any]:
-        try:
-            out = super().forward_grounding(*args, **kwargs)
-            image = out["prev_encoder_out"]["backbone_out"]
-            found = {name: image.get(name) for name in _TRUNK_FOUND}
-            return out | found | self.scclip.take("query_features", "decoder_reference_boxes")
-        finally:
-            self.scclip.clear()
+        out = super().forward_grounding(*args, **kwargs)
+        image = out["prev_encoder_out"]["backbone_out"]
+        return out | {name: image.get(name) for name in TRUNK_FOUND}
+
+    def _update_scores_and_boxes(self, out, hs, reference_boxes, *args, **kwargs) -> None:
+        super()._update_scores_and_boxes(out, hs, reference_boxes, *args, **kwargs)
+        out.update(query_features=hs, decoder_reference_boxes=reference_boxes)
 
 
 def depths(model: sam3_image.Sam3Image) -> tuple[int, int]:
@@ -159,10 +133,10 @@ def replacements(
             raise ValueError(
                 f"the calibration needs Meta's {own.__name__}, got {type(module).__name__}"
             )
-        if "forward" in vars(module) or getattr(module, "compile_mode", None) is not None:
+        if "forward" in vars(module) and kind.forward is not own.forward:
             raise ValueError(
-                f"the model's {own.__name__} is compiled in a way that a class cannot "
-                "replace; build it without compile_mode and call its compile()"
+                f"the model's {own.__name__} is compiled in a way that a class cannot replace; "
+                "build it without compile_mode and call its compile()"
             )
         yield module, kind, attributes
 
@@ -172,22 +146,21 @@ def _chosen(
 ) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
     yield model, CalibratedModel, {}
     yield model.backbone, CalibratedBackbone, {}
-    yield model.transformer.decoder, TappedDecoder, {}
     if config.calibrates_trunk:
         blocks = model.backbone.vision_backbone.trunk.blocks
-        for index in config.tapped_layers:
-            yield blocks[index], TappedBlock, {"scclip_index": index}
+        for index, roles in config.taps.items():
+            yield blocks[index], TappedBlock, {"scclip_roles": roles}
         yield blocks[-1], CalibratedLastBlock, {}
         if config.trunk_attention:
             yield blocks[-1].attn, BlendedAttention, {}
     if config.decoder_calibration:
         layers = model.transformer.decoder.layers
-        for index in sorted({i % len(layers) for i in config.decoder_layers}):
-            yield layers[index], CalibratedDecoderLayer, {}
+        for layer in {layers[index] for index in config.decoder_layers}:
+            yield layer, CalibratedDecoderLayer, {}
     head = model.segmentation_head
-    if config.mask_repair and config.mask_grid == "tokens":
+    if config.repaired_grid == "tokens":
         yield head.pixel_decoder, RepairedPixelDecoder, {}
-    if config.mask_threshold or (config.mask_repair and config.mask_grid == "pixels"):
+    if config.mask_threshold or config.repaired_grid == "pixels":
         yield head.mask_predictor, CalibratedMaskPredictor, {}
 
 
@@ -207,4 +180,12 @@ def _check(model: sam3_image.Sam3Image, config: Sam3CalibrationConfig) -> None:
         raise ValueError(
             "mask_repair and mask_threshold need a segmentation_head with aux_masks=False, got "
             + ("none" if head is None else "aux_masks=True")
+        )
+
+
+def _refuse_training(module: nn.Module) -> None:
+    if module.training:
+        raise ValueError(
+            "a calibrated Sam3Image must be in evaluation mode, got one in training; call its "
+            "eval(): in training its trunk runs blocks twice, and its decoder has every query twice"
         )

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .config import Sam3CalibrationConfig
-
-
-@dataclass
-class Shared:
-    """What the modules of one model leave for each other during a forward pass."""
-
-    config: Sam3CalibrationConfig
-    features: dict[int, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, *names: str) -> dict[str, Tensor | None]:
-        """What was found, given once: nothing outlives the forward pass."""
-        return {name: self.found.pop(name, None) for name in names}
-
-    def clear(self) -> None:
-        """After an error, too, no tensor stays."""
-        self.features.clear()
-        self.found.clear()
+from .shared import Shared
 
 
 class Calibration:
@@ -116,16 +98,17 @@ def calibrate(model: nn.Module, config: Sam3CalibrationConfig | None = None) -> 
 def _adapter(model: nn.Module) -> ModuleType:
     """The modules for the package that the model is of, which is loaded then."""
     if isinstance(model, _loaded("transformers.models.sam3.modeling_sam3", "Sam3Model")):
-        from . import modules
+        from . import huggingface
 
-        return modules
+        return huggingface
     if isinstance(model, _loaded("sam3.model.sam3_image", "Sam3Image")):
         from . import meta
 
         return meta
     raise ValueError(
         "model must be a transformers Sam3Model or Meta's Sam3Image, got "
-        f"{type(model).__name__}; of a video model or a compiled one, pass the image model inside"
+        f"{type(model).__name__}; of a compiled model, or transformers' video model, pass the one "
+        "inside"
     )
 
 

@@ -19,7 +19,7 @@ def to_seed_dict(output: Mapping[str, Any]) -> dict[str, Any]:
             [0, 1]; the final boxes are `output["pred_boxes"]`.
         pred_masks: (B, 200, 288, 288) logits.
         semantic_seg: (B, 1, 288, 288) logits.
-        presence_logit: (B, 1).
+        presence_logit: (B, 1). These three are None of a Sam3Image that is built without them.
         outlier_indices: (M, 2) rows of (image, token), or None without `trunk_repair`.
         calibrated_features: (B, 5184, 1024), or None where the trunk is not calibrated.
 
@@ -32,13 +32,12 @@ def to_seed_dict(output: Mapping[str, Any]) -> dict[str, Any]:
             f"{type(output).__name__}; call calibrate(model) first"
         )
     mask = output.get("outlier_mask")
-    presence = "presence_logit_dec" if "presence_logit_dec" in output else "presence_logits"
     return dict(
         pred_logits=output["query_features"],
         pred_boxes=output["decoder_reference_boxes"],
-        pred_masks=output["pred_masks"],
-        semantic_seg=output["semantic_seg"],
-        presence_logit=output[presence],
+        pred_masks=output.get("pred_masks"),
+        semantic_seg=output.get("semantic_seg"),
+        presence_logit=output.get("presence_logits", output.get("presence_logit_dec")),
         outlier_indices=None if mask is None else mask.flatten(1).nonzero(),
         calibrated_features=output.get("calibrated_features"),
     )

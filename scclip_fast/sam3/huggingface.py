@@ -22,43 +22,27 @@ from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
 from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
+from .shared import TRUNK_FOUND
 
 ATTENTION = "scclip_blended"
-_TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
 
 
 class TappedLayer(sam3.Sam3ViTLayer):
     """A layer of the trunk whose output a later stage reads."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        out = super().forward(hidden_states, **kwargs)
-        self.scclip.features[self.scclip_index] = out.flatten(1, 2)
-        return out
+        return self.scclip.tap(super().forward(hidden_states, **kwargs), self.scclip_roles)
 
 
 class CalibratedLastLayer(sam3.Sam3ViTLayer):
     """The trunk's last layer, in the middle of `stages.calibrate_trunk`."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        config, features = self.scclip.config, self.scclip.features
-        grid = (hidden_states.shape[1], hidden_states.shape[2])
+        def last(x: Tensor, content: Tensor | None) -> Tensor:
+            blend = {} if content is None else {"scclip_content": (content, self.scclip.config)}
+            return super(CalibratedLastLayer, self).forward(x, **kwargs, **blend)
 
-        def last(tokens: Tensor, content: Tensor | None) -> Tensor:
-            blend = {} if content is None else {"scclip_content": (content, config)}
-            out = super(CalibratedLastLayer, self).forward(
-                tokens.unflatten(1, grid), **kwargs, **blend
-            )
-            return out.flatten(1, 2)
-
-        tokens, outliers = stages.calibrate_trunk(
-            hidden_states.flatten(1, 2), features, last, grid, config
-        )
-        features.clear()
-        if outliers is not None:
-            self.scclip.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
-            self.scclip.found["lof_scores"] = outliers.scores.unflatten(1, grid)
-        self.scclip.found["calibrated_features"] = tokens
-        return tokens.unflatten(1, grid)
+        return self.scclip.run_last(hidden_states, last)
 
 
 def blended(
@@ -93,8 +77,11 @@ class CalibratedVisionModel(sam3.Sam3VisionModel):
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Any:
         stages.check_pixels("pixel_values", pixel_values)
-        out = super().forward(pixel_values, *args, **kwargs)
-        return _extended(CalibratedVisionOutput, out, self.scclip.take(*_TRUNK_FOUND))
+        try:
+            out = super().forward(pixel_values, *args, **kwargs)
+            return _extended(CalibratedVisionOutput, out, self.scclip.take(*TRUNK_FOUND))
+        finally:
+            self.scclip.clear()
 
 
 class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
@@ -128,7 +115,7 @@ class CalibratedProjection(nn.Conv2d):
 
     def forward(self, pixels: Tensor) -> Tensor:
         out, config = super().forward(pixels), self.scclip.config
-        if config.mask_repair and config.mask_grid == "pixels":
+        if config.repaired_grid == "pixels":
             out = stages.repair_map(out, config)
         if config.mask_threshold:
             self.scclip.found["pixel_norms"] = out.norm(dim=1)
@@ -170,7 +157,7 @@ class CalibratedModel(Sam3Model):
             vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
             pixel_values = None
         out = super().forward(pixel_values, vision_embeds, *args, **kwargs)
-        found = {name: getattr(vision_embeds, name, None) for name in _TRUNK_FOUND}
+        found = {name: getattr(vision_embeds, name, None) for name in TRUNK_FOUND}
         return _extended(
             CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")
         )
@@ -216,8 +203,8 @@ def _chosen(
     yield model.detr_decoder, TappedDecoder, {}
     if config.calibrates_trunk:
         layers = model.vision_encoder.backbone.layers
-        for index in config.tapped_layers:
-            yield layers[index], TappedLayer, {"scclip_index": index}
+        for index, roles in config.taps.items():
+            yield layers[index], TappedLayer, {"scclip_roles": roles}
         yield layers[-1], CalibratedLastLayer, {}
         if config.trunk_attention:
             attention = layers[-1].attention
@@ -225,13 +212,12 @@ def _chosen(
             own._attn_implementation = ATTENTION
             yield attention, type(attention), {"config": own}
     if config.decoder_calibration:
-        layers = model.detr_decoder.layers
-        for index in sorted({i % len(layers) for i in config.decoder_layers}):
-            yield layers[index], CalibratedDecoderLayer, {}
+        for layer in {model.detr_decoder.layers[index] for index in config.decoder_layers}:
+            yield layer, CalibratedDecoderLayer, {}
     head = model.mask_decoder
-    if config.mask_repair and config.mask_grid == "tokens":
+    if config.repaired_grid == "tokens":
         yield head.pixel_decoder, RepairedPixelDecoder, {}
-    if config.mask_threshold or (config.mask_repair and config.mask_grid == "pixels"):
+    if config.mask_threshold or config.repaired_grid == "pixels":
         yield head.instance_projection, CalibratedProjection, {}
     if config.mask_threshold:
         yield head.mask_embedder, MeasuredMaskEmbedder, {}
