@@ -71,6 +71,24 @@ def test_what_is_kept_for_the_last_layer(model, stages):
     assert "levels" not in kept or torch.equal(kept["levels"], sum(tokens[1:5]))
 
 
+@torch.no_grad()
+def test_trunk_alone_is_the_same_each_time(model):
+    """After a failed call, too: no sum goes on."""
+    trunk, pixels = model.vision_encoder.backbone, torch.randn(1, 3, SIDE, SIDE)
+
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with calibrate(model, replace(NONE, **dict.fromkeys(TRUNK_STAGES, True))):
+        expected = trunk(pixels).last_hidden_state
+        assert not model.scclip.features
+        hook = trunk.layers[-2].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="mine"):
+            trunk(pixels)
+        hook.remove()
+        assert torch.equal(trunk(pixels).last_hidden_state, expected)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("layers", [(-1,), (0, 2)])
 @torch.no_grad()

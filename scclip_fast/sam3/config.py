@@ -99,17 +99,17 @@ class Sam3CalibrationConfig:
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
     @property
-    def taps(self) -> dict[int, tuple[str, ...]]:
-        """By layer of the trunk, as what the stages that are on read its output."""
-        layers = dict(
-            pre=[self.pre_adjust_idx] if self.trunk_aggregate or self.trunk_attention else [],
-            post=[self.post_adjust_idx] if self.trunk_aggregate else [],
-            levels=range(self.multi_start_idx, self.multi_end_idx) if self.trunk_fusion else [],
-        )
-        return {
-            index: tuple(role for role in layers if index in layers[role])
-            for index in sorted(set().union(*layers.values()))
-        }
+    def taps(self) -> dict[str, range]:
+        """The layers of the trunk that the stages that are on read; of several, the sum."""
+        pre, post = self.pre_adjust_idx, self.post_adjust_idx
+        taps = {}
+        if self.trunk_aggregate or self.trunk_attention:
+            taps["pre"] = range(pre, pre + 1)
+        if self.trunk_aggregate:
+            taps["post"] = range(post, post + 1)
+        if self.trunk_fusion:
+            taps["levels"] = range(self.multi_start_idx, self.multi_end_idx)
+        return taps
 
     @property
     def repaired_grid(self) -> str | None:

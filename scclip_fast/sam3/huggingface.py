@@ -31,7 +31,7 @@ class TappedLayer(sam3.Sam3ViTLayer):
     """A layer of the trunk whose output a later stage reads."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        return self.scclip.tap(super().forward(hidden_states, **kwargs), self.scclip_roles)
+        return self.scclip.tap(self.scclip_index, super().forward(hidden_states, **kwargs))
 
 
 class CalibratedLastLayer(sam3.Sam3ViTLayer):
@@ -203,8 +203,8 @@ def _chosen(
     yield model.detr_decoder, TappedDecoder, {}
     if config.calibrates_trunk:
         layers = model.vision_encoder.backbone.layers
-        for index, roles in config.taps.items():
-            yield layers[index], TappedLayer, {"scclip_roles": roles}
+        for index in set().union(*config.taps.values()):
+            yield layers[index], TappedLayer, {"scclip_index": index}
         yield layers[-1], CalibratedLastLayer, {}
         if config.trunk_attention:
             attention = layers[-1].attention

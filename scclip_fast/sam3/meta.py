@@ -22,7 +22,7 @@ class TappedBlock(vitdet.Block):
     """A block of the trunk whose output a later stage reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scclip.tap(super().forward(x), self.scclip_roles)
+        return self.scclip.tap(self.scclip_index, super().forward(x))
 
 
 class CalibratedLastBlock(vitdet.Block):
@@ -148,8 +148,8 @@ def _chosen(
     yield model.backbone, CalibratedBackbone, {}
     if config.calibrates_trunk:
         blocks = model.backbone.vision_backbone.trunk.blocks
-        for index, roles in config.taps.items():
-            yield blocks[index], TappedBlock, {"scclip_roles": roles}
+        for index in set().union(*config.taps.values()):
+            yield blocks[index], TappedBlock, {"scclip_index": index}
         yield blocks[-1], CalibratedLastBlock, {}
         if config.trunk_attention:
             yield blocks[-1].attn, BlendedAttention, {}

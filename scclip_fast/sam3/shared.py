@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -26,12 +26,13 @@ class Shared:
     features: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, Tensor] = field(default_factory=dict)
 
-    def tap(self, output: Tensor, roles: Iterable[str]) -> Tensor:
-        """Keep a layer's output (B, h, w, D); of a role with several, their sum."""
+    def tap(self, index: int, output: Tensor) -> Tensor:
+        """Keep what is read of a layer's output (B, h, w, D), by `config.taps`."""
         tokens = output.flatten(1, 2)
-        for role in roles:
-            before = self.features.get(role)
-            self.features[role] = tokens if before is None else before + tokens
+        for name, layers in self.config.taps.items():
+            if index in layers:
+                first = index == layers.start
+                self.features[name] = tokens if first else self.features[name] + tokens
         return output
 
     def run_last(self, x: Tensor, last: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
