@@ -100,7 +100,7 @@ class Sam3CalibrationConfig:
 
     @property
     def taps(self) -> dict[str, range]:
-        """The layers of the trunk that the stages that are on read; of several, the sum."""
+        """What the trunk's last layer reads of others: the output of one, the sum of several."""
         pre, post = self.pre_adjust_idx, self.post_adjust_idx
         taps = {}
         if self.trunk_aggregate or self.trunk_attention:
