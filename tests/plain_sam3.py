@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from transformers.models.sam3.modeling_sam3 import apply_rotary_pos_emb_2d
+
+from scclip_fast.sam3.config import TRUNK_STAGES
+
+# Each stage of the trunk alone, beside repair, and all of them.
+TRUNKS = [
+    *((name,) for name in TRUNK_STAGES),
+    *(("trunk_repair", name) for name in TRUNK_STAGES[1:]),
+    TRUNK_STAGES,
+]
 
 
 def outliers(x, k, contamination):
@@ -48,6 +56,8 @@ def content_weights(features, gamma):
 
 def last_layer(layer, tokens, grid, content, config):
     """A global layer of the trunk on tokens (N, D), its attention blended with the content's."""
+    from transformers.models.sam3.modeling_sam3 import apply_rotary_pos_emb_2d
+
     x = tokens.view(1, *grid, -1)
     normed = layer.layer_norm1(x)
     attention = layer.attention
@@ -61,13 +71,31 @@ def last_layer(layer, tokens, grid, content, config):
     where = (normed, layer.position_ids) if hasattr(layer, "position_ids") else ()
     cos, sin = layer.rotary_emb(*where)
     q, k = apply_rotary_pos_emb_2d(q, k, cos=cos, sin=sin)
-    weights = torch.softmax(q @ k.mT * attention.head_dim**-0.5, dim=-1)
+    out = attended(q, k, v, content, config)
+    x = x + attention.o_proj(out.transpose(1, 2).reshape(1, *grid, -1))
+    return (x + layer.mlp(layer.layer_norm2(x))).view(tokens.shape)
+
+
+def last_block(block, tokens, grid, content, config):
+    """The same of Meta's package."""
+    attn = block.attn
+    qkv = attn.qkv(block.norm1(tokens)).view(len(tokens), 3, attn.num_heads, -1)
+    q, k, v = qkv.permute(1, 2, 0, 3)
+    q, k = (
+        torch.view_as_real(torch.view_as_complex(t.reshape(*t.shape[:-1], -1, 2)) * attn.freqs_cis)
+        for t in (q, k)
+    )
+    out = attended(q.flatten(-2), k.flatten(-2), v, content, config)
+    x = tokens + attn.proj(out.transpose(0, 1).flatten(1))
+    return x + block.mlp(block.norm2(x))
+
+
+def attended(q, k, v, content, config):
+    weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
     if content is not None:
         w = config.residual_weight
         weights = (1 - w) * weights + w * content_weights(content, config.gamma)
-    out = attention.o_proj((weights @ v).transpose(1, 2).reshape(1, *grid, -1))
-    x = x + out
-    return (x + layer.mlp(layer.layer_norm2(x))).view(tokens.shape)
+    return weights @ v
 
 
 def trunk(backbone, pixels, config):
@@ -79,7 +107,17 @@ def trunk(backbone, pixels, config):
     for layer in backbone.layers[:-1]:
         x = layer(x)
         features.append(x.flatten(0, 2))
-    x, grid, w = features[-1], (side, side), config.residual_weight
+    grid = (side, side)
+
+    def last(tokens, content):
+        return last_layer(backbone.layers[-1], tokens, grid, content, config)
+
+    return calibrated(features, last, grid, config)
+
+
+def calibrated(features, last, grid, config):
+    """The same from the outputs (N, D) of all layers but the last, which is `last`."""
+    x, w = features[-1], config.residual_weight
     middle, new, mask = features[config.pre_adjust_idx], x, None
     if config.trunk_repair:
         _, mask = outliers(x, config.outlier_n_neighbors, config.outlier_contamination)
@@ -87,10 +125,10 @@ def trunk(backbone, pixels, config):
     if config.trunk_aggregate:
         new = aggregated(new, middle, config.similarity_beta)
     content = middle if config.trunk_attention else None
-    y = last_layer(backbone.layers[-1], x + w * (new - x), grid, content, config)
+    y = last(x + w * (new - x), content)
     if config.trunk_fusion:
         levels = torch.stack(features[config.multi_start_idx : config.multi_end_idx]).mean(dim=0)
-        y = y + w * (last_layer(backbone.layers[-1], levels, grid, content, config) - y)
+        y = y + w * (last(levels, content) - y)
     if config.trunk_aggregate:
         post = features[config.post_adjust_idx]
         y = y + w * (aggregated(y, post, config.similarity_beta) - y)

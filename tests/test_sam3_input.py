@@ -68,7 +68,7 @@ def test_settings_of_another_type(model, settings, message):
 
 
 def test_bad_models(model):
-    with pytest.raises(ValueError, match=r"must be a transformers Sam3Model, got Sam3VisionModel"):
+    with pytest.raises(ValueError, match="or Meta's Sam3Image, got Sam3VisionModel"):
         calibrate(model.vision_encoder)
     with calibrate(model), pytest.raises(ValueError, match=r"calibrated already; call remove"):
         calibrate(model)

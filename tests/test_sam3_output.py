@@ -69,6 +69,22 @@ def test_nothing_is_held_after_an_error(model):
     hook.remove()
 
 
+@torch.no_grad()
+def test_nothing_is_held_after_an_error_of_the_vision_encoder_alone(model):
+    encoder, given = model.vision_encoder, inputs(1)["pixel_values"]
+
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with calibrate(model, ALL):
+        for part in (encoder.backbone.layers[-2], encoder.neck):
+            hook = part.register_forward_hook(fail)
+            with pytest.raises(RuntimeError, match="mine"):
+                encoder(given)
+            hook.remove()
+            assert not model.scclip.features and not model.scclip.found
+
+
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 @torch.no_grad()
 def test_recorded_outputs(name):

@@ -21,7 +21,7 @@ def model():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("stages", [*((name,) for name in TRUNK_STAGES), TRUNK_STAGES])
+@pytest.mark.parametrize("stages", plain_sam3.TRUNKS)
 @torch.no_grad()
 def test_trunk(model, batch, stages):
     config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
@@ -40,6 +40,53 @@ def test_trunk(model, batch, stages):
         assert out.lof_scores.shape == mask.shape
     else:
         assert out.outlier_mask is None and out.lof_scores is None
+
+
+KEPT = {
+    ("trunk_repair",): set(),
+    ("trunk_aggregate",): {"pre", "post"},
+    ("trunk_attention",): {"pre"},
+    ("trunk_fusion",): {"levels"},
+    TRUNK_STAGES: {"pre", "post", "levels"},
+}
+
+
+@pytest.mark.parametrize("stages", KEPT)
+@torch.no_grad()
+def test_what_is_kept_for_the_last_layer(model, stages):
+    """Only what is read, and of the middle layers, here four, one tensor."""
+    config = replace(NONE, multi_start_idx=1, multi_end_idx=5, **dict.fromkeys(stages, True))
+    kept, outputs, layers = {}, [], model.vision_encoder.backbone.layers
+    hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]
+    hooks.append(layers[-1].register_forward_pre_hook(lambda *_: kept.update(shared.features)))
+    with calibrate(model, config):
+        shared = model.scclip
+        model.vision_encoder(torch.randn(2, 3, SIDE, SIDE))
+    for hook in hooks:
+        hook.remove()
+    assert set(kept) == KEPT[stages]
+    tokens = [out.flatten(1, 2) for out in outputs]
+    for name, index in dict(pre=config.pre_adjust_idx, post=config.post_adjust_idx).items():
+        assert name not in kept or torch.equal(kept[name], tokens[index])
+    assert "levels" not in kept or torch.equal(kept["levels"], sum(tokens[1:5]))
+
+
+@torch.no_grad()
+def test_trunk_alone_is_the_same_each_time(model):
+    """After a failed call, too: no sum goes on."""
+    trunk, pixels = model.vision_encoder.backbone, torch.randn(1, 3, SIDE, SIDE)
+
+    def fail(*_):
+        raise RuntimeError("mine")
+
+    with calibrate(model, replace(NONE, **dict.fromkeys(TRUNK_STAGES, True))):
+        expected = trunk(pixels).last_hidden_state
+        assert not model.scclip.features
+        hook = trunk.layers[-2].register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="mine"):
+            trunk(pixels)
+        hook.remove()
+        assert torch.equal(trunk(pixels).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

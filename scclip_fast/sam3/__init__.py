@@ -1,10 +1,11 @@
-"""A frozen SAM3 of transformers with calibrated features, installed and removed at will.
+"""A frozen SAM3 with calibrated features, installed and removed at will.
 
-Needs the extra `sam3` (transformers 5.0 or newer).
+Of transformers (5.0 or newer, the extra `sam3`) or of Meta's package `sam3`; neither needs the
+other.
 """
 
 from .config import Sam3CalibrationConfig
-from .output import to_seed_dict
 from .plugin import Calibration, calibrate
+from .seed import to_seed_dict
 
 __all__ = ["Calibration", "Sam3CalibrationConfig", "calibrate", "to_seed_dict"]

@@ -98,6 +98,23 @@ class Sam3CalibrationConfig:
     def calibrates_trunk(self) -> bool:
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
+    @property
+    def taps(self) -> dict[str, range]:
+        """What the trunk's last layer reads of others: the output of one, the sum of several."""
+        pre, post = self.pre_adjust_idx, self.post_adjust_idx
+        taps = {}
+        if self.trunk_aggregate or self.trunk_attention:
+            taps["pre"] = range(pre, pre + 1)
+        if self.trunk_aggregate:
+            taps["post"] = range(post, post + 1)
+        if self.trunk_fusion:
+            taps["levels"] = range(self.multi_start_idx, self.multi_end_idx)
+        return taps
+
+    @property
+    def repaired_grid(self) -> str | None:
+        return self.mask_grid if self.mask_repair else None
+
     def check(self, layers: int, decoder_layers: int) -> None:
         """Raise unless every setting fits a trunk and a DETR decoder of that many layers.
 

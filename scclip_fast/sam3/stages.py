@@ -34,7 +34,7 @@ class Outliers(NamedTuple):
 
 def calibrate_trunk(
     tokens: Tensor,
-    features: Mapping[int, Tensor],
+    features: Mapping[str, Tensor],
     last: Callable[[Tensor, Tensor | None], Tensor],
     grid: tuple[int, int],
     config: Sam3CalibrationConfig,
@@ -43,7 +43,8 @@ def calibrate_trunk(
 
     Args:
         tokens: (B, N, D), the last layer's input.
-        features: outputs (B, N, D) of layers by index, as many as the config names.
+        features: outputs (B, N, D) of earlier layers, as far as `config.taps` has them read: "pre",
+            "post", and "levels", the sum of those from start to end - 1.
         last: the last layer of tokens, with the features of its content attention or None.
         grid: rows and columns of the tokens.
 
@@ -51,20 +52,21 @@ def calibrate_trunk(
         Tokens, and the outliers found or, where there is no repair, None.
     """
     beta, w = config.similarity_beta, config.residual_weight
-    middle, changed, outliers = features[config.pre_adjust_idx], tokens, None
+    pre, changed, outliers = features.get("pre"), tokens, None
     # Where all others are neighbours, LOF says nothing.
     if config.trunk_repair and tokens.shape[1] > config.outlier_n_neighbors:
         outliers = find_outliers(tokens, config)
-        changed, middle = (repair(t, outliers.mask, grid) for t in (tokens, middle))
+        changed = repair(tokens, outliers.mask, grid)
+        pre = None if pre is None else repair(pre, outliers.mask, grid)
     if config.trunk_aggregate:
-        changed = aggregate(changed, middle, beta)
-    content = middle if config.trunk_attention else None
+        changed = aggregate(changed, pre, beta)
+    content = pre if config.trunk_attention else None
     y = last(torch.lerp(tokens, changed, w), content)
     if config.trunk_fusion:
-        levels = [features[i] for i in range(config.multi_start_idx, config.multi_end_idx)]
-        y = torch.lerp(y, last(sum(levels) / len(levels), content), w)
+        mean = features["levels"] / (config.multi_end_idx - config.multi_start_idx)
+        y = torch.lerp(y, last(mean, content), w)
     if config.trunk_aggregate:
-        y = torch.lerp(y, aggregate(y, features[config.post_adjust_idx], beta), w)
+        y = torch.lerp(y, aggregate(y, features["post"], beta), w)
     return y, outliers
 
 
@@ -103,3 +105,10 @@ def find_outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers:
     """Of tokens (B, N, D); distances and scores are float32 at least."""
     scores = lof_scores(tokens, config.outlier_n_neighbors)
     return Outliers(scores, outlier_mask(scores, config.outlier_contamination))
+
+
+def check_pixels(name: str, pixels: Tensor) -> None:
+    """ValueError unless finite; on the CPU only: elsewhere it would wait for the device."""
+    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not pixels.isfinite().all():
+            raise ValueError(f"{name} must be finite, got NaN or infinity; check the images")

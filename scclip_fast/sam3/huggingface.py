@@ -1,4 +1,4 @@
-"""SAM3's own modules with a stage in their forward; a module becomes one by its `__class__`.
+"""transformers' SAM3 modules with a stage in their forward; they become it by their `__class__`.
 
 Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
 does not of forward hooks (measured). Each class adds to what its parent returns, so that nothing of
@@ -7,68 +7,42 @@ SAM3 is written twice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import copy
+from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Sam3Model
+from transformers import AttentionInterface, PreTrainedModel, Sam3Model
+from transformers.modeling_utils import _CAN_RECORD_REGISTRY
 from transformers.models.sam3 import modeling_sam3 as sam3
 
 from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
 from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
+from .shared import TRUNK_FOUND
 
 ATTENTION = "scclip_blended"
-_TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
-
-
-@dataclass
-class Shared:
-    """What the modules of one model leave for each other during a forward pass."""
-
-    config: Sam3CalibrationConfig
-    features: dict[int, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, *names: str) -> dict[str, Tensor | None]:
-        """What was found, given once: nothing outlives the forward pass."""
-        return {name: self.found.pop(name, None) for name in names}
 
 
 class TappedLayer(sam3.Sam3ViTLayer):
     """A layer of the trunk whose output a later stage reads."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        out = super().forward(hidden_states, **kwargs)
-        self.scclip.features[self.scclip_index] = out.flatten(1, 2)
-        return out
+        return self.scclip.tap(self.scclip_index, super().forward(hidden_states, **kwargs))
 
 
 class CalibratedLastLayer(sam3.Sam3ViTLayer):
     """The trunk's last layer, in the middle of `stages.calibrate_trunk`."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        config, features = self.scclip.config, self.scclip.features
-        grid = (hidden_states.shape[1], hidden_states.shape[2])
+        def last(x: Tensor, content: Tensor | None) -> Tensor:
+            blend = {} if content is None else {"scclip_content": (content, self.scclip.config)}
+            return super(CalibratedLastLayer, self).forward(x, **kwargs, **blend)
 
-        def last(tokens: Tensor, content: Tensor | None) -> Tensor:
-            blend = {} if content is None else {"scclip_content": (content, config)}
-            out = super(CalibratedLastLayer, self).forward(
-                tokens.unflatten(1, grid), **kwargs, **blend
-            )
-            return out.flatten(1, 2)
-
-        tokens, outliers = stages.calibrate_trunk(
-            hidden_states.flatten(1, 2), features, last, grid, config
-        )
-        features.clear()
-        if outliers is not None:
-            self.scclip.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
-            self.scclip.found["lof_scores"] = outliers.scores.unflatten(1, grid)
-        self.scclip.found["calibrated_features"] = tokens
-        return tokens.unflatten(1, grid)
+        return self.scclip.run_last(hidden_states, last)
 
 
 def blended(
@@ -102,9 +76,12 @@ class CalibratedVisionModel(sam3.Sam3VisionModel):
     """The vision encoder, whose output carries what was found: reused, it is found once."""
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Any:
-        _check_pixels(pixel_values)
-        out = super().forward(pixel_values, *args, **kwargs)
-        return _extended(CalibratedVisionOutput, out, self.scclip.take(*_TRUNK_FOUND))
+        stages.check_pixels("pixel_values", pixel_values)
+        try:
+            out = super().forward(pixel_values, *args, **kwargs)
+            return _extended(CalibratedVisionOutput, out, self.scclip.take(*TRUNK_FOUND))
+        finally:
+            self.scclip.clear()
 
 
 class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
@@ -138,7 +115,7 @@ class CalibratedProjection(nn.Conv2d):
 
     def forward(self, pixels: Tensor) -> Tensor:
         out, config = super().forward(pixels), self.scclip.config
-        if config.mask_repair and config.mask_grid == "pixels":
+        if config.repaired_grid == "pixels":
             out = stages.repair_map(out, config)
         if config.mask_threshold:
             self.scclip.found["pixel_norms"] = out.norm(dim=1)
@@ -171,9 +148,8 @@ class CalibratedModel(Sam3Model):
     def forward(self, pixel_values=None, vision_embeds=None, *args, **kwargs) -> Any:
         try:
             return self._forward(pixel_values, vision_embeds, *args, **kwargs)
-        finally:  # after an error, too, no tensor stays
-            self.scclip.features.clear()
-            self.scclip.found.clear()
+        finally:
+            self.scclip.clear()
 
     def _forward(self, pixel_values, vision_embeds, *args, **kwargs) -> Any:
         if pixel_values is not None and vision_embeds is None:
@@ -181,7 +157,7 @@ class CalibratedModel(Sam3Model):
             vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
             pixel_values = None
         out = super().forward(pixel_values, vision_embeds, *args, **kwargs)
-        found = {name: getattr(vision_embeds, name, None) for name in _TRUNK_FOUND}
+        found = {name: getattr(vision_embeds, name, None) for name in TRUNK_FOUND}
         return _extended(
             CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")
         )
@@ -192,15 +168,57 @@ CalibratedModel.__name__ = Sam3Model.__name__
 _PROMPTS = ("input_ids", "attention_mask", "text_embeds", "input_boxes", "input_boxes_labels")
 
 
-def _check_pixels(pixels: Tensor) -> None:
-    """On the CPU only: elsewhere it would wait for the device."""
-    if pixels.device.type == "cpu" and not torch.compiler.is_compiling():
-        if not pixels.isfinite().all():
-            raise ValueError("pixel_values must be finite, got NaN or infinity; check the images")
-
-
 def _extended(kind: type, out: Any, found: dict[str, Tensor | None]) -> Any:
     """transformers' output as the dataclass that adds fields to it; tuples as they are."""
     if isinstance(out, tuple):
         return out
     return kind(**{f.name: getattr(out, f.name) for f in fields(out)}, **found)
+
+
+AttentionInterface.register(ATTENTION, blended)
+
+
+def depths(model: Sam3Model) -> tuple[int, int]:
+    """Layers of the trunk and of the DETR decoder."""
+    return len(model.vision_encoder.backbone.layers), len(model.detr_decoder.layers)
+
+
+def replacements(
+    model: Sam3Model, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    """Each module that a stage needs, the class it becomes, and attributes that it gets."""
+    for module, kind, attributes in _chosen(model, config):
+        if isinstance(module, PreTrainedModel):
+            # By the name of its class transformers knows what a model can record; a name that is
+            # missing would lose hidden states and attentions without a word.
+            _CAN_RECORD_REGISTRY[str(kind)] = module._can_record_outputs
+        yield module, kind, attributes
+
+
+def _chosen(
+    model: Sam3Model, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    yield model, CalibratedModel, {}
+    yield model.vision_encoder, CalibratedVisionModel, {}
+    yield model.detr_decoder, TappedDecoder, {}
+    if config.calibrates_trunk:
+        layers = model.vision_encoder.backbone.layers
+        for index in set().union(*config.taps.values()):
+            yield layers[index], TappedLayer, {"scclip_index": index}
+        yield layers[-1], CalibratedLastLayer, {}
+        if config.trunk_attention:
+            attention = layers[-1].attention
+            own = copy.copy(attention.config)  # all layers of the trunk share one
+            own._attn_implementation = ATTENTION
+            yield attention, type(attention), {"config": own}
+    if config.decoder_calibration:
+        for layer in {model.detr_decoder.layers[index] for index in config.decoder_layers}:
+            yield layer, CalibratedDecoderLayer, {}
+    head = model.mask_decoder
+    if config.repaired_grid == "tokens":
+        yield head.pixel_decoder, RepairedPixelDecoder, {}
+    if config.mask_threshold or config.repaired_grid == "pixels":
+        yield head.instance_projection, CalibratedProjection, {}
+    if config.mask_threshold:
+        yield head.mask_embedder, MeasuredMaskEmbedder, {}
+        yield head, ThresholdedMaskDecoder, {}

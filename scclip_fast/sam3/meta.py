@@ -1,0 +1,191 @@
+"""The modules of Meta's package `sam3` with a stage in them, as `huggingface.py` has them.
+
+Meta's decoder keeps its queries (Q, B, C) and their presence token apart; its blocks take no
+keywords, so that the last one leaves its attention the content features in `Shared`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from sam3.model import decoder, maskformer_segmentation, sam3_image, vitdet, vl_combiner
+from torch import Tensor, nn
+
+from ..ops import blended_attention
+from . import stages
+from .config import Sam3CalibrationConfig
+from .shared import TRUNK_FOUND
+
+
+class TappedBlock(vitdet.Block):
+    """A block of the trunk whose output a later stage reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scclip.tap(self.scclip_index, super().forward(x))
+
+
+class CalibratedLastBlock(vitdet.Block):
+    """The trunk's last block, in the middle of `stages.calibrate_trunk`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _refuse_training(self)
+
+        def last(x: Tensor, content: Tensor | None) -> Tensor:
+            if content is not None:
+                self.scclip.found["content"] = content
+            return super(CalibratedLastBlock, self).forward(x)
+
+        return self.scclip.run_last(x, last)
+
+
+class BlendedAttention(vitdet.Attention):
+    """The last block's attention, over all tokens (B, h, w, D), blended with the content's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        config = self.scclip.config
+        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self._apply_rope(q, k)
+        out = blended_attention(
+            q,
+            k,
+            v,
+            self.scclip.found.pop("content"),
+            gamma=config.gamma,
+            alpha=config.residual_weight,
+            scale=self.scale,
+        )
+        return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
+
+
+class CalibratedBackbone(vl_combiner.SAM3VLBackbone):
+    """The encoders, whose image dictionary carries what was found: reused, it is found once."""
+
+    def forward_image(self, samples: Tensor) -> dict[str, Any]:
+        stages.check_pixels("samples", samples)
+        try:
+            return super().forward_image(samples) | self.scclip.take(*TRUNK_FOUND)
+        finally:
+            self.scclip.clear()
+
+
+class CalibratedDecoderLayer(decoder.TransformerDecoderLayer):
+    """A layer of the DETR decoder."""
+
+    def forward(self, **kwargs) -> tuple[Tensor, Tensor | None]:
+        _refuse_training(self)
+        queries, presence = super().forward(**kwargs)
+        calibrated = stages.calibrate_queries(queries.transpose(0, 1), self.scclip.config)
+        return calibrated.transpose(0, 1), presence
+
+
+class RepairedPixelDecoder(maskformer_segmentation.PixelDecoder):
+    """The mask head's pyramid, from repaired tokens."""
+
+    def forward(self, backbone_feats: list[Tensor]) -> Tensor:
+        *finer, coarsest = backbone_feats
+        return super().forward([*finer, stages.repair_map(coarsest, self.scclip.config)])
+
+
+class CalibratedMaskPredictor(maskformer_segmentation.MaskPredictor):
+    """Where queries (B, Q, C) meet pixel features (B, C, h, w)."""
+
+    def forward(self, obj_queries: Tensor, pixel_embed: Tensor) -> Tensor:
+        config = self.scclip.config
+        if config.repaired_grid == "pixels":
+            pixel_embed = stages.repair_map(pixel_embed, config)
+        logits = super().forward(obj_queries, pixel_embed)
+        if not config.mask_threshold:
+            return logits
+        query_norms = self.mask_embed(obj_queries).norm(dim=-1)
+        return stages.threshold_logits(
+            logits, query_norms, pixel_embed.norm(dim=1), config.similarity_beta
+        )
+
+
+class CalibratedModel(sam3_image.Sam3Image):
+    """The whole model: its dictionary has what was found, and the decoder's layers batch first."""
+
+    def forward_grounding(self, *args, **kwargs) -> dict[str, Any]:
+        out = super().forward_grounding(*args, **kwargs)
+        image = out["prev_encoder_out"]["backbone_out"]
+        return out | {name: image.get(name) for name in TRUNK_FOUND}
+
+    def _update_scores_and_boxes(self, out, hs, reference_boxes, *args, **kwargs) -> None:
+        super()._update_scores_and_boxes(out, hs, reference_boxes, *args, **kwargs)
+        out.update(query_features=hs, decoder_reference_boxes=reference_boxes)
+
+
+def depths(model: sam3_image.Sam3Image) -> tuple[int, int]:
+    """Blocks of the trunk and layers of the DETR decoder."""
+    return len(model.backbone.vision_backbone.trunk.blocks), len(model.transformer.decoder.layers)
+
+
+def replacements(
+    model: sam3_image.Sam3Image, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    """Each module that a stage needs, the class it becomes, and attributes that it gets."""
+    _check(model, config)
+    for module, kind, attributes in _chosen(model, config):
+        own = kind.__base__
+        if type(module) is not own:
+            raise ValueError(
+                f"the calibration needs Meta's {own.__name__}, got {type(module).__name__}"
+            )
+        if "forward" in vars(module) and kind.forward is not own.forward:
+            raise ValueError(
+                f"the model's {own.__name__} is compiled in a way that a class cannot replace; "
+                "build it without compile_mode and call its compile()"
+            )
+        yield module, kind, attributes
+
+
+def _chosen(
+    model: sam3_image.Sam3Image, config: Sam3CalibrationConfig
+) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
+    yield model, CalibratedModel, {}
+    yield model.backbone, CalibratedBackbone, {}
+    if config.calibrates_trunk:
+        blocks = model.backbone.vision_backbone.trunk.blocks
+        for index in set().union(*config.taps.values()):
+            yield blocks[index], TappedBlock, {"scclip_index": index}
+        yield blocks[-1], CalibratedLastBlock, {}
+        if config.trunk_attention:
+            yield blocks[-1].attn, BlendedAttention, {}
+    if config.decoder_calibration:
+        layers = model.transformer.decoder.layers
+        for layer in {layers[index] for index in config.decoder_layers}:
+            yield layer, CalibratedDecoderLayer, {}
+    head = model.segmentation_head
+    if config.repaired_grid == "tokens":
+        yield head.pixel_decoder, RepairedPixelDecoder, {}
+    if config.mask_threshold or config.repaired_grid == "pixels":
+        yield head.mask_predictor, CalibratedMaskPredictor, {}
+
+
+def _check(model: sam3_image.Sam3Image, config: Sam3CalibrationConfig) -> None:
+    """ValueError for what Meta's modules can be built as and the stages have no place in."""
+    last = model.backbone.vision_backbone.trunk.blocks[-1]
+    if config.calibrates_trunk and (
+        last.window_size > 0 or last.attn.cls_token or last.attn.use_rel_pos
+    ):
+        raise ValueError(
+            "the trunk must be SAM3's, without class token or relative positions, its last block's "
+            f"attention over all tokens; got window_size={last.window_size}, "
+            f"cls_token={last.attn.cls_token}, use_rel_pos={last.attn.use_rel_pos}"
+        )
+    head = model.segmentation_head
+    if (config.mask_repair or config.mask_threshold) and (head is None or head.aux_masks):
+        raise ValueError(
+            "mask_repair and mask_threshold need a segmentation_head with aux_masks=False, got "
+            + ("none" if head is None else "aux_masks=True")
+        )
+
+
+def _refuse_training(module: nn.Module) -> None:
+    if module.training:
+        raise ValueError(
+            "a calibrated Sam3Image must be in evaluation mode, got one in training; call its "
+            "eval(): in training its trunk runs blocks twice, and its decoder has every query twice"
+        )

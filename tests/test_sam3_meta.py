@@ -1,0 +1,148 @@
+"""Every stage of the calibration in the SAM3 of Meta's package, against plain code."""
+
+from dataclasses import replace
+
+import plain_sam3
+import pytest
+import torch
+
+from scclip_fast.sam3 import calibrate
+from scclip_fast.sam3.config import STAGES
+
+pytest.importorskip("sam3", reason="Meta's sam3 is not installed; CONTRIBUTING.md says how")
+
+from tiny_meta import GRID, NONE, QUERIES, WIDTH, equal, ground, pixels, tiny_meta
+
+CLOSE = dict(rtol=1e-4, atol=2e-5)
+
+
+@pytest.fixture
+def model():
+    return tiny_meta()
+
+
+def recorded(modules):
+    """Lists that the outputs of the modules are added to, and the hooks."""
+    seen = [[] for _ in modules]
+    return seen, [
+        module.register_forward_hook(lambda _, args, out, to=to: to.append(out))
+        for module, to in zip(modules, seen, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stages", plain_sam3.TRUNKS)
+@torch.no_grad()
+def test_trunk(model, batch, stages):
+    config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
+    images, grid = pixels(batch), (GRID, GRID)
+    neck = model.backbone.vision_backbone
+    blocks = neck.trunk.blocks
+    seen, hooks = recorded(blocks[:-1])
+    frozen = model.backbone.forward_image(images)
+    for hook in hooks:
+        hook.remove()
+
+    def last(tokens, content):
+        return plain_sam3.last_block(blocks[-1], tokens, grid, content, config)
+
+    plain = [
+        plain_sam3.calibrated([out[i].flatten(0, 1) for (out,) in seen], last, grid, config)
+        for i in range(batch)
+    ]
+    expected = torch.stack([tokens for tokens, _ in plain])
+    map_ = expected.mT.unflatten(2, grid)
+    with calibrate(model, config):
+        out = model.backbone.forward_image(images)
+    assert torch.allclose(out["calibrated_features"], expected, **CLOSE)
+    # What the detector reads, and the tracker and the interactive predictor.
+    for convs, found, before in (
+        (neck.convs, out, frozen),
+        (neck.sam2_convs, out["sam2_backbone_out"], frozen["sam2_backbone_out"]),
+    ):
+        assert torch.allclose(found["backbone_fpn"][2], convs[2](map_), **CLOSE)
+        assert not torch.allclose(found["backbone_fpn"][2], before["backbone_fpn"][2], **CLOSE)
+    if config.trunk_repair:
+        mask = torch.stack([mask for _, mask in plain]).view(batch, GRID, GRID)
+        assert torch.equal(out["outlier_mask"], mask) and mask.any()
+        assert out["lof_scores"].shape == mask.shape
+    else:
+        assert out["outlier_mask"] is None and out["lof_scores"] is None
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("layers", [(-1,), (0, 2)])
+@torch.no_grad()
+def test_queries(model, batch, layers):
+    """The presence token never takes part."""
+    config = replace(NONE, decoder_calibration=True, decoder_layers=layers, similarity_beta=0.1)
+    images = pixels(batch)
+    (seen,), _ = recorded([model.transformer.decoder.layers[layers[0]]])
+    frozen = ground(model, images)
+    with calibrate(model, config):
+        out = ground(model, images)
+    (before, presence), (after, same) = seen
+    hidden = torch.cat([presence, before]).transpose(0, 1)
+    expected = torch.stack([plain_sam3.queries(image, config) for image in hidden])[:, 1:]
+    assert torch.allclose(after.transpose(0, 1), expected, **CLOSE)
+    assert torch.equal(presence, same) and not torch.allclose(after, before, **CLOSE)
+    assert out["query_features"].shape == (3, batch, QUERIES, WIDTH)
+    assert torch.equal(out["query_features"][-1], out["queries"])
+    assert not torch.equal(out["pred_masks"], frozen["pred_masks"])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("stages", [("mask_repair",), ("mask_threshold",), STAGES[-2:]])
+@torch.no_grad()
+def test_mask_head(model, batch, stages):
+    config = replace(NONE, similarity_beta=0.05, **dict.fromkeys(stages, True))
+    images, head = pixels(batch), model.segmentation_head
+    seen, hooks = recorded([head.mask_predictor.mask_embed, head.instance_seg_head])
+    frozen = ground(model, images)
+    for hook in hooks:
+        hook.remove()
+    (queries,), (features,) = seen
+    with calibrate(model, config):
+        out = ground(model, images)
+    expected = [plain_sam3.masks(q, p, config) for q, p in zip(queries, features, strict=True)]
+    assert torch.allclose(out["pred_masks"], torch.stack(expected), **CLOSE)
+    assert not torch.allclose(out["pred_masks"], frozen["pred_masks"], **CLOSE)
+    assert torch.equal(out["semantic_seg"], frozen["semantic_seg"])
+    if config.mask_threshold:
+        assert 0.05 < (out["pred_masks"] == 0).float().mean() < 0.95
+
+
+@torch.no_grad()
+def test_mask_repair_on_the_tokens(model):
+    on = dict(mask_repair=True, mask_threshold=True, similarity_beta=0.05)
+    config, images = replace(NONE, mask_grid="tokens", **on), pixels(2)
+    head = model.segmentation_head
+    decoder, seen = head.pixel_decoder, []
+    hook = decoder.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    ground(model, images)
+    (queries, features), hooks = recorded([head.mask_predictor.mask_embed, head.instance_seg_head])
+    with calibrate(model, config):
+        out = ground(model, images)
+    for each in (hook, *hooks):
+        each.remove()
+    (maps, _), (_, found) = seen
+    repaired = []
+    for tokens in maps[-1].flatten(2).mT:
+        _, mask = plain_sam3.outliers(tokens, 30, 0.05)
+        repaired.append(plain_sam3.repaired(tokens, mask, GRID, GRID).T.view(-1, GRID, GRID))
+    assert torch.allclose(found, decoder([*maps[:-1], torch.stack(repaired)]), **CLOSE)
+    assert not torch.allclose(found, decoder(maps), **CLOSE)
+    pairs = zip(queries[0], features[0], strict=True)
+    expected = torch.stack([plain_sam3.masks(q, p, config) for q, p in pairs])
+    assert torch.allclose(out["pred_masks"], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("config", [NONE, replace(NONE, trunk_repair=True, residual_weight=0.0)])
+@torch.no_grad()
+def test_off_is_the_frozen_model(model, batch, config):
+    images = pixels(batch)
+    frozen = ground(model, images)
+    with calibrate(model, config):
+        out = ground(model, images)
+    assert equal(out, frozen) and out["calibrated_features"] is None
