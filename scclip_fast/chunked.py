@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import progress
 from .reference import NORM_EPS, normaliser_eps, weights
 from .selection import GROUP, smallest, smallest_grouped
 
@@ -87,7 +88,7 @@ def neighbors(x: Tensor, k: int, queries: Tensor | None = None) -> Tensor:
     indices = x.new_zeros((batch, asked, k), dtype=torch.int64)
     for images in spans(batch, tile.images):
         block, mean = x[images], finite_mean(x[images])
-        for columns in spans(tokens, tile.columns):
+        for columns in progress.steps(spans(tokens, tile.columns)):
             candidates, norms = _centred(block[:, columns], mean, multiple=GROUP)
             # One tile for all: an allocator hands out and takes back so large ones at a cost.
             score = norms.new_empty(block.shape[0], tile.rows, norms.shape[-1])
