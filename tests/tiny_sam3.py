@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import Sam3Config, Sam3Model
+import transformers
+from transformers import CLIPTokenizer, Sam3Config, Sam3Model, Sam3Processor
 
 from scclip_fast.sam3 import Sam3CalibrationConfig
 from scclip_fast.sam3.config import STAGES
@@ -14,6 +17,10 @@ SIDE, PATCH, LAYERS, QUERIES = 64, 8, 6, 40
 GRID = SIDE // PATCH
 ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
 NONE = replace(ALL, **dict.fromkeys(STAGES, False))
+# transformers 5.0 has it under its older name.
+Sam3ImageProcessor = getattr(
+    transformers, "Sam3ImageProcessor", getattr(transformers, "Sam3ImageProcessorFast", None)
+)
 
 TRUNK = dict(
     hidden_size=32,
@@ -70,3 +77,19 @@ def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
     mask[:, -2:] = 0
     pixels = torch.randn(batch, 3, SIDE, SIDE)
     return dict(pixel_values=pixels, input_ids=tokens, attention_mask=mask)
+
+
+def tiny_processor() -> Sam3Processor:
+    """Letters are its words."""
+    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    images = Sam3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    return Sam3Processor(images, tokenizer)
+
+
+def save_tiny_sam3(folder: Path) -> Path:
+    """The folder, which then holds the model and its processor, as a download does."""
+    tiny_sam3().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
