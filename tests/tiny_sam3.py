@@ -17,10 +17,6 @@ SIDE, PATCH, LAYERS, QUERIES = 64, 8, 6, 40
 GRID = SIDE // PATCH
 ALL = replace(Sam3CalibrationConfig.for_depth(LAYERS), **dict.fromkeys(STAGES, True))
 NONE = replace(ALL, **dict.fromkeys(STAGES, False))
-# transformers 5.0 has it under its older name.
-Sam3ImageProcessor = getattr(
-    transformers, "Sam3ImageProcessor", getattr(transformers, "Sam3ImageProcessorFast", None)
-)
 
 TRUNK = dict(
     hidden_size=32,
@@ -84,7 +80,9 @@ def tiny_processor() -> Sam3Processor:
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    images = Sam3ImageProcessor(size={"height": SIDE, "width": SIDE})
+    # transformers 5.0 has it under its older name.
+    name = "Sam3ImageProcessor" + ("" if hasattr(transformers, "Sam3ImageProcessor") else "Fast")
+    images = getattr(transformers, name)(size={"height": SIDE, "width": SIDE})
     return Sam3Processor(images, tokenizer)
 
 
