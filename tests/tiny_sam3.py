@@ -29,11 +29,14 @@ TRUNK = dict(
     global_attn_indexes=[2, 5],
     pretrain_image_size=32,
 )
-SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, dropout=0.0)
 
 
-def tiny_sam3(attention: str = "sdpa") -> Sam3Model:
-    """Frozen, in evaluation mode; its weights are the same on every call."""
+def tiny_sam3(attention: str = "sdpa", heads: int = 4) -> Sam3Model:
+    """Frozen, in evaluation mode; its weights are the same on every call.
+
+    heads: beyond the trunk, of 32 channels together.
+    """
+    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=heads, dropout=0.0)
     config = Sam3Config(
         vision_config=dict(
             backbone_config=dict(model_type="sam3_vit_model", **TRUNK),
@@ -51,10 +54,10 @@ def tiny_sam3(attention: str = "sdpa") -> Sam3Model:
             bos_token_id=1,
             eos_token_id=2,
         ),
-        geometry_encoder_config=dict(num_layers=1, **SMALL),
-        detr_encoder_config=dict(num_layers=2, **SMALL),
-        detr_decoder_config=dict(num_layers=3, num_queries=QUERIES, **SMALL),
-        mask_decoder_config=dict(hidden_size=32, num_attention_heads=4, dropout=0.0),
+        geometry_encoder_config=dict(num_layers=1, **small),
+        detr_encoder_config=dict(num_layers=2, **small),
+        detr_decoder_config=dict(num_layers=3, num_queries=QUERIES, **small),
+        mask_decoder_config=dict(hidden_size=32, num_attention_heads=heads, dropout=0.0),
         attn_implementation=attention,
     )
     with torch.random.fork_rng(devices=[]):
