@@ -90,6 +90,7 @@ def test_instances_become_classes(photo, monkeypatch):
     corners = [labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]]
     assert [int(label) for label in corners] == [1, 0, 2, 0]
     assert torch.allclose(probabilities[:, 0, 0], torch.tensor([0.4, 0.6, 0.55]))
+    assert torch.allclose(probabilities[:, 0, -1], torch.tensor([0.6, 0.4, 0.0]))
 
 
 def arguments(folder, **changed):

@@ -64,6 +64,10 @@ def test_options_of_the_other_model(option, command, folder, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_every_option_is_looked_at(command):
+    assert "--method is for CLIP" in command("--method", "clip", "--sam3-stages", "none")[2]
+
+
 WRONG = {
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
