@@ -108,7 +108,7 @@ CONFIGS = {
 
 
 def call(op: str, device: str, dtype: str) -> Callable[[], Tensor]:
-    """What is timed; made before a config is installed, or the head's inputs were not frozen's."""
+    """What is timed; to be made before a config is installed, for the sake of the head's inputs."""
     run, inputs = RUNS[op]
     return partial(run, loaded(device, dtype), inputs(device, dtype))
 

@@ -69,6 +69,7 @@ def test_every_option_is_looked_at(command):
 
 
 WRONG = {
+    "256": ("--classes", ",".join(map(str, range(256))), "has 256 classes; .* at most 255"),
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
     "none of them": ("--sam3-stages", "none,trunk_repair", "got 'none'"),

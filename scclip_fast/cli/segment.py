@@ -75,8 +75,9 @@ def _classes(args: argparse.Namespace) -> list[str]:
     names = [entry[0] for entry in entries]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CommandError(f"{option} names {', '.join(repeated)} more than once")
-    if len(names) > 256:
-        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most 256")
+    most = 255 if common.is_sam3(args.model) else 256  # the background of a SAM3 is one more
+    if len(names) > most:
+        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most {most}")
     return [", ".join(entry) for entry in entries]
 
 
