@@ -1,7 +1,8 @@
 """Markdown tables of result files: python bench/report.py bench/results/*.json
 
-Times are relative to scclip_fast's in the same run, as times of several runs do not compare. They
-are the shortest of the rounds: what else a machine does only ever adds to them.
+Times are relative to scclip_fast's, or to the frozen SAM3's beside its stages, in the same run, as
+times of several runs do not compare. They are the shortest of the rounds: what else a machine does
+only ever adds to them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-BASELINES = ("scclip_fast triton", "scclip_fast torch")
+BASELINES = ("scclip_fast triton", "scclip_fast torch", "frozen")
 UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 HEADER = (
     "| op | shape | provider | relative time | peak extra memory |",

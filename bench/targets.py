@@ -220,11 +220,11 @@ def calibration(results: list[dict]) -> None:
 
 def segmentation(results: list[dict]) -> None:
     """The stages in a full-size SAM3 beside the frozen model."""
-    model, inputs = (f("cuda", "bfloat16") for f in (bench_sam3.loaded, bench_sam3.given))
-    for op, run in dict(vision_encoder=bench_sam3.encode, sam3=bench_sam3.segment).items():
-        for provider, config in bench_sam3.CONFIGS[op].items():
+    model = bench_sam3.loaded("cuda", "bfloat16")
+    for op, configs in bench_sam3.CONFIGS.items():
+        call = bench_sam3.call(op, "cuda", "bfloat16")
+        for provider, config in configs.items():
             with bench_sam3.installed(model, config):
-                call = partial(run, model, inputs)
                 results.append(entry(op, bench_sam3.SHAPE, "bfloat16", provider, call))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked, progress
 from .chunked import compute_dtype, plan, spans
 from .selection import GROUP, smallest, smallest_grouped
 
@@ -65,7 +65,7 @@ def neighbors(x: Tensor, k: int, queries: Tensor | None = None) -> Tensor:
         step = mean_step(len(block), width, compute_dtype(x))
         mean = finite_mean(block[:, part] for part in spans(tokens, step))
         search = Search(rows[images], k, mean, tile.rows, first_row)
-        for columns in spans(tokens, tile.columns):
+        for columns in progress.steps(spans(tokens, tile.columns)):
             search.see(block[:, columns], columns.start)
         indices[images] = search.indices
     return indices

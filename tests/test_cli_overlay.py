@@ -83,3 +83,41 @@ def test_texts():
     assert overlay._shortened("sky", font, 100) == "sky"
     short = overlay._shortened("a very long name of a class", font, 100)
     assert short.startswith("a very") and short.endswith("…") and font.getlength(short) <= 100
+
+
+@pytest.mark.parametrize("sought", [True, False])
+def test_compare(sought):
+    """Outliers over their part of the photo, what was found, and the shares of both."""
+    photo = Image.fromarray(scene("train", 0, (60, 90)).image)
+    before, after = np.zeros((2, 60, 90), np.uint8)
+    before[:, 45:], after[:, 60:] = 1, 2
+    outliers = np.zeros((3, 3), bool)
+    outliers[1, 2] = True  # rows 20 to 39, columns 60 to 89
+    names = ["sky", "tree", "sea"]
+    pixels = np.asarray(overlay.compare(photo, outliers if sought else None, before, after, names))
+    em = 13
+    panels = [
+        pixels[3 * em : 3 * em + 60, left : left + 90] for left in range(em, 4 * (90 + em), 90 + em)
+    ]
+    for panel, labels in zip(panels[sought:], (before, after), strict=False):
+        np.testing.assert_array_equal(panel, np.asarray(overlay._blend(photo, labels)))
+    if sought:
+        marked = (panels[0] == np.asarray(overlay._muted(photo))).all(axis=2)
+        assert marked.sum() == 60 * 90 - 20 * 30 and not marked[20:40, 60:].any()
+    legend = pixels[3 * em + 60 :]
+    for color in overlay.palette()[:3]:
+        assert (legend == color).all(axis=2).any()
+
+
+def test_shares_of_a_comparison(monkeypatch):
+    seen = []
+    monkeypatch.setattr(overlay._Legend, "draw", lambda legend, *_: seen.extend(legend.shares))
+    before, after = np.array([[0, 0, 1, 1]], np.uint8), np.array([[0, 2, 2, 2]], np.uint8)
+    overlay.compare(Image.new("RGB", (4, 1)), None, before, after, ["a", "b", "c", "d"])
+    assert seen == ["50.0 % → 25.0 %", "0.0 % → 75.0 %", "50.0 % → 0.0 %"]
+
+
+def test_large_photos_are_compared_smaller():
+    labels = np.zeros((30, 3000), np.uint8)
+    picture = overlay.compare(Image.new("RGB", (3000, 30)), None, labels, labels, ["sky"])
+    assert 2048 < picture.width < 2048 + 100

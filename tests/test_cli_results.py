@@ -27,7 +27,8 @@ def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
 
 def test_finding_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    inside = ("b.JPG", "a.png", ".hidden.png", "notes.txt", "out/a_labels.png", "deep/c.webp")
+    inside = ("b.JPG", "a.png", ".hidden.png", "notes.txt", "deep/c.webp")
+    inside += tuple(f"out/a_{kind}.png" for kind in ("labels", "overlay", "compare"))
     for name in inside:
         path = tmp_path / "in" / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,42 +1,29 @@
 """`scclip-fast segment` with a SAM3: a small one with random weights, and none at all."""
 
 import json
-import string
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from cli_runs import run, written
 from PIL import Image
-from tiny_sam3 import SIDE, tiny_sam3
-from transformers import CLIPTokenizer, Sam3Model, Sam3Processor
+from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, tiny_sam3
+from transformers import Sam3Model, Sam3Processor
 
+from scclip_fast import chunked
+from scclip_fast.cli import overlay, segment_sam3
 from scclip_fast.cli.segment_sam3 import Sam3Segmenter, load
-from scclip_fast.sam3 import calibrate
+from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
+from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
 
 SIZE = (40, 60)
-# transformers 5.0 has it under its older name.
-Sam3ImageProcessor = getattr(
-    transformers, "Sam3ImageProcessor", getattr(transformers, "Sam3ImageProcessorFast", None)
-)
-
-
-def tiny_processor():
-    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
-    words = ["<|startoftext|>", "<|endoftext|>", *letters]
-    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    images = Sam3ImageProcessor(size={"height": SIDE, "width": SIDE})
-    return Sam3Processor(images, tokenizer)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sam3")
-    tiny_sam3().save_pretrained(path)
-    tiny_processor().save_pretrained(path)
-    return path
+    return save_tiny_sam3(path)
 
 
 @pytest.fixture
@@ -46,21 +33,45 @@ def photo(tmp_path):
     return tmp_path / "photo.png"
 
 
-def test_files_of_an_image(folder, photo, tmp_path):
+@pytest.fixture
+def command(folder, photo, tmp_path):
+    """`scclip-fast segment` of the photo into the folder out."""
+
+    def command(*words):
+        words = ("--model", folder, "--classes", "sky, tree|bush", "--device", "cpu", *words)
+        return run("segment", photo, "--out", tmp_path / "out", *words)
+
+    return command
+
+
+def stored(path):
+    """The settings that a picture was made with."""
+    with Image.open(path) as image:
+        return json.loads(image.info["scclip_fast"])
+
+
+def test_files_of_an_image(command, folder, tmp_path):
     out = tmp_path / "out"
-    words = ("--classes", "sky, tree|bush", "--json", "--out", out, "--device", "cpu")
-    code, _, stderr = run("segment", photo, "--model", folder, *words)
-    assert code == 0, stderr
+    code, _, stderr = command("--json")
+    assert code == 0 and "prompt" not in stderr  # not a terminal: no bars of ours
     assert written(out) == ["photo.json", "photo_labels.png", "photo_overlay.png"]
     report = json.loads((out / "photo.json").read_text())
     assert [c["name"] for c in report["classes"]] == ["background", "sky", "tree"]
     assert sum(c["share"] for c in report["classes"]) == pytest.approx(1)
     assert Image.open(out / "photo_labels.png").size == SIZE[::-1]
+    settings = stored(out / "photo_labels.png")
+    assert settings == report["settings"] and settings.pop("image")
+    assert settings == dict(
+        classes=["sky", "tree, bush"],
+        model=str(folder),
+        precision="fp32",
+        sam3_preset="depth",
+        sam3_stages=list(TRUNK_STAGES),
+    )
 
 
 def test_instances_become_classes(photo, monkeypatch):
     """The best instance of a class's names, the best class of a pixel, or the background."""
-    model, processor = tiny_sam3(), tiny_processor()
     top, left = torch.zeros(2, *SIZE, dtype=torch.bool)
     top[:20], left[:, :30] = True, True
     found = iter(
@@ -73,35 +84,112 @@ def test_instances_become_classes(photo, monkeypatch):
     monkeypatch.setattr(
         Sam3Processor, "post_process_instance_segmentation", lambda *_, **__: [next(found)]
     )
-    with calibrate(model):
-        segmenter = Sam3Segmenter(model, processor, ["sky", "tree, bush"])
-        [(labels, probabilities)] = segmenter.bands(Image.open(photo))
+    segmenter = Sam3Segmenter(tiny_sam3(), tiny_processor(), ["sky", "tree, bush"], ALL)
+    [(labels, probabilities)] = segmenter.bands(Image.open(photo))
     assert segmenter.classes == ["background", "sky", "tree"]
     corners = [labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]]
     assert [int(label) for label in corners] == [1, 0, 2, 0]
     assert torch.allclose(probabilities[:, 0, 0], torch.tensor([0.4, 0.6, 0.55]))
+    assert torch.allclose(probabilities[:, 0, -1], torch.tensor([0.6, 0.4, 0.0]))
 
 
-def test_the_model_is_calibrated_and_sees_every_prompt(folder, photo, monkeypatch):
-    segmenter = load(Namespace(model=str(folder), device="cpu", precision="fp32"), ["sky", "a, b"])
-    assert isinstance(segmenter.model, Sam3Model) and type(segmenter.model) is not Sam3Model
+def arguments(folder, **changed):
+    settings = dict(sam3_preset="depth", sam3_stages=None, device="cpu", precision="fp32")
+    return Namespace(model=str(folder), **settings | changed)
+
+
+def test_the_trunk_runs_once_a_photo_and_is_calibrated(folder, photo):
+    segmenter = load(arguments(folder), ["sky", "a, b"])
     trunk, prompts = [], []
-    segmenter.model.vision_encoder.register_forward_hook(lambda *_: trunk.append(1))
+    encoder = segmenter.model.vision_encoder
+    encoder.register_forward_hook(lambda _, args, out: trunk.append((args[0], out)))
     segmenter.model.text_encoder.register_forward_hook(lambda *_: prompts.append(1))
+    for each in (segmenter, segmenter.frozen()):
+        list(each.bands(Image.open(photo)))
+    assert type(segmenter.model) is Sam3Model and len(prompts) == 6
+    (pixels, calibrated), (_, frozen) = trunk
+    with torch.inference_mode():
+        assert torch.equal(encoder(pixels).last_hidden_state, frozen.last_hidden_state)
+        with calibrate(segmenter.model):
+            expected = encoder(pixels)
+    assert torch.equal(calibrated.last_hidden_state, expected.last_hidden_state)
+    np.testing.assert_array_equal(segmenter.outliers, expected.outlier_mask[0])
+
+
+def test_stages_and_presets(folder):
+    def config(**changed):
+        return load(arguments(folder, **changed), ["sky"]).config
+
+    assert config() == Sam3CalibrationConfig.for_depth(LAYERS)
+    assert config(sam3_stages="none") == NONE
+    assert config(sam3_stages=", ".join(reversed(STAGES))) == ALL
+    only = config(sam3_stages="mask_repair")
+    assert [name for name in STAGES if getattr(only, name)] == ["mask_repair"]
+
+
+def test_help_names_every_stage():
+    text = " ".join(run("segment", "--help")[1].split())
+    listed = text.partition("with commas between them: trunk_repair")[2].partition("; or none")[0]
+    default, others = ("trunk_repair" + listed).split(", which are the default; ")
+    assert tuple(default.split(", ")) == TRUNK_STAGES
+    assert (*TRUNK_STAGES, *others.split(", ")) == STAGES
+
+
+def test_another_choice_of_stages_is_noticed(command, tmp_path):
+    assert command("--sam3-stages", "mask_threshold, trunk_repair")[0] == 0
+    labels = tmp_path / "out" / "photo_labels.png"
+    assert stored(labels)["sam3_stages"] == ["trunk_repair", "mask_threshold"]
+    again = command("--sam3-stages", "trunk_repair,mask_threshold")
+    assert again[0] == 0 and again[2].startswith("1 of 1 done already")
+    assert "made with another sam3_stages; --force" in command("--sam3-stages", "none")[2]
+    assert "made with another sam3_stages; --force" in command()[2]
+    assert stored(labels)["sam3_stages"] == ["trunk_repair", "mask_threshold"]
+    assert command("--sam3-stages", "none", "--force")[0] == 0
+    assert stored(labels)["sam3_stages"] == []
+
+
+def test_compare(command, photo, tmp_path, monkeypatch):
+    """The picture of what the frozen and the calibrated model find, here made to differ."""
+
+    def found(processor, output, target_sizes):
+        mask = torch.zeros(1, *SIZE)
+        mask[:, :, : 20 if output.pred_masks.sum() == total["frozen"] else 40] = 1
+        return [dict(scores=torch.tensor([0.6]), masks=mask)]
+
+    model, processor, total = tiny_sam3(), tiny_processor(), {}
+    segmenter = Sam3Segmenter(model, processor, ["sky"], ALL)
+    monkeypatch.setattr(segment_sam3, "load", lambda *_: segmenter)
+    with torch.inference_mode():
+        given = processor(images=Image.open(photo), text="sky", return_tensors="pt")
+        total["frozen"] = model(**given).pred_masks.sum()
+        with calibrate(model, ALL):
+            outliers = model(**given).outlier_mask[0].numpy()
+    monkeypatch.setattr(Sam3Processor, "post_process_instance_segmentation", found)
+    assert command("--compare")[0] == 0
+    out = tmp_path / "out"
+    assert written(out) == ["photo_compare.png", "photo_labels.png", "photo_overlay.png"]
+    before, after = np.zeros((2, *SIZE), np.uint8)
+    before[:, :20], after[:, :40] = 1, 1
+    np.testing.assert_array_equal(np.asarray(Image.open(out / "photo_labels.png")), after)
+    names = ["background", "sky"]
+    expected = overlay.compare(Image.open(photo), outliers, before, after, names)
+    picture = Image.open(out / "photo_compare.png")
+    np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+    assert outliers.shape == (GRID, GRID) and stored(out / "photo_compare.png")["sam3_stages"]
+
+
+@pytest.mark.parametrize("columns", [chunked._MAX_COLUMNS, 300])
+def test_bars(folder, photo, monkeypatch, columns):
+    """One of the prompts, and one of each search that takes several steps: of 1024 pixels here."""
+    bars = []
+
+    def bar(steps, desc="prompts", **_):
+        bars.append((desc, len(steps)))
+        return steps
+
+    monkeypatch.setattr(segment_sam3, "tqdm", bar)
+    monkeypatch.setattr(chunked, "_MAX_COLUMNS", columns)
+    segmenter = load(arguments(folder, sam3_stages="trunk_repair,mask_repair"), ["sky", "tree, a"])
     list(segmenter.bands(Image.open(photo)))
-    assert (len(trunk), len(prompts)) == (1, 3)
-
-
-def test_weights_out_of_reach(photo, tmp_path):
-    words = ("--classes", "sky", "--out", tmp_path / "out", "--device", "cpu")
-    code, _, stderr = run("segment", photo, "--model", tmp_path / "nothing", *words)
-    assert code != 0
-    assert "cannot load" in stderr and "accept its license" in stderr and "scenes" in stderr
-
-
-@pytest.mark.parametrize("option", [("--no-repair",), ("--method", "clip")])
-def test_options_of_clip(option, folder, photo, tmp_path):
-    words = ("--classes", "sky", "--out", tmp_path / "out", "--device", "cpu")
-    code, _, stderr = run("segment", photo, "--model", folder, *words, *option)
-    assert code != 0 and f"{option[0]} is for CLIP" in stderr
-    assert not (tmp_path / "out").exists()
+    searches = [] if columns > 1024 else 3 * [("outliers of pixels", 4)]
+    assert bars == [("prompts", 3), *searches]

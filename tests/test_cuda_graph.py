@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_clip import tiny_clip
+from tiny_sam3 import ALL, SIDE, tiny_sam3
 
 import scclip_fast as sf
 from scclip_fast.clip import SCCLIP
+from scclip_fast.sam3 import calibrate
 
 pytestmark = pytest.mark.gpu
 
@@ -58,3 +60,15 @@ def test_calibrated_forward():
     images = torch.randn(2, 2, 3, 96, 96, device="cuda")
     with torch.no_grad():
         assert torch.equal(replayed(encoder, *images), encoder(images[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_calibrated_trunk_of_sam3(dtype):
+    model = tiny_sam3().to("cuda", dtype)
+    images = torch.randn(2, 2, 3, SIDE, SIDE, device="cuda", dtype=dtype)
+
+    def encode(pixels):
+        return model.vision_encoder(pixels).last_hidden_state
+
+    with torch.no_grad(), calibrate(model, ALL):
+        assert torch.equal(replayed(encode, *images), encode(images[1]))

@@ -1,17 +1,14 @@
 """The torch path never makes an N x N tensor, and holds to its workspace.
 
-`python tests/test_memory.py` measures it in a process of its own, in which nothing ran before, and
-in which freed blocks go back to the system: its size is what tensors hold.
+`python tests/test_memory.py` measures it, in a process of its own.
 """
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from own_process import output_of
 
 import scclip_fast as sf
 from scclip_fast import chunked
@@ -55,11 +52,7 @@ def peaks():
 
 @pytest.fixture(scope="module")
 def measured():
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}
-    env["PYTHONPATH"] = str(Path(__file__).parents[1])
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return output_of(__file__)
 
 
 @pytest.mark.parametrize("name", [*forward(2, 1), *backward(2, 1)])

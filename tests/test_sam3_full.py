@@ -1,17 +1,26 @@
-"""SAM3 at its full size, 840 million random weights: shapes, and memory of the calibration."""
+"""SAM3 at its full size, 840 million random weights: shapes, and memory of the calibration.
 
+`python tests/test_sam3_full.py` runs it frozen and with every stage on, in a process of its own.
+"""
+
+import json
 import os
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from own_process import output_of
 from transformers import Sam3Config, Sam3Model
 
 from scclip_fast.measure import measure
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate, to_seed_dict
+from scclip_fast.sam3.config import STAGES
 from scclip_fast.sam3.stages import calibrate_trunk
 
 TOKENS, WIDTH = 5184, 1024
 MIB = 2**20
+EVERYTHING = replace(Sam3CalibrationConfig(), **dict.fromkeys(STAGES, True))
 
 
 def test_memory_of_the_trunk():
@@ -30,27 +39,52 @@ def test_memory_of_the_trunk():
     assert found.peak_bytes is None or found.peak_bytes < (64 + 8 * 21 + 64) * MIB
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not os.environ.get("SCCLIP_FAST_FULL"), reason="takes minutes and 6 GB: SCCLIP_FAST_FULL=1"
-)
 @torch.inference_mode()
-def test_shapes_at_full_size():
+def results():
+    """Peaks in bytes of the whole model and of its mask head, and what the calibrated one gives."""
     torch.manual_seed(0)
-    model = Sam3Model(Sam3Config()).eval()
+    model, head = Sam3Model(Sam3Config()).eval(), {}
     given = dict(
         pixel_values=torch.randn(1, 3, 1008, 1008), input_ids=torch.randint(3, 1000, (1, 32))
     )
-    with calibrate(model):
-        found = to_seed_dict(model(**given))
-    outliers = found.pop("outlier_indices")
-    assert {name: tuple(value.shape) for name, value in found.items()} == dict(
+    hook = model.mask_decoder.register_forward_pre_hook(
+        lambda _, args, kwargs: head.update(kwargs), with_kwargs=True
+    )
+    peaks = {"model, frozen": measure(lambda: model(**given)).peak_bytes}
+    hook.remove()
+    peaks["head, frozen"] = measure(lambda: model.mask_decoder(**head)).peak_bytes
+    with calibrate(model, EVERYTHING):
+        peaks["head"] = measure(lambda: model.mask_decoder(**head)).peak_bytes
+        head.clear()
+        calibrated = measure(lambda: to_seed_dict(model(**given)))
+    peaks["model"] = calibrated.peak_bytes
+    return dict(
+        peaks=peaks,
+        shapes={name: value.shape for name, value in calibrated.result.items()},
+        finite=all(value.isfinite().all().item() for value in calibrated.result.values()),
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    if not os.environ.get("SCCLIP_FAST_FULL"):
+        pytest.skip("takes minutes and 6 GB: SCCLIP_FAST_FULL=1")
+    return output_of(__file__)
+
+
+@pytest.mark.slow
+def test_shapes_at_full_size(found):
+    assert found["finite"]
+    assert {name: tuple(shape) for name, shape in found["shapes"].items()} == dict(
         pred_logits=(6, 1, 200, 256),
         pred_boxes=(6, 1, 200, 4),
         pred_masks=(1, 200, 288, 288),
         semantic_seg=(1, 1, 288, 288),
         presence_logit=(1, 1),
+        outlier_indices=(260, 2),
         calibrated_features=(1, TOKENS, WIDTH),
     )
-    assert outliers.shape == (260, 2)
-    assert all(value.isfinite().all() for value in found.values())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(results()))

@@ -29,6 +29,38 @@ def test_outputs_are_transformers_own(model):
     assert len(image) == out.outlier_mask.sum()
 
 
+def calls(model):
+    """The outputs of every kind of call that transformers documents."""
+    given = inputs(2)
+    embeds = model.get_vision_features(given["pixel_values"])
+    text = model.get_text_features(given["input_ids"], given["attention_mask"])
+    mask = given["attention_mask"]
+    boxes = dict(
+        input_boxes=torch.rand(2, 3, 4), input_boxes_labels=torch.tensor([[1, 0, -10], [1, 1, 1]])
+    )
+    yield embeds
+    yield model(**given, return_dict=False)
+    yield model(given["pixel_values"], text_embeds=text, attention_mask=mask)
+    yield model(vision_embeds=embeds, text_embeds=text, attention_mask=mask)
+    yield model(vision_embeds=embeds, **boxes, text_embeds=text, attention_mask=mask)
+
+
+@torch.no_grad()
+def test_every_call_with_all_stages_off(model):
+    with torch.random.fork_rng():
+        frozen = list(calls(model))
+    with calibrate(model, NONE):
+        off = list(calls(model))
+    for before, after in zip(frozen, off, strict=True):
+        if not isinstance(before, tuple):
+            assert isinstance(after, type(before))
+            before, after = (  # in the order of transformers' fields, without ours
+                {name: getattr(out, name) for name in before} for out in (before, after)
+            )
+        first, second = tree_flatten(before)[0], tree_flatten(after)[0]
+        assert len(first) == len(second) > 4 and all(map(torch.equal, first, second))
+
+
 @torch.no_grad()
 def test_seed_dictionary(model):
     given = inputs(2)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import string
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from transformers import Sam3Config, Sam3Model
+import transformers
+from transformers import CLIPTokenizer, Sam3Config, Sam3Model, Sam3Processor
 
 from scclip_fast.sam3 import Sam3CalibrationConfig
 from scclip_fast.sam3.config import STAGES
@@ -26,11 +29,14 @@ TRUNK = dict(
     global_attn_indexes=[2, 5],
     pretrain_image_size=32,
 )
-SMALL = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, dropout=0.0)
 
 
-def tiny_sam3(attention: str = "sdpa") -> Sam3Model:
-    """Frozen, in evaluation mode; its weights are the same on every call."""
+def tiny_sam3(attention: str = "sdpa", heads: int = 4) -> Sam3Model:
+    """Frozen, in evaluation mode; its weights are the same on every call.
+
+    heads: beyond the trunk, of 32 channels together.
+    """
+    small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=heads, dropout=0.0)
     config = Sam3Config(
         vision_config=dict(
             backbone_config=dict(model_type="sam3_vit_model", **TRUNK),
@@ -48,10 +54,10 @@ def tiny_sam3(attention: str = "sdpa") -> Sam3Model:
             bos_token_id=1,
             eos_token_id=2,
         ),
-        geometry_encoder_config=dict(num_layers=1, **SMALL),
-        detr_encoder_config=dict(num_layers=2, **SMALL),
-        detr_decoder_config=dict(num_layers=3, num_queries=QUERIES, **SMALL),
-        mask_decoder_config=dict(hidden_size=32, num_attention_heads=4, dropout=0.0),
+        geometry_encoder_config=dict(num_layers=1, **small),
+        detr_encoder_config=dict(num_layers=2, **small),
+        detr_decoder_config=dict(num_layers=3, num_queries=QUERIES, **small),
+        mask_decoder_config=dict(hidden_size=32, num_attention_heads=heads, dropout=0.0),
         attn_implementation=attention,
     )
     with torch.random.fork_rng(devices=[]):
@@ -70,3 +76,21 @@ def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
     mask[:, -2:] = 0
     pixels = torch.randn(batch, 3, SIDE, SIDE)
     return dict(pixel_values=pixels, input_ids=tokens, attention_mask=mask)
+
+
+def tiny_processor() -> Sam3Processor:
+    """Letters are its words."""
+    letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
+    words = ["<|startoftext|>", "<|endoftext|>", *letters]
+    tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    # transformers 5.0 has it under its older name.
+    name = "Sam3ImageProcessor" + ("" if hasattr(transformers, "Sam3ImageProcessor") else "Fast")
+    images = getattr(transformers, name)(size={"height": SIDE, "width": SIDE})
+    return Sam3Processor(images, tokenizer)
+
+
+def save_tiny_sam3(folder: Path) -> Path:
+    """The folder, which then holds the model and its processor, as a download does."""
+    tiny_sam3().save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder

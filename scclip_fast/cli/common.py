@@ -39,6 +39,21 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class OnlyFor(argparse.Action):
+    """Stores an option of one kind of model, CLIP or SAM3, and that it was given."""
+
+    def __init__(self, *args, kind: str, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.kind = kind
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, self.const if self.nargs == 0 else values)
+        namespace.only_for = {**namespace.only_for, self.option_strings[0]: self.kind}
+
+
+CLIP, SAM3 = (dict(action=OnlyFor, kind=kind) for kind in ("CLIP", "SAM3"))
+
+
 def add_command(
     commands: argparse._SubParsersAction,
     name: str,
@@ -73,6 +88,7 @@ def add_command(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --pretrained, --method, --no-STAGE, --precision, --device, for `load_encoder`."""
+    parser.set_defaults(only_for={})
     add = parser.add_argument
     add(
         "--model",
@@ -86,10 +102,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="TAG",
         default="openai",
         help="open_clip's name of the weights; scenes, hf-hub:... and local-dir:... bring theirs",
+        **CLIP,
     )
-    add("--method", choices=METHODS, default="scclip", help="what becomes of the patch features")
+    what = "what becomes of the patch features"
+    add("--method", choices=METHODS, default="scclip", help=what, **CLIP)
+    switched_off = dict(nargs=0, default=True, const=False, **CLIP)
     for switch, meaning in SWITCHES.items():
-        add(_option(switch), dest=switch, action="store_false", help=f"of scclip: {meaning}")
+        add(_option(switch), dest=switch, help=f"of scclip: {meaning}", **switched_off)
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
     add_device(parser)
 
@@ -107,7 +126,7 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
         CommandError: there is no such model or device, or its weights are out of reach.
     """
     target = device(args.device)
-    off = _switched_off(args)
+    off = [switch for switch in SWITCHES if not getattr(args, switch)]
     if off and args.method != "scclip":
         raise CommandError(f"{_option(off[0])} is for --method scclip, got {args.method}")
     from ..clip import create_model
@@ -133,20 +152,16 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
     return encoder, tokenizer
 
 
-def _switched_off(args: argparse.Namespace) -> list[str]:
-    return [switch for switch in SWITCHES if not getattr(args, switch)]
-
-
 def _option(switch: str) -> str:
     return f"--no-{switch.replace('_', '-')}"
 
 
-def check_no_clip_options(args: argparse.Namespace) -> None:
-    """CommandError where --method or --no-STAGE, which are CLIP's, are given with another model."""
-    given = [_option(switch) for switch in _switched_off(args)]
-    given += ["--method"] if args.method != "scclip" else []
-    if given:
-        raise CommandError(f"{given[0]} is for CLIP, not for {args.model}")
+def check_kind(args: argparse.Namespace) -> None:
+    """CommandError where an option is given, be it its default, that --model does not look at."""
+    own = "SAM3" if is_sam3(args.model) else "CLIP"
+    for option, kind in args.only_for.items():
+        if kind != own:
+            raise CommandError(f"{option} is for {kind}, not for {args.model}")
 
 
 def brings_weights(model: str) -> bool:

@@ -1,4 +1,4 @@
-"""The picture of `scclip-fast segment`: a photo under the colours of its classes, with a legend."""
+"""The pictures of `scclip-fast segment`: photos in the colours of their classes, with a legend."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _OPACITY = 0.6  # of the colours
 _COLOR_OF_PHOTO = 0.2  # what is left of the photo's own, which would mix with those of the classes
 _LINE = 0.8  # opacity of the outlines
+_OUTLIER = (213, 94, 0)
 _INK, _GREY = (34, 34, 34), (110, 110, 110)
 
 # Okabe and Ito's, which the colour-blind can tell apart, then Paul Tol's indigo and wine, and grey.
@@ -61,26 +62,91 @@ def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Imag
         labels: (H, W), uint8, indices into names; of the photo's size.
         names: of the classes.
     """
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    found = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    shares = [_percent(counts[index] / labels.size) for index in found]
-    scale = min(1, LONG_SIDE / max(photo.size))
-    if scale < 1:
-        size = tuple(max(round(side * scale), 1) for side in photo.size)
-        photo = photo.resize(size, Image.Resampling.LANCZOS)
-        labels = np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    small = _fitted(photo, LONG_SIDE)
+    blended = _blend(small, _resized(labels, small.size))
+    return _with_legend(blended, _font(small), names, labels)
+
+
+def compare(
+    photo: Image.Image,
+    outliers: np.ndarray | None,
+    before: np.ndarray,
+    after: np.ndarray,
+    names: list[str],
+) -> Image.Image:
+    """The photo with its outlier tokens, then as `draw` has it frozen and calibrated.
+
+    Args:
+        photo: RGB.
+        outliers: (h, w), bool, of a grid of tokens over the photo; None where none were sought.
+        before, after: as labels of `draw`.
+        names: of the classes.
+    """
+    small = _fitted(photo, LONG_SIDE // 2)
+    masks = {"frozen": before, "calibrated": after}
+    panels = {name: _blend(small, _resized(mask, small.size)) for name, mask in masks.items()}
+    if outliers is not None:
+        title = f"outliers: {outliers.sum()} of {outliers.size} tokens"
+        panels = {title: _marked(small, _resized(outliers, small.size))} | panels
+    font = _font(small)
+    return _with_legend(_row(panels, font), font, names, before, after)
+
+
+def _fitted(photo: Image.Image, long_side: int) -> Image.Image:
+    scale = min(1, long_side / max(photo.size))
+    size = tuple(max(round(side * scale), 1) for side in photo.size)
+    return photo.resize(size, Image.Resampling.LANCZOS)
+
+
+def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+
+
+def _font(photo: Image.Image) -> ImageFont.FreeTypeFont:
     em = min(max(round(0.026 * math.sqrt(photo.width * photo.height)), 13), 40)
-    legend = _Legend(ImageFont.truetype(_FONT, em), [names[i] for i in found], shares)
-    place = legend.place(photo.size)
+    return ImageFont.truetype(_FONT, em)
+
+
+def _with_legend(
+    picture: Image.Image, font: ImageFont.FreeTypeFont, names: list[str], *labels: np.ndarray
+) -> Image.Image:
+    """The legend tells the share of each class in each of the labels (H, W)."""
+    counts = np.array([np.bincount(mask.ravel(), minlength=len(names)) for mask in labels])
+    total = counts.sum(axis=0)
+    found = [int(index) for index in np.argsort(-total, kind="stable") if total[index]]
+    shares = [" → ".join(map(_percent, counts[:, index] / labels[0].size)) for index in found]
+    legend = _Legend(font, [names[index] for index in found], shares)
+    place = legend.place(picture.size)
     canvas = Image.new("RGB", place.canvas, "white")
-    canvas.paste(_blend(photo, labels), (em, em))
+    canvas.paste(picture, (font.size, font.size))
     legend.draw(canvas, place, [tuple(color) for color in palette()[found].tolist()])
     return canvas
 
 
+def _row(panels: dict[str, Image.Image], font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Panels of one size beside each other, each under its title."""
+    (width, height), em = next(iter(panels.values())).size, font.size
+    row = Image.new("RGB", (len(panels) * (width + em) - em, height + 2 * em), "white")
+    pen = ImageDraw.Draw(row)
+    for index, (title, panel) in enumerate(panels.items()):
+        left = index * (width + em)
+        pen.text((left, em), _shortened(title, font, width), _INK, font, anchor="lm")
+        row.paste(panel, (left, 2 * em))
+    return row
+
+
+def _marked(photo: Image.Image, outliers: np.ndarray) -> Image.Image:
+    marked = _muted(photo)
+    marked.paste(_OUTLIER, mask=Image.fromarray((255 * _LINE * outliers).astype(np.uint8)))
+    return marked
+
+
+def _muted(photo: Image.Image) -> Image.Image:
+    return Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
+
+
 def _blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    muted = Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
-    colored = Image.blend(muted, Image.fromarray(palette()[labels]), _OPACITY)
+    colored = Image.blend(_muted(photo), Image.fromarray(palette()[labels]), _OPACITY)
     width = max(1, round(math.sqrt(labels.size) / 450))
     colored.paste((255, 255, 255), mask=_outlines(labels, width))
     return colored
@@ -118,7 +184,7 @@ class _Legend:
         self.row = round(1.75 * self.em)
         self.gap = 2 * self.em  # between columns
         self.name_width = math.ceil(max(map(font.getlength, self.names)))
-        self.share_width = math.ceil(font.getlength("100.0 %"))
+        self.share_width = math.ceil(max(map(font.getlength, ["100.0 %", *shares])))
         self.column = round(1.6 * self.em) + self.name_width + self.em + self.share_width
 
     def place(self, photo: tuple[int, int]) -> _Place:
@@ -160,7 +226,7 @@ def _shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def _percent(share: float) -> str:
-    return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
+    return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 
 def _oklab(rgb: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,13 @@ from .common import CommandError
 
 # Of what is taken from folders and globs.
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_OURS = ("_overlay.png", "_labels.png")
+_ENDINGS = {
+    "labels": "_labels.png",
+    "overlay": "_overlay.png",
+    "compare": "_compare.png",
+    "json": ".json",
+}
+_OURS = tuple(ending for ending in _ENDINGS.values() if ending.startswith("_"))
 _KEY = "scclip_fast"  # of the text in a PNG that holds the settings it was made with
 
 
@@ -27,7 +33,7 @@ class Job(NamedTuple):
     """An image and what is to be made of it."""
 
     path: Path | None  # None for the example
-    files: dict[str, Path]  # results that are not there yet: labels, overlay, json
+    files: dict[str, Path]  # results by kind, of `_ENDINGS`, that are not there yet
     settings: dict  # all that they depend on
 
 
@@ -104,20 +110,18 @@ def names(images: list[Path]) -> list[str]:
 
 
 def jobs(
-    images: list[Path | None], folder: Path, settings: dict, *, json: bool, force: bool
+    images: list[Path | None], folder: Path, settings: dict, *, kinds: Sequence[str], force: bool
 ) -> list[Job]:
     """What is to be made of each image; a result that is there is not, unless with force.
 
     Raises:
         CommandError: a result is there that another image or other settings gave.
     """
-    endings = {"labels": "_labels.png", "overlay": "_overlay.png"}
-    endings |= {"json": ".json"} if json else {}
     stems = ["example"] if images == [None] else names(images)
     jobs = []
     for image, stem in zip(images, stems, strict=True):
         known = settings | {"image": image and _digest(image)}
-        files = {kind: folder / f"{stem}{ending}" for kind, ending in endings.items()}
+        files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
             for file in filter(Path.exists, files.values()):
                 _check_same(file, known)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import common
+from . import common, segment_options
 from .common import CommandError
 
 if TYPE_CHECKING:  # these are in extras
@@ -26,67 +26,10 @@ def add(commands: argparse._SubParsersAction) -> None:
         extra="demo",
         smaller="a smaller --short-side, or windows (--slide-crop 224); finished images are kept",
     )
-    _add_files(parser)
-    _add_settings(parser)
+    segment_options.add_files(parser)
+    segment_options.add_clip(parser)
+    segment_options.add_sam3(parser)
     common.add_model_options(parser)
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "images",
-        metavar="IMAGE",
-        nargs="*",
-        help="files, folders and globs; with --model scenes, none is an example",
-    )
-    classes = parser.add_mutually_exclusive_group()
-    classes.add_argument(
-        "--classes",
-        metavar="NAMES",
-        help='with commas between them, synonyms with "|"; with --model scenes, by default its own',
-    )
-    classes.add_argument(
-        "--classes-file",
-        metavar="FILE",
-        type=Path,
-        help="a class a line, its synonyms after commas",
-    )
-    add("--recursive", action="store_true", help="look into the folders of folders")
-    add(
-        "--out",
-        metavar="FOLDER",
-        type=Path,
-        default=Path("segments"),
-        help="gets NAME_labels.png and NAME_overlay.png of each image",
-    )
-    add("--json", action="store_true", help="NAME.json too: the share of each class and more")
-    add("--force", action="store_true", help="replace results that are there")
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    pixels = dict(metavar="PIXELS", type=common.natural)
-    add("--short-side", default=336, help="resize to this; 0 for the image's own size", **pixels)
-    add("--slide-crop", default=224, help="side of the windows; 0 for the whole image", **pixels)
-    add(
-        "--slide-stride", metavar="PIXELS", type=common.positive, default=112, help="of the windows"
-    )
-    add("--logit-scale", metavar="X", type=_scale, default=40.0, help="sharpness of probabilities")
-    add(
-        "--prob-thd",
-        metavar="P",
-        type=_share,
-        default=0.0,
-        help="pixels less sure than this become the background",
-    )
-    add(
-        "--area-thd",
-        metavar="SHARE",
-        type=_share,
-        help="classes of at most this share of what is no background are taken out",
-    )
-    add("--background", metavar="NAME", help="the class that is the background")
-    add("--pamr-steps", metavar="N", type=common.natural, default=0, help="of refinement by PAMR")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -97,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     settings = _settings(args, classes)
     paths = results.find_images(args.images, args.recursive, args.out) if args.images else [None]
     results.make_folder(args.out)
-    jobs = results.jobs(paths, args.out, settings, json=args.json, force=args.force)
+    kinds = ["labels", "overlay", *(kind for kind in ("compare", "json") if getattr(args, kind))]
+    jobs = results.jobs(paths, args.out, settings, kinds=kinds, force=args.force)
     jobs = [job for job in jobs if job.files]
     if done := len(paths) - len(jobs):
         print(f"{done} of {len(paths)} done already; --force makes them again", file=sys.stderr)
@@ -131,8 +75,9 @@ def _classes(args: argparse.Namespace) -> list[str]:
     names = [entry[0] for entry in entries]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise CommandError(f"{option} names {', '.join(repeated)} more than once")
-    if len(names) > 256:
-        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most 256")
+    most = 255 if common.is_sam3(args.model) else 256  # the background of a SAM3 is one more
+    if len(names) > most:
+        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most {most}")
     return [", ".join(entry) for entry in entries]
 
 
@@ -145,16 +90,20 @@ def _lines(path: Path) -> list[str]:
 
 def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     """All that results depend on, except the image; CommandError where they don't fit."""
-    names = [entry.partition(",")[0] for entry in classes]
     if not args.images and args.model != "scenes":
         raise CommandError("name an IMAGE: a file, a folder or a glob")
+    common.check_kind(args)
+    if common.is_sam3(args.model):
+        args.extra, args.smaller = "demo,sam3", "--precision bf16, or smaller images"
+        from . import segment_sam3
+
+        return {"classes": classes} | segment_sam3.settings(args)
+    names = [entry.partition(",")[0] for entry in classes]
     if args.background is not None and args.background not in names:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")
     if args.background is None and (args.prob_thd > 0 or args.area_thd is not None):
         raise CommandError("--prob-thd and --area-thd need --background NAME")
     common.check_windows(args)
-    if common.is_sam3(args.model):
-        common.check_no_clip_options(args)
     used = ("model", "pretrained", "method", *common.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",
@@ -195,26 +144,3 @@ def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter | Sam3
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
-
-
-def _share(text: str) -> float:
-    """An argument's type: a number in [0, 1]."""
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1], got {text!r}")
-    return value
-
-
-def _scale(text: str) -> float:
-    """An argument's type: a number above 0."""
-    value = _number(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")

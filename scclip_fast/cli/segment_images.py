@@ -48,6 +48,10 @@ def _segment_one(segmenter: Segmenter, photo: Image.Image, job: Job) -> None:
     if "overlay" in job.files:
         picture = overlay.draw(photo, labels, segmenter.classes)
         results.write(job.files["overlay"], results.encode_png(picture, job.settings))
+    if "compare" in job.files:
+        before, _ = _labels(segmenter.frozen(), photo)
+        found = overlay.compare(photo, segmenter.outliers, before, labels, segmenter.classes)
+        results.write(job.files["compare"], results.encode_png(found, job.settings))
     if "json" in job.files:
         report = _report(segmenter.classes, labels, means, job)
         results.write(job.files["json"], results.encode_json(report))

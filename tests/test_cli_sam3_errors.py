@@ -1,0 +1,92 @@
+"""What `scclip-fast segment` refuses of a SAM3, and of a CLIP what is a SAM3's."""
+
+import re
+import sys
+
+import pytest
+from cli_runs import run
+from PIL import Image
+from tiny_sam3 import save_tiny_sam3
+
+from scclip_fast import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_sam3(tmp_path_factory.mktemp("sam3"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    Image.effect_noise((60, 40), 50).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def command(folder, photo, tmp_path):
+    """`scclip-fast segment` of the photo into the folder out."""
+
+    def command(*words, model=folder):
+        words = ("--model", model, "--classes", "sky", "--device", "cpu", *words)
+        return run("segment", photo, "--out", tmp_path / "out", *words)
+
+    return command
+
+
+def test_weights_out_of_reach(command, tmp_path):
+    code, _, stderr = command(model=tmp_path / "nothing")
+    assert code == 2
+    assert "cannot load" in stderr and "accept its license" in stderr and "scenes" in stderr
+
+
+OF_CLIP = [  # defaults, too
+    ("--pretrained", "openai"),
+    ("--method", "scclip"),
+    ("--no-repair",),
+    ("--short-side", "336"),
+    ("--slide-crop", "0"),
+    ("--slide-stride", "112"),
+    ("--logit-scale", "40"),
+    ("--prob-thd", "0.1"),
+    ("--area-thd", "0.1"),
+    ("--background", "sky"),
+    ("--pamr-steps", "0"),
+]
+OF_SAM3 = [("--sam3-stages", "none"), ("--sam3-preset", "depth"), ("--compare",)]
+
+
+@pytest.mark.parametrize("option", OF_CLIP + OF_SAM3, ids=lambda option: option[0])
+def test_options_of_the_other_model(option, command, folder, tmp_path):
+    model, kind = (folder, "CLIP") if option in OF_CLIP else ("scenes", "SAM3")
+    code, _, stderr = command(*option, model=model)
+    message = f"scclip-fast segment: error: {option[0]} is for {kind}, not for {model}\n"
+    assert (code, stderr) == (2, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_option_is_looked_at(command):
+    assert "--method is for CLIP" in command("--method", "clip", "--sam3-stages", "none")[2]
+
+
+WRONG = {
+    "256": ("--classes", ",".join(map(str, range(256))), "has 256 classes; .* at most 255"),
+    "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
+    "empty": ("--sam3-stages", "", "got ''"),
+    "none of them": ("--sam3-stages", "none,trunk_repair", "got 'none'"),
+    "preset": ("--sam3-preset", "magic", "invalid choice: 'magic'"),
+    "depth": ("--sam3-preset", "seed", r"seed does not fit: .* trunk of 6 layers .*, got 6"),
+}
+
+
+@pytest.mark.parametrize(("option", "value", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_choices(command, option, value, message):
+    code, _, stderr = command(option, value)
+    assert code == 2 and re.search(f"^scclip-fast segment: error: .*{message}", stderr, re.M)
+
+
+def test_missing_extra(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_sam3")
+    monkeypatch.delattr(cli, "segment_sam3")
+    stderr = command()[2]
+    assert 'needs the package transformers: pip install "scclip_fast[demo,sam3]"' in stderr

@@ -1,0 +1,32 @@
+"""What a caller sees of a search that takes long."""
+
+import pytest
+import torch
+
+import scclip_fast as sf
+from scclip_fast import chunked, progress
+
+
+def test_a_bar_sees_every_step_and_changes_nothing(monkeypatch):
+    monkeypatch.setattr(chunked, "_MAX_COLUMNS", 32)
+    x, seen = torch.randn(2, 100, 8), []
+    expected = sf.lof_scores(x, 5, backend="torch")
+
+    def bar(steps):
+        for step in steps:
+            yield step
+            seen.append(step)
+
+    with progress.shown_by(bar):
+        scores = sf.lof_scores(x, 5, backend="torch")
+    assert torch.equal(scores, expected)
+    assert seen == [slice(0, 32), slice(32, 64), slice(64, 96), slice(96, 100)]
+
+
+def test_the_bar_ends_with_the_context():
+    def bar(steps):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"), progress.shown_by(bar):
+        sf.knn(torch.randn(10, 4), 3, backend="torch")
+    sf.knn(torch.randn(10, 4), 3, backend="torch")
