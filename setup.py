@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-clip = ["open_clip_torch>=3.0", "pillow", "tqdm"]
+clip = ["open_clip_torch>=3.0", "numpy", "pillow", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
 sam3 = ["transformers>=5.0"]
@@ -40,7 +40,7 @@ setup(
         "scclip_fast.evaluate": ["names/*.txt"],
         "scclip_fast.scenes": ["*.json", "*.safetensors"],
     },
-    install_requires=["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
+    install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={
         "clip": clip,
         "eval": evaluation,

@@ -17,6 +17,7 @@ import torch
 
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "SCCLIP_FAST_BACKEND"
+NAMESPACE = __name__.split(".")[0]  # of the ops: a copy under another name (`hub.py`) has its own
 
 # A plain global: torch.compile traces it and guards on it. It cannot trace a ContextVar in torch
 # 2.11, and does not guard on a threading.local.

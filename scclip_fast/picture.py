@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+
+from .extras import needs
+
+with needs("clip"):
+    import numpy as np
+    from PIL import Image
 
 LONG_SIDE = 2048  # pixels; where the short side would make the other longer, this one decides
 _BAND_BYTES = 64 * 2**20  # of maps at the picture's own size that are held at a time

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
+from .extras import needs
 from .pamr import pamr
 from .picture import Picture, seen_size, to_tensor, upsampled, windows
+
+with needs("clip"):
+    import open_clip
 
 _WINDOWS = 128  # in one batch; more, of very large images, take several
 

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import warnings
 
-import numpy as np
 import torch
 from torch import Tensor
 
-try:
+from . import chunked, reference
+from .extras import needs
+from .metrics import METRICS, nearest
+from .ops import _check
+
+with needs("sklearn"):
+    import numpy as np
     from sklearn.base import BaseEstimator, OutlierMixin
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.validation import check_is_fitted, validate_data
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'scclip_fast.sklearn needs scikit-learn: pip install "scclip_fast[sklearn]"',
-        name=error.name,
-    ) from error
-
-from . import chunked, reference
-from .metrics import METRICS, nearest
-from .ops import _check
 
 ALGORITHMS = ("auto", "brute")
 DUPLICATES = -1e7  # scores below come from densities that only 1e-10 keeps finite

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from shutil import which
 
 import torch
 import triton
@@ -38,6 +39,8 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+if triton.__version__ < "3.5" and not which("/opt/rocm/llvm/bin/ld.lld"):
+    del TARGETS["gfx942"]  # which Triton 3.4 links with ROCm's linker; later ones bring theirs
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SIGNATURE = {
     torch.float16: "*fp16",

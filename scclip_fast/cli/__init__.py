@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..extras import MissingPackageError, needs
 from . import eval, lof, segment
 from .common import CommandError, out_of_memory
 
@@ -17,15 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command; returns the exit code: 0, or 2 after one line on stderr that says why."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
-    except CommandError as error:
+        with needs(args.extra):
+            args.run(args)
+    except (CommandError, MissingPackageError) as error:
         return _fail(args, str(error))
-    except ModuleNotFoundError as error:
-        if (error.name or "scclip_fast").startswith("scclip_fast"):
-            raise
-        return _fail(
-            args, f'needs the package {error.name}: pip install "scclip_fast[{args.extra}]"'
-        )
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -3,8 +3,11 @@
 Needs the extra `clip`.
 """
 
+from ..extras import needs
 from .config import SCCLIPConfig
-from .loading import create_model
-from .model import METHODS, SCCLIP
+
+with needs("clip"):
+    from .loading import create_model
+    from .model import METHODS, SCCLIP
 
 __all__ = ["METHODS", "SCCLIP", "SCCLIPConfig", "create_model"]

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import resolve
+from ..backend import NAMESPACE, resolve
 from . import _check
 
 
-@torch.library.custom_op("scclip_fast::aggregate", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::aggregate", mutates_args=())
 def weighted_mean(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def _(
     return values.new_empty(values.shape), values.new_empty(values.shape[:2], dtype=dtype)
 
 
-@torch.library.custom_op("scclip_fast::aggregate_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::aggregate_backward", mutates_args=())
 def _weighted_mean_backward(
     grad: Tensor,
     values: Tensor,

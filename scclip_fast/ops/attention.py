@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import resolve
+from ..backend import NAMESPACE, resolve
 from . import _check
 from .aggregation import weighted_mean
 
 
-@torch.library.custom_op("scclip_fast::attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
 ) -> Tensor:
@@ -36,7 +36,7 @@ def _(
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("scclip_fast::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
