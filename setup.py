@@ -20,7 +20,7 @@ test = [
     # Older than 5.10, it takes the folder `kernels/` for that package and trips on its version.
     "transformers[kernels]>=5.10",
 ]
-lint = ["ruff==0.17.6"]
+lint = ["mypy==2.4.1", "ruff==0.17.6"]
 
 SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
 
@@ -30,6 +30,15 @@ setup(
     description="SC-CLIP for CLIP and SAM 3 as fused Triton kernels, with PyTorch fallbacks",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    keywords=["CLIP", "SAM", "segmentation", "local outlier factor", "Triton"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",

@@ -12,6 +12,7 @@ from shutil import copy, copytree, ignore_patterns
 
 import pytest
 
+import scclip_fast as sf
 from scclip_fast.extras import needs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def test_committed_tree():
         pytest.skip("not a git checkout, or nothing is added to it yet")
     assert {path.split("/")[0] for path in modes} <= TOP_LEVEL
     assert modes["scclip_fast/kernels"] == "120000"
-    assert modes[".ci/run"] == "100755"
+    assert modes[".ci/run"] == modes[".ci/matrix"] == "100755"
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "absent"])
@@ -78,6 +79,7 @@ def test_archives_hold_the_package_as_files(source, wheel):
 
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == files
+    assert "scclip_fast/py.typed" in names
     assert all(wheel.read(name) == (source / name).read_bytes() for name in names)
 
     (path,) = source.glob("dist/*.tar.gz")
@@ -105,6 +107,11 @@ OPTIONAL = (
     *("matplotlib", "numpy", "open_clip_torch", "pillow", "scikit-learn", "torchmetrics"),
     *("torchvision", "tqdm", "transformers", "triton"),
 )
+
+
+def test_every_op_is_type_checked():
+    text = (ROOT / "tests" / "public_types.py").read_text()
+    assert not [name for name in sf.__all__ if f"sf.{name}(" not in text]
 
 
 def test_core_needs_torch_alone(python):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,13 +65,13 @@ def _(
     return values.new_empty(values.shape), features.new_empty(features.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     values, features, floor, ctx.gamma, _ = inputs
     ctx.save_for_backward(values, features, floor, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _):
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     values, features, floor, out, total = ctx.saved_tensors
     grads = _weighted_mean_backward(grad, values, features, floor, ctx.gamma, out, total)
     return *grads, None, None, None
