@@ -16,9 +16,10 @@ bench: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check --quiet
 	$(BIN)/ruff format --check --quiet
+	$(BIN)/mypy --no-error-summary
 
 clean:
-	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .pytest_cache .ruff_cache demo
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One resolve, so that pip picks a torchvision that fits its torch.

@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-clip = ["open_clip_torch>=3.0", "pillow", "tqdm"]
+clip = ["open_clip_torch>=3.0", "numpy", "pillow", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
 sam3 = ["transformers>=5.0"]
@@ -20,7 +20,7 @@ test = [
     # Older than 5.10, it takes the folder `kernels/` for that package and trips on its version.
     "transformers[kernels]>=5.10",
 ]
-lint = ["ruff==0.17.6"]
+lint = ["mypy==2.4.1", "ruff==0.17.6"]
 
 SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
 
@@ -30,6 +30,15 @@ setup(
     description="SC-CLIP for CLIP and SAM 3 as fused Triton kernels, with PyTorch fallbacks",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    keywords=["CLIP", "SAM", "segmentation", "local outlier factor", "Triton"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 14)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
@@ -40,7 +49,7 @@ setup(
         "scclip_fast.evaluate": ["names/*.txt"],
         "scclip_fast.scenes": ["*.json", "*.safetensors"],
     },
-    install_requires=["numpy", "torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
+    install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={
         "clip": clip,
         "eval": evaluation,

@@ -32,23 +32,44 @@ NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
+def _keep(key, tile, nearest, second, third):
+    """Into the three smallest of each bin [BLOCK_M, 64] the keys of a tile of 64 columns."""
+    key = key | tile
+    farther = tl.maximum(nearest, key)
+    nearest = tl.minimum(nearest, key)
+    farthest = tl.maximum(second, farther)
+    second = tl.minimum(second, farther)
+    third = tl.minimum(third, farthest)
+    return nearest, second, third
+
+
+@triton.jit
+def _halves(key):
+    rows: tl.constexpr = key.shape[0]
+    columns: tl.constexpr = key.shape[1]
+    return tl.split(tl.permute(tl.reshape(key, [rows, 2, columns // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _keep_two(key, tile, nearest, second, third):
+    left, right = _halves(key)
+    nearest, second, third = _keep(left, tile, nearest, second, third)
+    return _keep(right, tile + 1, nearest, second, third)
+
+
+@triton.jit
 def _fold(key, tile, nearest, second, third):
-    """Into the three smallest of each bin [BLOCK_M, 64] the keys of the next tiles of 64."""
+    """`_keep` for 1, 2 or 4 tiles. No recursion, which Triton 3.4 cannot hash."""
     columns: tl.constexpr = key.shape[1]
     if columns == 64:
-        key = key | tile
-        farther = tl.maximum(nearest, key)
-        nearest = tl.minimum(nearest, key)
-        farthest = tl.maximum(second, farther)
-        second = tl.minimum(second, farther)
-        third = tl.minimum(third, farthest)
+        nearest, second, third = _keep(key, tile, nearest, second, third)
+    elif columns == 128:
+        nearest, second, third = _keep_two(key, tile, nearest, second, third)
     else:
-        rows: tl.constexpr = key.shape[0]
-        halves = tl.permute(tl.reshape(key, [rows, 2, columns // 2]), [0, 2, 1])
-        left, right = tl.split(halves)
-        nearest, second, third = _fold(left, tile, nearest, second, third)
-        tile += columns // 128
-        nearest, second, third = _fold(right, tile, nearest, second, third)
+        tl.static_assert(columns == 256)
+        left, right = _halves(key)
+        nearest, second, third = _keep_two(left, tile, nearest, second, third)
+        nearest, second, third = _keep_two(right, tile + 2, nearest, second, third)
     return nearest, second, third
 
 

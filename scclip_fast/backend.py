@@ -11,12 +11,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "SCCLIP_FAST_BACKEND"
+NAMESPACE = __name__.split(".")[0]  # of the ops: a copy under another name (`hub.py`) has its own
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile can't trace the search
 
 # A plain global: torch.compile traces it and guards on it. It cannot trace a ContextVar in torch
 # 2.11, and does not guard on a threading.local.
@@ -71,7 +73,7 @@ def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
     """Why the kernels cannot run on these tensors, or None if they can."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "the kernels take float16, bfloat16 and float32, not float64"
-    if not _has_triton():
+    if not _HAS_TRITON:
         return "the triton package is not installed"
     if not _on_gpu(tensors[0]) and os.environ.get("TRITON_INTERPRET") != "1":
         where = tensors[0].device
@@ -81,8 +83,3 @@ def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
 
 def _on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type in ("cuda", "xpu")
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

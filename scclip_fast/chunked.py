@@ -66,9 +66,9 @@ def aggregate(
     for images in spans(batch, tile.images):
         for rows in spans(tokens, tile.rows):
             queries = features[images, rows].to(dtype) * scale[images, rows]
-            average, weight_sum = 0, 0
+            average = weight_sum = torch.zeros((), dtype=dtype, device=values.device)
             for columns in spans(tokens, tile.columns):
-                keys = (each[images, columns] for each in (features, scale, values))
+                keys = features[images, columns], scale[images, columns], values[images, columns]
                 part, part_sum = weighed(queries, *keys, floor[images], gamma)
                 average = average + part
                 weight_sum = weight_sum + part_sum
@@ -161,8 +161,12 @@ def attention_backward(
     dtype = compute_dtype(q)
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
     for image, rows in _attention_spans(q, k):
-        chunk = (t[image].to(dtype) for t in (grad[:, :, rows], q[:, :, rows], k, v))
-        grad_q[image, :, rows], by_keys, by_values = _attention_chunk_backward(*chunk, scale)
+        g, queries, keys, values = (
+            t[image].to(dtype) for t in (grad[:, :, rows], q[:, :, rows], k, v)
+        )
+        grad_q[image, :, rows], by_keys, by_values = _attention_chunk_backward(
+            g, queries, keys, values, scale
+        )
         grad_k[image] += by_keys
         grad_v[image] += by_values
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

@@ -29,6 +29,7 @@ def measure(call: Callable[[], T], device: torch.device | str = "cpu") -> Measur
     which Linux lets a process reset; it holds the scratch of the matrix libraries too.
     """
     device = torch.device(device)
+    before: int | None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,10 +41,12 @@ def measure(call: Callable[[], T], device: torch.device | str = "cpu") -> Measur
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
-    if device.type == "cuda":
+    if before is None:
+        peak = None
+    elif device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        peak = None if before is None else max(0, _resident("VmHWM") - before)
+        peak = max(0, _resident("VmHWM") - before)
     return Measurement(result, seconds, peak)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
+
+from .extras import needs
+
+with needs("clip"):
+    import numpy as np
+    from PIL import Image
 
 LONG_SIDE = 2048  # pixels; where the short side would make the other longer, this one decides
 _BAND_BYTES = 64 * 2**20  # of maps at the picture's own size that are held at a time
@@ -22,7 +26,7 @@ def to_tensor(image: Picture) -> Tensor:
     if isinstance(image, Image.Image):
         image = np.array(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.require(image, requirements="CW"))
+        image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         found = image.dtype if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image must be a PIL image or a uint8 array (H, W, 3), got {found}")
@@ -34,9 +38,10 @@ def to_tensor(image: Picture) -> Tensor:
 def seen_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
     """mmseg's Resize(scale=(2048, short_side), keep_ratio=True)."""
     if short_side is None:
-        return tuple(size)
+        return size
     scale = min(short_side / min(size), max(LONG_SIDE, short_side) / max(size))
-    return tuple(max(int(side * scale + 0.5), 1) for side in size)
+    height, width = (max(int(side * scale + 0.5), 1) for side in size)
+    return height, width
 
 
 def windows(size: tuple[int, int], crop: int, stride: int) -> list[tuple[slice, slice]]:

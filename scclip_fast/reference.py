@@ -100,7 +100,7 @@ def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     height, width = grid
     image, token = mask.nonzero(as_tuple=True)
     row, column = token // width, token % width
-    total, count = torch.zeros_like(tokens[image, token]), 0
+    total, count = torch.zeros_like(tokens[image, token]), tokens.new_zeros(())
     for dy, dx in ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1)):
         y, x = row + dy, column + dx
         neighbor = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)

@@ -52,6 +52,11 @@ class Segmenter(nn.Module):
             without a text encoder.
     """
 
+    text_features: Tensor
+    owners: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         encoder: SCCLIP,
@@ -136,26 +141,28 @@ class Segmenter(nn.Module):
         """
         pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
         pixels = (pixels - self.mean) / self.std
-        size = pixels.shape[2:]
+        size = (pixels.shape[2], pixels.shape[3])
         seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
-        maps = self._encode(seen)[0] if self.slide_crop is None else self._slide(seen)
+        maps = (
+            self._encode(seen)[0] if self.slide_crop is None else self._slide(seen, self.slide_crop)
+        )
         if self.pamr_steps:
             maps = F.interpolate(maps[None], size, mode="bilinear")
             maps = pamr(pixels, maps, self.pamr_steps)[0]
-        kept = None if self.area_thd is None else self._kept(maps, size)
+        kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
             probabilities = self._probabilities(rows)
             if kept is not None:
                 probabilities = probabilities * kept
             largest, labels = probabilities.max(dim=0)
-            if self.prob_thd > 0:
+            if self.background is not None and self.prob_thd > 0:
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
-    def _slide(self, pixels: Tensor) -> Tensor:
+    def _slide(self, pixels: Tensor, crop: int) -> Tensor:
         """Cosines (names, h, w) of pixels (1, 3, h, w), averaged over the windows."""
-        size = pixels.shape[2:]
-        places = windows(size, self.slide_crop, self.slide_stride)
+        size = (pixels.shape[2], pixels.shape[3])
+        places = windows(size, crop, self.slide_stride)
         total, count = pixels.new_zeros(len(self.owners), *size), pixels.new_zeros(size)
         for start in range(0, len(places), _WINDOWS):
             chosen = places[start : start + _WINDOWS]
@@ -181,14 +188,14 @@ class Segmenter(nn.Module):
         owners = self.owners[:, None, None].expand_as(probabilities)
         return merged.scatter_reduce_(0, owners, probabilities, "amax")
 
-    def _kept(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """1 for the background and for classes larger than `area_thd`, else 0: (classes, 1, 1)."""
+    def _kept(self, maps: Tensor, size: tuple[int, int], least: float) -> Tensor:
+        """1 for the background and for classes larger than `least`, else 0: (classes, 1, 1)."""
         area = torch.zeros(len(self.classes), device=maps.device, dtype=torch.int64)
         for rows in upsampled(maps, size):
             labels = self._probabilities(rows).argmax(dim=0)
             area += torch.bincount(labels.flatten(), minlength=len(area))
         area[self.background] = 0
-        kept = area > self.area_thd * area.sum()
+        kept = area > least * area.sum()
         kept[self.background] = True
         return kept[:, None, None].to(maps.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,7 +55,7 @@ def meet(
         settings |= {f"the dtype of {name}": tensor.dtype, f"the width of {name}": tensor.shape[1]}
         settings["the kind of device"] = tensor.device.type
     size = max(map(len, tensors.values()), default=0)
-    said = [None] * dist.get_world_size(group)
+    said: list[Any] = [None] * dist.get_world_size(group)
     mine = (error and str(error), size, {name: repr(value) for name, value in settings.items()})
     dist.all_gather_object(said, mine, group)
     if error is not None:
@@ -89,7 +90,7 @@ class Shards:
 
         The next piece travels while one is in use. Every rank has to take all of them.
         """
-        travelling = deque()
+        travelling: deque[tuple[int, list[Tensor], list[Any]]] = deque()
         for span in chunked.spans(self.total, step):
             travelling.append((span.start, *self._broadcast(span, tensors)))
             if len(travelling) == 2:
@@ -116,7 +117,7 @@ class Shards:
 
     def _broadcast(
         self, span: slice, tensors: tuple[Tensor, ...]
-    ) -> tuple[list[Tensor], list[dist.Work]]:
+    ) -> tuple[list[Tensor], list[Any]]:
         """Room for the rows `span` of each tensor, and the broadcasts that fill it."""
         pieces = [tensor.new_empty(span.stop - span.start, *tensor.shape[1:]) for tensor in tensors]
         works = []
@@ -133,7 +134,7 @@ class Shards:
         return pieces, works
 
 
-def _arrived(first: int, pieces: list[Tensor], works: list[dist.Work]) -> tuple[int, list[Tensor]]:
+def _arrived(first: int, pieces: list[Tensor], works: list[Any]) -> tuple[int, list[Tensor]]:
     for work in works:
         work.wait()
     return first, [piece[None] for piece in pieces]

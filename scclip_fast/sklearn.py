@@ -6,30 +6,29 @@ Needs the extra `sklearn` (scikit-learn 1.6 or newer).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-try:
-    from sklearn.base import BaseEstimator, OutlierMixin
-    from sklearn.utils.metaestimators import available_if
-    from sklearn.utils.validation import check_is_fitted, validate_data
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        'scclip_fast.sklearn needs scikit-learn: pip install "scclip_fast[sklearn]"',
-        name=error.name,
-    ) from error
-
 from . import chunked, reference
+from .extras import needs
 from .metrics import METRICS, nearest
 from .ops import _check
 
+with needs("sklearn"):
+    import numpy as np
+    from sklearn.base import BaseEstimator, OutlierMixin
+    from sklearn.utils.metaestimators import available_if
+    from sklearn.utils.validation import check_is_fitted, validate_data
+
+Rows = np.ndarray | Tensor  # a result, of the kind that was fitted
 ALGORITHMS = ("auto", "brute")
 DUPLICATES = -1e7  # scores below come from densities that only 1e-10 keeps finite
 
 
-def _only(novelty: bool, method: str, instead: str):
+def _only(novelty: bool, method: str, instead: str) -> Callable[[Callable], Any]:
     """`available_if` for a method that exists with this `novelty` alone."""
 
     def check(estimator: LocalOutlierFactor) -> bool:
@@ -43,7 +42,7 @@ def _only(novelty: bool, method: str, instead: str):
     return available_if(check)
 
 
-def _only_novelty(method: str):
+def _only_novelty(method: str) -> Callable[[Callable], Any]:
     return _only(True, method, "see fit_predict and negative_outlier_factor_ for the fitted rows")
 
 
@@ -75,20 +74,20 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        n_neighbors=20,
+        n_neighbors: int = 20,
         *,
-        algorithm="auto",
-        metric="euclidean",
-        contamination="auto",
-        novelty=False,
-    ):
+        algorithm: str = "auto",
+        metric: str = "euclidean",
+        contamination: float | str = "auto",
+        novelty: bool = False,
+    ) -> None:
         self.n_neighbors = n_neighbors
         self.algorithm = algorithm
         self.metric = metric
         self.contamination = contamination
         self.novelty = novelty
 
-    def fit(self, X, y=None):
+    def fit(self, X: Any, y: object = None) -> LocalOutlierFactor:
         """Score the rows X (N, D). Waits for the GPU.
 
         Raises:
@@ -113,7 +112,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         scores = self._scores(self._density, neighbors)
         self.negative_outlier_factor_ = self._returned(scores)
         self.offset_ = -1.5
-        if self.contamination != "auto":
+        if not isinstance(self.contamination, str):
             self.offset_ = float(np.percentile(scores.cpu().numpy(), 100 * self.contamination))
         if not self.novelty and scores.min() < DUPLICATES:
             warnings.warn(
@@ -124,22 +123,22 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         return self
 
     @_only(False, "fit_predict", "see fit and predict")
-    def fit_predict(self, X, y=None):
+    def fit_predict(self, X: Any, y: object = None) -> Rows:
         """Labels (N,) of the rows X (N, D), int64: -1 for outliers, 1 for others."""
         return self.fit(X)._predict()
 
     @_only_novelty("predict")
-    def predict(self, X):
+    def predict(self, X: Any) -> Rows:
         """Labels (M,) of new rows X (M, D), int64: -1 for outliers, 1 for others."""
         return self._predict(X)
 
     @_only_novelty("decision_function")
-    def decision_function(self, X):
+    def decision_function(self, X: Any) -> Rows:
         """`score_samples` minus `offset_`, (M,): negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     @_only_novelty("score_samples")
-    def score_samples(self, X):
+    def score_samples(self, X: Any) -> Rows:
         """Negative LOF (M,) of new rows X (M, D) among the fitted ones, each row for itself.
 
         A fitted row is its own neighbour here, so that it scores other than when it was fitted.
@@ -148,7 +147,9 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         distances, neighbors = self._nearest(self._rows(X), self.n_neighbors_)
         return self._returned(self._scores(self._local_density(distances, neighbors), neighbors))
 
-    def kneighbors(self, X=None, n_neighbors=None, return_distance=True):
+    def kneighbors(
+        self, X: Any = None, n_neighbors: int | None = None, return_distance: bool = True
+    ) -> tuple[Rows, Rows] | Rows:
         """The fitted rows nearest to the rows X (M, D), or without X to each fitted row but itself.
 
         Args:
@@ -185,7 +186,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         if not isinstance(self.novelty, (bool, np.bool_)):
             raise TypeError(f"novelty must be a bool, got {type(self.novelty).__name__}")
 
-    def _rows(self, X, fitting: bool = False) -> Tensor:
+    def _rows(self, X: Any, fitting: bool = False) -> Tensor:
         """X checked, as a tensor (M, D) of float32 or float64."""
         if isinstance(X, Tensor):
             rows = _checked(X)
@@ -206,7 +207,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     def _nearest(self, queries: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
         """Distances by the metric and indices (M, k) of fitted rows; see `kneighbors`."""
         among_itself = queries is None
-        fitted, asked = self.n_samples_fit_, len(self._fit_X if among_itself else queries)
+        fitted, asked = self.n_samples_fit_, len(self._fit_X if queries is None else queries)
         if k + among_itself > fitted:
             raise ValueError(
                 f"Expected n_neighbors {'<' if among_itself else '<='} n_samples_fit, but "
@@ -221,16 +222,16 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     def _scores(self, density: Tensor, neighbors: Tensor) -> Tensor:
         return -reference.density_ratio(self._density[None], neighbors[None], density[None])[0]
 
-    def _predict(self, X=None):
+    def _predict(self, X: Any = None) -> Rows:
         """Labels of new rows, or of the fitted ones."""
         check_is_fitted(self)
         if X is None:
             outlier = self.negative_outlier_factor_ < self.offset_
         else:
             outlier = self.decision_function(X) < 0
-        return 1 - 2 * (outlier.long() if self._fitted_tensor else outlier.astype(np.int64))
+        return 1 - 2 * (outlier.long() if isinstance(outlier, Tensor) else outlier.astype(np.int64))
 
-    def _returned(self, result: Tensor):
+    def _returned(self, result: Tensor) -> Rows:
         return result if self._fitted_tensor else result.numpy()
 
 

@@ -1,7 +1,8 @@
 """Compiles every kernel launch the library ships, for GPUs this machine does not have.
 
-`python tests/aot.py OUT.json` writes one row per launch and target. It is a process of its own
-because Triton's interpreter, which the other tests run under, replaces `triton.jit` for good.
+`python tests/aot.py OUT.json TARGET...` writes one row per launch and target. It is a process of
+its own because Triton's interpreter, which the other tests run under, replaces `triton.jit` for
+good.
 """
 
 from __future__ import annotations
@@ -201,12 +202,12 @@ def compile_row(job: tuple[int, str]) -> dict:
     return row | resources(compiled, target)
 
 
-def main(path: str) -> None:
-    jobs = [(i, target) for target in TARGETS for i, _ in enumerate(launches("ieee"))]
+def main(path: str, *targets: str) -> None:
+    jobs = [(i, target) for target in targets for i, _ in enumerate(launches("ieee"))]
     with ProcessPoolExecutor(2) as pool:
         rows = list(pool.map(compile_row, jobs, chunksize=4))
     Path(path).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

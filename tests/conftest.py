@@ -1,8 +1,11 @@
 """Without a GPU the kernels run in Triton's interpreter, asked for before they are imported."""
 
 import os
+import subprocess
 import sys
 import zlib
+from importlib.metadata import distributions
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads 
     torch.set_num_threads(1)
 
 POISON = -77_777_777
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items):
@@ -56,3 +60,40 @@ def poisoned(monkeypatch):
 
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+def hide(names: tuple[str, ...], path: list[str], folder: Path) -> list[str]:
+    """`path`, links to all else instead of a site-packages that holds distributions so named."""
+    hidden: dict[Path, set[str]] = {}
+    for found in distributions():
+        if found.name in names:
+            tops = {file.parts[0] for file in found.files}
+            hidden.setdefault(Path(found.locate_file("")).resolve(), set()).update(tops)
+    for number, (site, tops) in enumerate(hidden.items()):
+        links = folder / str(number)
+        links.mkdir(parents=True)
+        for entry in site.iterdir():
+            if entry.name not in tops:
+                (links / entry.name).symlink_to(entry)
+        path = [str(links) if Path(p).resolve() == site else p for p in path]
+    return path
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Run code in a fresh interpreter that has our dependencies, less some; returns its output."""
+
+    def run(
+        code: str, *, cwd: Path, path: tuple[Path, ...] = (), without: tuple[str, ...] = ()
+    ) -> list[str]:
+        packages = [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
+        packages = hide(without, packages, tmp_path / "packages")
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *packages])}
+        env.pop("PYTHONSAFEPATH", None)
+        # -S: the site module would put the full site-packages and an installed scclip_fast back.
+        command = [sys.executable, "-S", "-c", code]
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run

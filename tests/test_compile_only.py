@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 AOT = Path(__file__).with_name("aot.py")
-TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+TARGETS = ["sm_80", "sm_90", "sm_100"]
+if not version("triton").startswith("3.4"):  # which leaves linking for AMD to an installed ROCm
+    TARGETS.append("gfx942")
 
 
 WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof")
@@ -28,7 +31,7 @@ def rows(tmp_path_factory):
         out.parent / "cache"
     )  # a compiler's failure must not hide behind an old success
     done = subprocess.run(
-        [sys.executable, str(AOT), str(out)], env=env, capture_output=True, text=True
+        [sys.executable, str(AOT), str(out), *TARGETS], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())

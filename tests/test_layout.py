@@ -6,48 +6,18 @@ import sys
 import tarfile
 import zipfile
 from glob import glob
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib import import_module
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import pytest
 
+import scclip_fast as sf
+from scclip_fast.extras import needs
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"]
 TOP_LEVEL = {".ci", ".gitignore", *FILES, "setup.py", "bench", "kernels", "scclip_fast", "tests"}
-
-
-def hide(name: str, path: list[str], folder: Path) -> list[str]:
-    """`path` with the site-packages that holds `name` replaced by links to all else in it."""
-    try:
-        hidden = distribution(name)
-    except PackageNotFoundError:
-        return path
-    site = Path(hidden.locate_file("")).resolve()
-    folder.mkdir()
-    for entry in site.iterdir():
-        if entry.name not in {file.parts[0] for file in hidden.files}:
-            (folder / entry.name).symlink_to(entry)
-    return [str(folder) if Path(p).resolve() == site else p for p in path]
-
-
-@pytest.fixture
-def python(tmp_path):
-    """Run code in a fresh interpreter that has our dependencies, less one; returns its output."""
-
-    def run(code: str, *, cwd: Path, path: tuple[Path, ...] = (), without: str | None = None):
-        packages = [p for p in sys.path if p and Path(p).resolve() not in (ROOT, ROOT / "tests")]
-        if without:
-            packages = hide(without, packages, tmp_path / "packages")
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([*map(str, path), *packages])}
-        env.pop("PYTHONSAFEPATH", None)
-        # -S: the site module would put the full site-packages and an installed scclip_fast back.
-        command = [sys.executable, "-S", "-c", code]
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +55,7 @@ def test_committed_tree():
         pytest.skip("not a git checkout, or nothing is added to it yet")
     assert {path.split("/")[0] for path in modes} <= TOP_LEVEL
     assert modes["scclip_fast/kernels"] == "120000"
-    assert modes[".ci/run"] == "100755"
+    assert modes[".ci/run"] == modes[".ci/matrix"] == "100755"
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "absent"])
@@ -97,7 +67,7 @@ print(is_kernels_available())
 print(find_spec("kernels").submodule_search_locations[0])
 from transformers import CLIPModel, Sam3Model
 """
-    available, found = python(code, cwd=ROOT, without=None if installed else "kernels")
+    available, found = python(code, cwd=ROOT, without=() if installed else ("kernels",))
     assert available == str(installed)
     assert (Path(found) != ROOT / "kernels") == installed
 
@@ -109,6 +79,7 @@ def test_archives_hold_the_package_as_files(source, wheel):
 
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == files
+    assert "scclip_fast/py.typed" in names
     assert all(wheel.read(name) == (source / name).read_bytes() for name in names)
 
     (path,) = source.glob("dist/*.tar.gz")
@@ -129,21 +100,62 @@ print(find_spec("kernels"))
     wheel.extractall(site)
     package = site / "scclip_fast"
     expected = [str(package / "__init__.py"), str(package / "kernels"), "None"]
-    assert python(code, cwd=Path("/"), path=(site,), without="kernels") == expected
+    assert python(code, cwd=Path("/"), path=(site,), without=("kernels",)) == expected
 
 
-def test_import_is_light(python):
-    loaded = python("import sys, scclip_fast; print(*sys.modules, sep='\\n')", cwd=ROOT)
-    assert "torch" in loaded
-    assert not {"triton", "open_clip", "transformers"} & set(loaded)
+OPTIONAL = (
+    *("matplotlib", "numpy", "open_clip_torch", "pillow", "scikit-learn", "torchmetrics"),
+    *("torchvision", "tqdm", "transformers", "triton"),
+)
 
 
-def test_runs_without_triton(python):
+def test_every_op_is_type_checked():
+    text = (ROOT / "tests" / "public_types.py").read_text()
+    assert not [name for name in sf.__all__ if f"sf.{name}(" not in text]
+
+
+def test_core_needs_torch_alone(python):
+    """Nothing that the core loads comes from elsewhere, and its ops run without all else."""
     code = """
-from importlib.util import find_spec
-import torch, scclip_fast
-print(find_spec("triton"))
-print(scclip_fast.knn(torch.arange(4.0)[:, None], 1)[1].tolist())
+import sys, torch
+before = set(sys.modules)
+import scclip_fast as sf
+print({name.split(".")[0] for name in set(sys.modules) - before})
+x = torch.arange(8.0).view(4, 2)
+print(sf.knn(x, 1)[1].tolist())
+q, mask = x.view(1, 4, 2), sf.outlier_mask(sf.lof_scores(x, 2))
+sf.blended_attention(q, q, q, sf.aggregate(sf.repair(x, mask, (2, 2)), x))
+print({"numpy", "triton"} & set(sys.modules))
 """
-    expected = ["None", "[[1], [0], [1], [2]]"]
-    assert python(code, cwd=ROOT, without="triton") == expected
+    expected = ["{'scclip_fast'}", "[[1], [0], [1], [2]]", "set()"]
+    assert python(code, cwd=ROOT, without=OPTIONAL) == expected
+
+
+def test_missing_packages_name_their_extra(python):
+    extras = {
+        "clip.loading": "open_clip clip",
+        "segment": "numpy clip",
+        "picture": "numpy clip",
+        "scenes.draw": "numpy clip",
+        "evaluate": "numpy eval",
+        "sklearn": "numpy sklearn",
+    }
+    code = f"""
+from importlib import import_module
+for name in {list(extras)}:
+    try:
+        import_module("scclip_fast." + name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    messages = (message.split() for message in extras.values())
+    assert python(code, cwd=ROOT, without=OPTIONAL) == [
+        f'needs the package {package}: pip install "scclip_fast[{extra}]"'
+        for package, extra in messages
+    ]
+
+
+def test_a_missing_module_of_ours_is_no_missing_package():
+    with pytest.raises(ModuleNotFoundError) as raised, needs("clip"):
+        import_module("scclip_fast.nothing")
+    assert type(raised.value) is ModuleNotFoundError

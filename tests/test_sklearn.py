@@ -1,7 +1,6 @@
 """The estimator against scikit-learn's: its checks, its own tests, its class."""
 
 import importlib
-import subprocess
 import sys
 
 import numpy as np
@@ -223,17 +222,3 @@ def test_parameters(settings, error, match):
 def test_tensors_refused(x, error, match):
     with pytest.raises(error, match=match):
         LocalOutlierFactor().fit(x)
-
-
-def test_without_scikit_learn():
-    code = "import sys; sys.modules['sklearn'] = None; import scclip_fast.sklearn"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (
-        'scclip_fast.sklearn needs scikit-learn: pip install "scclip_fast[sklearn]"' in done.stderr
-    )
-
-
-def test_import_of_the_library_loads_no_scikit_learn():
-    code = "import sys, scclip_fast; print('sklearn' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "False\n"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ..extras import advice
 from . import eval, lof, segment
 from .common import CommandError, out_of_memory
 
@@ -21,11 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(args, str(error))
     except ModuleNotFoundError as error:
-        if (error.name or "scclip_fast").startswith("scclip_fast"):
-            raise
-        return _fail(
-            args, f'needs the package {error.name}: pip install "scclip_fast[{args.extra}]"'
-        )
+        if message := advice(error, args.extra):
+            return _fail(args, message)
+        raise
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

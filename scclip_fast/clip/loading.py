@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import open_clip
 import torch
 
+from ..extras import needs
 from .config import SCCLIPConfig
 from .model import SCCLIP
+
+with needs("clip"):
+    import open_clip
 
 SCENES = f"local-dir:{Path(__file__).parents[1] / 'scenes'}"
 _HUB_TIMEOUT = 10  # seconds for the one request that decides whether to download

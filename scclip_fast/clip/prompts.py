@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..extras import needs
 from .tower import Tower
 
 _NAMES = 10  # whose prompts are encoded in one batch
@@ -35,12 +36,6 @@ def text_features(
 
 
 def _openai_templates() -> Sequence[Callable]:
-    try:
+    with needs("clip"):
         from open_clip import OPENAI_IMAGENET_TEMPLATES
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "OpenAI's templates come with open_clip: pass templates, or "
-            'pip install "scclip_fast[clip]"',
-            name=error.name,
-        ) from error
     return OPENAI_IMAGENET_TEMPLATES

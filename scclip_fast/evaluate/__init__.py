@@ -6,13 +6,16 @@
 Needs the extra `eval`.
 """
 
-from . import settings
-from .datasets import DataError, DatasetNotFoundError
-from .loop import Ranks, process_group, run
-from .metric import confidence_interval, confusion_matrix, summary
-from .progress import Progress, SettingsChangedError
-from .protocols import PROTOCOLS, Protocol
-from .report import MissingResultsError, report, table
+from ..extras import needs
+
+with needs("eval"):
+    from . import settings
+    from .datasets import DataError, DatasetNotFoundError
+    from .loop import Ranks, process_group, run
+    from .metric import confidence_interval, confusion_matrix, summary
+    from .progress import Progress, SettingsChangedError
+    from .protocols import PROTOCOLS, Protocol
+    from .report import MissingResultsError, report, table
 
 __all__ = [
     "PROTOCOLS",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import resolve
+from ..backend import NAMESPACE, resolve
 from . import _check
 
 
-@torch.library.custom_op("scclip_fast::aggregate", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::aggregate", mutates_args=())
 def weighted_mean(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def _(
     return values.new_empty(values.shape), values.new_empty(values.shape[:2], dtype=dtype)
 
 
-@torch.library.custom_op("scclip_fast::aggregate_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::aggregate_backward", mutates_args=())
 def _weighted_mean_backward(
     grad: Tensor,
     values: Tensor,
@@ -63,13 +65,13 @@ def _(
     return values.new_empty(values.shape), features.new_empty(features.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     values, features, floor, ctx.gamma, _ = inputs
     ctx.save_for_backward(values, features, floor, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, grad: Tensor, _):
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     values, features, floor, out, total = ctx.saved_tensors
     grads = _weighted_mean_backward(grad, values, features, floor, ctx.gamma, out, total)
     return *grads, None, None, None

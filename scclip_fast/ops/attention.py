@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import resolve
+from ..backend import NAMESPACE, resolve
 from . import _check
 from .aggregation import weighted_mean
 
 
-@torch.library.custom_op("scclip_fast::attention", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
 ) -> Tensor:
@@ -23,9 +25,9 @@ def _attention(
             return attention_triton(q, k, v, content, alpha, scale)
     if backend == "reference":
         dtype = chunked.compute_dtype(q)
-        return reference.attention(*(t.to(dtype) for t in (q, k, v, content)), alpha, scale).to(
-            v.dtype
-        )
+        return reference.attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), content.to(dtype), alpha, scale
+        ).to(v.dtype)
     return chunked.attention(q, k, v, content, alpha, scale)
 
 
@@ -36,7 +38,7 @@ def _(
     return v.new_empty(v.shape)
 
 
-@torch.library.custom_op("scclip_fast::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,12 +50,12 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, k, v, _, ctx.alpha, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v)
 
 
-def _backward(ctx, grad: Tensor):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v = ctx.saved_tensors
     grad_q, grad_k, grad_v = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
     return grad_q, grad_k, grad_v, grad * ctx.alpha, None, None, None

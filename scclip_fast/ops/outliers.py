@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference, search
-from ..backend import resolve
+from ..backend import NAMESPACE, resolve
 from . import _check
 
 MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
@@ -17,7 +17,7 @@ BAND = 4  # candidates on either side of the k-th place whose order is measured,
 VARIANTS = ("scclip", "breunig")
 
 
-@torch.library.custom_op("scclip_fast::nearest", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::nearest", mutates_args=())
 def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Squared distances and indices (B, N, k) of the nearest others of x (B, N, D), nearest first.
 
@@ -44,7 +44,7 @@ def _(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tenso
     return distances, x.new_empty((*x.shape[:2], k), dtype=torch.int64)
 
 
-@torch.library.custom_op("scclip_fast::simplified_lof", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::simplified_lof", mutates_args=())
 def _simplified_lof(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
     """`reference.simplified_lof`: scores (B, N)."""
     if backend == "triton" and k_distance.numel():

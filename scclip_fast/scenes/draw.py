@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
+from ..extras import needs
+
+with needs("clip"):
+    import numpy as np
 
 SIZE = (224, 224)  # height and width in pixels
 GROUNDS = ("grass", "sand", "water", "brick", "wood", "stone")

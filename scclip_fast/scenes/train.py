@@ -17,16 +17,20 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..clip.openclip_tower import OpenClipTower
+from ..extras import needs
 from .draw import CLASSES, GROUNDS, caption, scene
+
+with needs("clip"):
+    import numpy as np
+    import open_clip
+    from safetensors.torch import save_file
+
+    from ..clip.openclip_tower import OpenClipTower
 
 CONFIG = Path(__file__).with_name("open_clip_config.json")
 POOL = 20_000  # scenes, drawn once

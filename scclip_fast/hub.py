@@ -1,0 +1,73 @@
+"""The ops as a kernel for Hugging Face's package `kernels`: `python -m scclip_fast.hub FOLDER`.
+
+    FOLDER/build/torch-universal/metadata.json
+    FOLDER/build/torch-universal/scclip_fast/...       the files of `CORE`, as they are
+
+`kernels.get_local_kernel(FOLDER)` loads it, and `kernels.get_kernel` from a repository that holds
+the same files. It has the ops of this package and needs torch and triton alone: its files import
+each other relatively and register the ops under the name that they are loaded by.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+from shutil import copy, copytree, ignore_patterns
+
+PACKAGE = Path(__file__).parent
+CORE = (
+    "__init__.py",
+    "backend.py",
+    "chunked.py",
+    "progress.py",
+    "reference.py",
+    "search.py",
+    "selection.py",
+    "ops",
+    "kernels",
+)
+VERSION = 1  # of the kernel, what callers pin; a change that breaks them raises it
+
+
+def build(folder: Path) -> None:
+    """Write the kernel under `folder`.
+
+    Its one variant, "torch-universal", fits every GPU and the CPU. The package has a folder of its
+    own in it because `kernels` 0.10 and older look for it there alone.
+
+    Raises:
+        FileExistsError: `folder` has a kernel already.
+    """
+    variant = folder / "build" / "torch-universal"
+    package = variant / PACKAGE.name
+    package.mkdir(parents=True)
+    for name in CORE:
+        if (PACKAGE / name).is_dir():
+            copytree(PACKAGE / name, package / name, ignore=ignore_patterns("__pycache__"))
+        else:
+            copy(PACKAGE / name, package)
+    metadata = {
+        "id": f"_{PACKAGE.name}_{_digest(package)}",
+        "name": PACKAGE.name.replace("_", "-"),
+        "version": VERSION,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cuda"},  # required, and has no word for all of them
+    }
+    (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def _digest(package: Path) -> str:
+    """Of all files. It names the loaded module, so that several builds live in one process."""
+    digest = sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m scclip_fast.hub FOLDER")
+    build(Path(sys.argv[1]))
