@@ -39,7 +39,7 @@ def test_legend_and_photo_stand_apart(size, count):
     photo = Image.fromarray(scene("train", 0, (200, 600)).image[:height, :width])
     pixels = np.asarray(overlay.draw(photo, labels, list(CLASSES)))
     em = 13  # of small photos
-    blended = np.asarray(overlay._blend(photo, labels))
+    blended = np.asarray(overlay.blend(photo, labels))
     np.testing.assert_array_equal(pixels[em : em + height, em : em + width], blended)
     half = em // 2
     rest = pixels.copy()
@@ -55,7 +55,7 @@ def test_classes_are_told_apart():
     photo = Image.new("RGB", (90, 60), (120, 120, 120))
     labels = np.zeros((60, 90), np.uint8)
     labels[:, 50:] = 1
-    blended = np.asarray(overlay._blend(photo, labels)).astype(int)
+    blended = np.asarray(overlay.blend(photo, labels)).astype(int)
     assert (blended[:, 20:40] == blended[0, 20]).all() and (blended[:, 60:] == blended[0, 60]).all()
     assert abs(blended[0, 20] - blended[0, 60]).max() > 50
     line = blended.min(axis=2)

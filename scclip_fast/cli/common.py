@@ -73,13 +73,25 @@ def add_command(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --pretrained, --method, --no-STAGE, --precision, --device, for `load_encoder`."""
+    add_model(
+        parser,
+        default="ViT-B-16-quickgelu",
+        note="; segment also takes facebook/sam3, which it calibrates, or the folder of a download",
+    )
     add = parser.add_argument
+    add("--method", choices=METHODS, default="scclip", help="what becomes of the patch features")
+    for switch, meaning in SWITCHES.items():
+        add(_option(switch), dest=switch, action="store_false", help=f"of scclip: {meaning}")
+
+
+def add_model(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
+    """--model, --pretrained, --precision, --device, for `load_encoder`."""
+    add = parser.add_argument
+    scenes = "scenes: the small one that comes with this package, for drawn scenes only"
     add(
         "--model",
-        default="ViT-B-16-quickgelu",
-        help="open_clip's name of a vision transformer, or scenes: the small one that comes with "
-        "this package, for drawn scenes only; segment also takes facebook/sam3, which it "
-        "calibrates, or the folder of a download",
+        default=default,
+        help=f"open_clip's name of a vision transformer, or {scenes}{note}",
     )
     add(
         "--pretrained",
@@ -87,9 +99,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="openai",
         help="open_clip's name of the weights; scenes, hf-hub:... and local-dir:... bring theirs",
     )
-    add("--method", choices=METHODS, default="scclip", help="what becomes of the patch features")
-    for switch, meaning in SWITCHES.items():
-        add(_option(switch), dest=switch, action="store_false", help=f"of scclip: {meaning}")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
     add_device(parser)
 
@@ -173,12 +182,36 @@ def device(name: str) -> torch.device:
     return device
 
 
-def read_photo(path: Path) -> Image:
-    """A picture file as RGB, upright, or CommandError."""
+def class_entries(entries: list[list[str]], source: str) -> list[str]:
+    """A string a class, its synonyms after commas, as Segmenter takes them.
+
+    Args:
+        entries: the names of each class.
+        source: where they were given, for errors.
+
+    Raises:
+        CommandError: an empty or repeated name, or more classes than a palette has colours.
+    """
+    entries = [[name.strip() for name in entry] for entry in entries]
+    if not entries or not all(all(entry) for entry in entries):
+        raise CommandError(f"{source} has an empty name")
+    names = [entry[0] for entry in entries]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
+    if len(names) > 256:
+        raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most 256")
+    return [", ".join(entry) for entry in entries]
+
+
+def read_photo(path: Path, max_pixels: int | None = None) -> Image:
+    """A picture file as RGB, upright, or CommandError; one of more pixels is not decoded."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                size = f"{image.width:,} × {image.height:,}"
+                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million fit")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.UnidentifiedImageError:
         reason = "not an image, or a damaged one"

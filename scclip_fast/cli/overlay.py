@@ -61,9 +61,8 @@ def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Imag
         labels: (H, W), uint8, indices into names; of the photo's size.
         names: of the classes.
     """
-    counts = np.bincount(labels.ravel(), minlength=len(names))
-    found = [int(index) for index in np.argsort(-counts, kind="stable") if counts[index]]
-    shares = [_percent(counts[index] / labels.size) for index in found]
+    found = ranked(labels)
+    shares = [percent(share) for share in found.values()]
     scale = min(1, LONG_SIDE / max(photo.size))
     if scale < 1:
         size = tuple(max(round(side * scale), 1) for side in photo.size)
@@ -73,12 +72,20 @@ def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Imag
     legend = _Legend(ImageFont.truetype(_FONT, em), [names[i] for i in found], shares)
     place = legend.place(photo.size)
     canvas = Image.new("RGB", place.canvas, "white")
-    canvas.paste(_blend(photo, labels), (em, em))
-    legend.draw(canvas, place, [tuple(color) for color in palette()[found].tolist()])
+    canvas.paste(blend(photo, labels), (em, em))
+    legend.draw(canvas, place, [tuple(color) for color in palette()[[*found]].tolist()])
     return canvas
 
 
-def _blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+def ranked(labels: np.ndarray) -> dict[int, float]:
+    """The classes that labels (H, W), uint8, hold, the largest first, and the share of each."""
+    counts = np.bincount(labels.ravel())
+    found = (int(index) for index in np.argsort(-counts, kind="stable") if counts[index])
+    return {index: counts[index].item() / labels.size for index in found}
+
+
+def blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The photo, RGB, in the colours of labels (H, W), uint8, with white lines between them."""
     muted = Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
     colored = Image.blend(muted, Image.fromarray(palette()[labels]), _OPACITY)
     width = max(1, round(math.sqrt(labels.size) / 450))
@@ -159,7 +166,8 @@ def _shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return f"{name}…"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """12.3 %."""
     return "< 0.1 %" if share < 0.0005 else f"{100 * share:.1f} %"
 
 

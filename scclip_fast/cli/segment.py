@@ -125,15 +125,7 @@ def _classes(args: argparse.Namespace) -> list[str]:
     else:
         option = str(args.classes_file)
         entries = [line.split(",") for line in _lines(args.classes_file) if line.strip()]
-    entries = [[name.strip() for name in entry] for entry in entries]
-    if not entries or not all(all(entry) for entry in entries):
-        raise CommandError(f"{option} has an empty name")
-    names = [entry[0] for entry in entries]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise CommandError(f"{option} names {', '.join(repeated)} more than once")
-    if len(names) > 256:
-        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most 256")
-    return [", ".join(entry) for entry in entries]
+    return common.class_entries(entries, option)
 
 
 def _lines(path: Path) -> list[str]:

@@ -73,9 +73,19 @@ class SCCLIP(nn.Module):
             ValueError: not (B, 3, H, W).
         """
         visual = self.model.visual
-        layers, grid = tower.layers(visual, self._whole_patches(images))
+        layers, grid = self.layers(images)
         dense = METHODS[self.method](visual, layers, grid, self.config)
         return tower.project(visual, dense).unflatten(1, grid)
+
+    def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """What all blocks but the last make of images (B, 3, H, W), and the grid (h, w).
+
+        Neither the method nor the configuration has a part in it; see `encode_dense`.
+
+        Returns:
+            (B, 1 + h w, D) of each block, the class token first.
+        """
+        return tower.layers(self.model.visual, self._whole_patches(images))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)
