@@ -5,7 +5,7 @@ from setuptools import setup
 clip = ["open_clip_torch>=3.0", "pillow", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
-app = [*demo, "gradio>=6"]
+app = [*demo, "gradio>=6.31"]
 sam3 = ["transformers>=5.0"]
 sklearn = ["scikit-learn>=1.6"]
 test = [

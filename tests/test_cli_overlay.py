@@ -78,7 +78,7 @@ def test_legend_begins_with_the_largest():
 
 
 def test_texts():
-    assert [overlay._percent(x) for x in (1, 0.12345, 0.0001)] == ["100.0 %", "12.3 %", "< 0.1 %"]
+    assert [overlay.percent(x) for x in (1, 0.12345, 0.0001)] == ["100.0 %", "12.3 %", "< 0.1 %"]
     font = overlay.ImageFont.truetype(overlay._FONT, 13)
     assert overlay._shortened("sky", font, 100) == "sky"
     short = overlay._shortened("a very long name of a class", font, 100)

@@ -17,13 +17,13 @@ from .lof_picture import draw_scores, outline
 _SIDE = 720  # pixels of a large picture's longer side, at least
 _SMALL_SIDE = 240  # of one among the variants, at most
 _WITH_SCALE = 1.12  # width of the heat map with its scale, of that without
-_GREY = "#71717a"  # readable on light and on dark
+_GREY = "#808080"  # readable on light and on dark
 _DPI = 150
 
 STYLE = """
 .sc { display: grid; gap: 1.75rem; }
 .sc h3 { margin: 0 0 .5rem; font-size: 1rem; font-weight: 600; }
-.sc p { margin: 0 0 .75rem; color: var(--neutral-500); font-size: .875rem; }
+.sc p, .sc p { margin: 0 0 .75rem; font-size: .875rem; }
 .sc img { display: block; width: 100%; margin: 0; border-radius: 6px; }
 .sc-top { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 .sc-top section { flex: 1 0 260px; }
@@ -33,7 +33,6 @@ STYLE = """
   list-style: none; font-size: .875rem; max-height: 9rem; overflow-y: auto; }
 .sc-legend li { display: flex; align-items: center; gap: .4rem; margin: 0; }
 .sc-legend i { width: .8rem; height: .8rem; border-radius: 3px; }
-.sc-legend span, .sc-variants span { color: var(--neutral-500); }
 .sc-variants { display: grid; gap: 1rem .7rem;
   grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
 .sc-variants figure { margin: 0; }
@@ -108,8 +107,8 @@ def _variants(result: Result) -> str:
     figures = "".join(_variant(result.photo, variant) for variant in result.variants)
     return (
         "<section><h3>What each stage changes</h3>"
-        "<p>Classes above; below, the first three principal components of the features as colours. "
-        "The share is of the pixels that get another class.</p>"
+        "<p>Above the classes, below the features (principal components as colours). "
+        "Changed: pixels that get another class.</p>"
         f'<div class="sc-variants">{figures}</div></section>'
     )
 

@@ -46,7 +46,7 @@ _HINT = "Drop a photo, type what may be in it, and press Segment."
 _STYLE = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
 .sc-title h1 { font-size: 1.4rem; margin: 0; }
-.sc-title p { margin: 0; color: var(--neutral-500); }
+.sc-title p { margin: 0; opacity: 0.65; }
 """
 
 
