@@ -10,12 +10,8 @@ from typing import NoReturn
 from . import app, eval, lof, segment
 from .common import CommandError, out_of_memory
 
-_COMMANDS = (
-    segment,
-    eval,
-    lof,
-    app,
-)  # each: add(commands), run(args); what is heavy they import in run
+# Each: add(commands), run(args); what is heavy they import in run.
+_COMMANDS = (segment, eval, lof, app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

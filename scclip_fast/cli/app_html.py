@@ -23,7 +23,9 @@ _DPI = 150
 STYLE = """
 .sc { display: grid; gap: 1.75rem; }
 .sc h3 { margin: 0 0 .5rem; font-size: 1rem; font-weight: 600; }
-.sc p, .sc p { margin: 0 0 .75rem; font-size: .875rem; }
+.sc p { margin: 0 0 .75rem; font-size: .875rem; }
+.sc p, .sc-legend span, .sc-variants span {
+  color: color-mix(in srgb, currentColor 65%, transparent); }
 .sc img { display: block; width: 100%; margin: 0; border-radius: 6px; }
 .sc-top { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 .sc-top section { flex: 1 0 260px; }

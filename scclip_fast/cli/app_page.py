@@ -19,7 +19,8 @@ from ..clip import SCCLIPConfig
 from ..scenes.draw import scene
 from . import app_html
 from .app_result import Explorer
-from .common import SWITCHES, CommandError, class_entries, out_of_memory, read_photo
+from .common import SWITCHES, CommandError, out_of_memory, read_photo
+from .segment import class_entries
 from .segment_images import EXAMPLE
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded
@@ -32,15 +33,7 @@ _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "alpha": ("α · content share", 0, 1, 0.01),
 }
 # Of the system: the default fonts would be fetched from the network.
-_FONT = [
-    "system-ui",
-    "-apple-system",
-    "Segoe UI",
-    "Roboto",
-    "Helvetica Neue",
-    "Arial",
-    "sans-serif",
-]
+_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Arial", "sans-serif"]
 _MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 _HINT = "Drop a photo, type what may be in it, and press Segment."
 _STYLE = """

@@ -182,27 +182,6 @@ def device(name: str) -> torch.device:
     return device
 
 
-def class_entries(entries: list[list[str]], source: str) -> list[str]:
-    """A string a class, its synonyms after commas, as Segmenter takes them.
-
-    Args:
-        entries: the names of each class.
-        source: where they were given, for errors.
-
-    Raises:
-        CommandError: an empty or repeated name, or more classes than a palette has colours.
-    """
-    entries = [[name.strip() for name in entry] for entry in entries]
-    if not entries or not all(all(entry) for entry in entries):
-        raise CommandError(f"{source} has an empty name")
-    names = [entry[0] for entry in entries]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
-    if len(names) > 256:
-        raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most 256")
-    return [", ".join(entry) for entry in entries]
-
-
 def read_photo(path: Path, max_pixels: int | None = None) -> Image:
     """A picture file as RGB, upright, or CommandError; one of more pixels is not decoded."""
     from PIL import Image, ImageOps
@@ -211,7 +190,7 @@ def read_photo(path: Path, max_pixels: int | None = None) -> Image:
         with Image.open(path) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 size = f"{image.width:,} × {image.height:,}"
-                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million fit")
+                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million are taken")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.UnidentifiedImageError:
         reason = "not an image, or a damaged one"

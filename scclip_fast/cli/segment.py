@@ -125,7 +125,28 @@ def _classes(args: argparse.Namespace) -> list[str]:
     else:
         option = str(args.classes_file)
         entries = [line.split(",") for line in _lines(args.classes_file) if line.strip()]
-    return common.class_entries(entries, option)
+    return class_entries(entries, option)
+
+
+def class_entries(entries: list[list[str]], source: str) -> list[str]:
+    """A string a class, its synonyms after commas, as Segmenter takes them.
+
+    Args:
+        entries: the names of each class.
+        source: where they were given, for errors.
+
+    Raises:
+        CommandError: an empty or repeated name, or more classes than a palette has colours.
+    """
+    entries = [[name.strip() for name in entry] for entry in entries]
+    if not entries or not all(all(entry) for entry in entries):
+        raise CommandError(f"{source} has an empty name")
+    names = [entry[0] for entry in entries]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
+    if len(names) > 256:
+        raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most 256")
+    return [", ".join(entry) for entry in entries]
 
 
 def _lines(path: Path) -> list[str]:
