@@ -32,7 +32,7 @@ _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "gamma": ("γ · content sharpness", 0, 20, 0.1),
     "alpha": ("α · content share", 0, 1, 0.01),
 }
-# Of the system: the default fonts would be fetched from the network.
+# The system's, which nothing has to fetch.
 _FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Arial", "sans-serif"]
 _MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 _HINT = "Drop a photo, type what may be in it, and press Segment."
