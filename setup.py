@@ -5,9 +5,11 @@ from setuptools import setup
 clip = ["open_clip_torch>=3.0", "numpy", "pillow", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
+app = [*demo, "gradio>=6.31"]
 sam3 = ["transformers>=5.0"]
 sklearn = ["scikit-learn>=1.6"]
 test = [
+    *app,
     *demo,
     *evaluation,
     *sklearn,
@@ -15,6 +17,7 @@ test = [
     "pytest>=8",
     "pytest-benchmark",
     "pytest-xdist",
+    "selenium>=4",
     "setuptools>=77",
     # The extra brings a version of Hugging Face's `kernels` that this transformers accepts.
     # Older than 5.10, it takes the folder `kernels/` for that package and trips on its version.
@@ -51,6 +54,7 @@ setup(
     },
     install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
     extras_require={
+        "app": app,
         "clip": clip,
         "eval": evaluation,
         "demo": demo,

@@ -1,12 +1,15 @@
 """Runs of `scclip-fast` in this process, on a tiny CLIP with random weights."""
 
+import base64
+import io
 import json
+import re
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from scclip_fast import cli
@@ -31,7 +34,7 @@ def save_tiny(folder: Path, **changed: int) -> str:
 
 def run(*words) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `scclip-fast WORDS`."""
-    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+    with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
         try:
             code = cli.main([str(word) for word in words])
         except SystemExit as exit:  # of argparse
@@ -49,3 +52,9 @@ def segment(*words, model: str, classes: str | None) -> tuple[int, str, str]:
 def written(folder: Path) -> list[str]:
     """The names of the files in a folder."""
     return sorted(path.name for path in folder.iterdir())
+
+
+def pictures(html: str) -> dict[str, Image.Image]:
+    """Those in the HTML of `scclip-fast app`, by their alternative text."""
+    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', html)
+    return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in found}

@@ -39,7 +39,7 @@ def test_legend_and_photo_stand_apart(size, count):
     photo = Image.fromarray(scene("train", 0, (200, 600)).image[:height, :width])
     pixels = np.asarray(overlay.draw(photo, labels, list(CLASSES)))
     em = 13  # of small photos
-    blended = np.asarray(overlay._blend(photo, labels))
+    blended = np.asarray(overlay.blend(photo, labels))
     np.testing.assert_array_equal(pixels[em : em + height, em : em + width], blended)
     half = em // 2
     rest = pixels.copy()
@@ -55,7 +55,7 @@ def test_classes_are_told_apart():
     photo = Image.new("RGB", (90, 60), (120, 120, 120))
     labels = np.zeros((60, 90), np.uint8)
     labels[:, 50:] = 1
-    blended = np.asarray(overlay._blend(photo, labels)).astype(int)
+    blended = np.asarray(overlay.blend(photo, labels)).astype(int)
     assert (blended[:, 20:40] == blended[0, 20]).all() and (blended[:, 60:] == blended[0, 60]).all()
     assert abs(blended[0, 20] - blended[0, 60]).max() > 50
     line = blended.min(axis=2)
@@ -78,7 +78,7 @@ def test_legend_begins_with_the_largest():
 
 
 def test_texts():
-    assert [overlay._percent(x) for x in (1, 0.12345, 0.0001)] == ["100.0 %", "12.3 %", "< 0.1 %"]
+    assert [overlay.percent(x) for x in (1, 0.12345, 0.0001)] == ["100.0 %", "12.3 %", "< 0.1 %"]
     font = overlay.ImageFont.truetype(overlay._FONT, 13)
     assert overlay._shortened("sky", font, 100) == "sky"
     short = overlay._shortened("a very long name of a class", font, 100)
@@ -100,7 +100,7 @@ def test_compare(sought):
         pixels[3 * em : 3 * em + 60, left : left + 90] for left in range(em, 4 * (90 + em), 90 + em)
     ]
     for panel, labels in zip(panels[sought:], (before, after), strict=False):
-        np.testing.assert_array_equal(panel, np.asarray(overlay._blend(photo, labels)))
+        np.testing.assert_array_equal(panel, np.asarray(overlay.blend(photo, labels)))
     if sought:
         marked = (panels[0] == np.asarray(overlay._muted(photo))).all(axis=2)
         assert marked.sum() == 60 * 90 - 20 * 30 and not marked[20:40, 60:].any()

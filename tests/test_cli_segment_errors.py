@@ -131,5 +131,5 @@ def test_help_loads_no_model_library():
     code = "import sys, scclip_fast.cli; print(*sys.modules, sep='\\n')"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "scclip_fast.cli.segment" in loaded.stdout.splitlines()
-    heavy = {"open_clip", "matplotlib", "PIL", "torchmetrics", "sklearn"}
+    heavy = {"open_clip", "matplotlib", "PIL", "torchmetrics", "sklearn", "gradio"}
     assert not heavy & set(loaded.stdout.splitlines())

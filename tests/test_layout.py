@@ -104,7 +104,7 @@ print(find_spec("kernels"))
 
 
 OPTIONAL = (
-    *("matplotlib", "numpy", "open_clip_torch", "pillow", "scikit-learn", "torchmetrics"),
+    *("gradio", "matplotlib", "numpy", "open_clip_torch", "pillow", "scikit-learn", "torchmetrics"),
     *("torchvision", "tqdm", "transformers", "triton"),
 )
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..extras import advice
-from . import eval, lof, segment
+from . import app, eval, lof, segment
 from .common import CommandError, out_of_memory
 
-_COMMANDS = (segment, eval, lof)  # each: add(commands), run(args); what is heavy they import in run
+# Each: add(commands), run(args); what is heavy they import in run.
+_COMMANDS = (segment, eval, lof, app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

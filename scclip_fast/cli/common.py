@@ -88,14 +88,28 @@ def add_command(
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --pretrained, --method, --no-STAGE, --precision, --device, for `load_encoder`."""
+    add_model(
+        parser,
+        default="ViT-B-16-quickgelu",
+        note="; segment also takes facebook/sam3, which it calibrates, or the folder of a download",
+    )
+    add = parser.add_argument
+    what = "what becomes of the patch features"
+    add("--method", choices=METHODS, default="scclip", help=what, **CLIP)
+    switched_off = dict(nargs=0, default=True, const=False, **CLIP)
+    for switch, meaning in SWITCHES.items():
+        add(_option(switch), dest=switch, help=f"of scclip: {meaning}", **switched_off)
+
+
+def add_model(parser: argparse.ArgumentParser, default: str, note: str = "") -> None:
+    """--model, --pretrained, --precision, --device, for `load_encoder`."""
     parser.set_defaults(only_for={})
     add = parser.add_argument
+    scenes = "scenes: the small one that comes with this package, for drawn scenes only"
     add(
         "--model",
-        default="ViT-B-16-quickgelu",
-        help="open_clip's name of a vision transformer, or scenes: the small one that comes with "
-        "this package, for drawn scenes only; segment also takes facebook/sam3, which it "
-        "calibrates, or the folder of a download",
+        default=default,
+        help=f"open_clip's name of a vision transformer, or {scenes}{note}",
     )
     add(
         "--pretrained",
@@ -104,11 +118,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="open_clip's name of the weights; scenes, hf-hub:... and local-dir:... bring theirs",
         **CLIP,
     )
-    what = "what becomes of the patch features"
-    add("--method", choices=METHODS, default="scclip", help=what, **CLIP)
-    switched_off = dict(nargs=0, default=True, const=False, **CLIP)
-    for switch, meaning in SWITCHES.items():
-        add(_option(switch), dest=switch, help=f"of scclip: {meaning}", **switched_off)
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
     add_device(parser)
 
@@ -188,12 +197,15 @@ def device(name: str) -> torch.device:
     return device
 
 
-def read_photo(path: Path) -> Image:
-    """A picture file as RGB, upright, or CommandError."""
+def read_photo(path: Path, max_pixels: int | None = None) -> Image:
+    """A picture file as RGB, upright, or CommandError; one of more pixels is not decoded."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                size = f"{image.width:,} × {image.height:,}"
+                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million are taken")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Image.UnidentifiedImageError:
         reason = "not an image, or a damaged one"

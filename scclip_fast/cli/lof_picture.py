@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
@@ -47,21 +46,26 @@ def draw(comparisons: list[Comparison], heading: str, path: Path) -> None:
 def _draw_row(row: Iterable[Axes], comparison: Comparison) -> None:
     photo, scores, before, after = row
     mask = comparison.mask.cpu().unflatten(0, comparison.grid)
-    colours_before, colours_after = _colours(comparison)
+    raw, grid = comparison.tokens, comparison.grid
+    repaired = repair(raw, comparison.mask, grid)
+    colours_before, colours_after = (
+        colours.unflatten(0, grid).cpu().numpy()
+        for colours in pca_colours([raw, repaired], repaired)
+    )
     photo.imshow(comparison.photo.numpy())
     size, outliers = comparison.size, int(mask.sum())
     label = f"{size} × {size} pixels\n{mask.numel():,} tokens, {outliers:,} outliers"
     photo.set_ylabel(label, fontsize=11.5, labelpad=10, linespacing=1.4)
-    _draw_scores(scores, comparison.scores.cpu().unflatten(0, comparison.grid))
+    draw_scores(scores, comparison.scores.cpu().unflatten(0, comparison.grid))
     before.imshow(colours_before, interpolation="nearest")
-    before.add_collection(_outline(mask))
+    before.add_collection(outline(mask))
     after.imshow(colours_after, interpolation="nearest")
     for axes in row:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
 
 
-def _draw_scores(axes: Axes, scores: Tensor) -> None:
+def draw_scores(axes: Axes, scores: Tensor) -> None:
     """scores (H, W), logarithmic as LOF is a ratio, from the 1st to the 99th percentile."""
     low, high = torch.quantile(scores[scores.isfinite()], torch.tensor([0.01, 0.99])).tolist()
     norm = LogNorm(low, max(high, low * 1.01), clip=True)
@@ -74,27 +78,22 @@ def _draw_scores(axes: Axes, scores: Tensor) -> None:
     bar.outline.set_visible(False)
 
 
-def _colours(comparison: Comparison) -> tuple[np.ndarray, np.ndarray]:
-    """The first three principal components as RGB (H, W, 3), before and after repair.
+def pca_colours(features: Sequence[Tensor], basis: Tensor) -> list[Tensor]:
+    """The first three principal components of features (N, D) each, as RGB (N, 3) in [0, 1].
 
-    Components and colour range are those of the repaired features: with those of the raw ones, a
-    few outliers would take all the contrast.
+    Components and colour range are those of `basis` (N, D): repaired features, as with those of raw
+    ones a few outliers would take all the contrast.
     """
-    raw = comparison.tokens
-    repaired = repair(raw, comparison.mask, comparison.grid)
-    mean = repaired.mean(dim=0)
-    centred = (repaired - mean).double()
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1).to(raw.dtype)
+    mean = basis.mean(dim=0)
+    centred = (basis - mean).double()
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1).to(basis.dtype)
     axes = axes * axes.sum(dim=0).sign()  # eigh leaves the sign open
-    images = [(features - mean) @ axes for features in (raw, repaired)]
-    low, high = (images[1].quantile(share, dim=0) for share in (0.02, 0.98))
-    return tuple(
-        ((image - low) / (high - low)).clamp(0, 1).unflatten(0, comparison.grid).cpu().numpy()
-        for image in images
-    )
+    low, high = ((basis - mean) @ axes).quantile(torch.tensor([0.02, 0.98]).to(basis), dim=0)
+    width = (high - low).clamp(min=torch.finfo(low.dtype).tiny)  # a plain picture has none
+    return [(((tokens - mean) @ axes - low) / width).clamp(0, 1) for tokens in features]
 
 
-def _outline(mask: Tensor) -> LineCollection:
+def outline(mask: Tensor, color: str = "black") -> LineCollection:
     """The borders between outliers and the rest, for a mask (H, W) drawn by imshow."""
     padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
     lines = []
@@ -102,4 +101,4 @@ def _outline(mask: Tensor) -> LineCollection:
         lines.append([(x - 0.5, y - 0.5), (x + 0.5, y - 0.5)])
     for y, x in (padded[:, 1:] != padded[:, :-1])[1:-1].nonzero().tolist():
         lines.append([(x - 0.5, y - 0.5), (x - 0.5, y + 0.5)])
-    return LineCollection(lines, colors="black", linewidths=1.2)
+    return LineCollection(lines, colors=color, linewidths=1.2)

@@ -63,7 +63,7 @@ def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Imag
         names: of the classes.
     """
     small = _fitted(photo, LONG_SIDE)
-    blended = _blend(small, _resized(labels, small.size))
+    blended = blend(small, _resized(labels, small.size))
     return _with_legend(blended, _font(small), names, labels)
 
 
@@ -84,7 +84,7 @@ def compare(
     """
     small = _fitted(photo, LONG_SIDE // 2)
     masks = {"frozen": before, "calibrated": after}
-    panels = {name: _blend(small, _resized(mask, small.size)) for name, mask in masks.items()}
+    panels = {name: blend(small, _resized(mask, small.size)) for name, mask in masks.items()}
     if outliers is not None:
         title = f"outliers: {outliers.sum()} of {outliers.size} tokens"
         panels = {title: _marked(small, _resized(outliers, small.size))} | panels
@@ -110,17 +110,23 @@ def _font(photo: Image.Image) -> ImageFont.FreeTypeFont:
 def _with_legend(
     picture: Image.Image, font: ImageFont.FreeTypeFont, names: list[str], *labels: np.ndarray
 ) -> Image.Image:
-    """The legend tells the share of each class in each of the labels (H, W)."""
-    counts = np.array([np.bincount(mask.ravel(), minlength=len(names)) for mask in labels])
-    total = counts.sum(axis=0)
-    found = [int(index) for index in np.argsort(-total, kind="stable") if total[index]]
-    shares = [" → ".join(map(_percent, counts[:, index] / labels[0].size)) for index in found]
+    """The legend tells the share of each class in each of the labels."""
+    found = ranked(*labels)
+    shares = [" → ".join(map(percent, each)) for each in found.values()]
     legend = _Legend(font, [names[index] for index in found], shares)
     place = legend.place(picture.size)
     canvas = Image.new("RGB", place.canvas, "white")
     canvas.paste(picture, (font.size, font.size))
-    legend.draw(canvas, place, [tuple(color) for color in palette()[found].tolist()])
+    legend.draw(canvas, place, [tuple(color) for color in palette()[[*found]].tolist()])
     return canvas
+
+
+def ranked(*labels: np.ndarray) -> dict[int, list[float]]:
+    """The classes in all labels (H, W), uint8, the largest first, and the share in each of them."""
+    counts = np.array([np.bincount(mask.ravel(), minlength=MAX_CLASSES) for mask in labels])
+    total = counts.sum(axis=0)
+    found = (int(index) for index in np.argsort(-total, kind="stable") if total[index])
+    return {index: (counts[:, index] / labels[0].size).tolist() for index in found}
 
 
 def _row(panels: dict[str, Image.Image], font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -145,7 +151,8 @@ def _muted(photo: Image.Image) -> Image.Image:
     return Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
 
 
-def _blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+def blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
+    """The photo, RGB, in the colours of labels (H, W), uint8, with white lines between them."""
     colored = Image.blend(_muted(photo), Image.fromarray(palette()[labels]), _OPACITY)
     width = max(1, round(math.sqrt(labels.size) / 450))
     colored.paste((255, 255, 255), mask=_outlines(labels, width))
@@ -225,7 +232,8 @@ def _shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     return f"{name}…"
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """12.3 %."""
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
 
 

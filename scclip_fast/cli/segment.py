@@ -69,15 +69,29 @@ def _classes(args: argparse.Namespace) -> list[str]:
     else:
         option = str(args.classes_file)
         entries = [line.split(",") for line in _lines(args.classes_file) if line.strip()]
+    most = 255 if common.is_sam3(args.model) else 256  # the background of a SAM3 is one more
+    return class_entries(entries, option, most)
+
+
+def class_entries(entries: list[list[str]], source: str, most: int = 256) -> list[str]:
+    """A string a class, its synonyms after commas, as Segmenter takes them.
+
+    Args:
+        entries: the names of each class.
+        source: where they were given, for errors.
+        most: so many classes, as many as a palette has colours.
+
+    Raises:
+        CommandError: an empty or repeated name, or more than `most` classes.
+    """
     entries = [[name.strip() for name in entry] for entry in entries]
     if not entries or not all(all(entry) for entry in entries):
-        raise CommandError(f"{option} has an empty name")
+        raise CommandError(f"{source} has an empty name")
     names = [entry[0] for entry in entries]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise CommandError(f"{option} names {', '.join(repeated)} more than once")
-    most = 255 if common.is_sam3(args.model) else 256  # the background of a SAM3 is one more
+        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
     if len(names) > most:
-        raise CommandError(f"{option} has {len(names)} classes; a palette PNG holds at most {most}")
+        raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most {most}")
     return [", ".join(entry) for entry in entries]
 
 

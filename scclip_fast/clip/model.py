@@ -82,10 +82,20 @@ class SCCLIP(nn.Module):
             TypeError: not a floating tensor.
             ValueError: not (B, 3, H, W).
         """
+        layers, grid = self.layers(images)
         tower = self.tower
-        layers, grid = tower.layers(self._whole_patches(images))
         dense = METHODS[self.method](tower, layers, grid, self.config)
         return tower.project(dense).unflatten(1, grid)
+
+    def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """What all blocks but the last make of images (B, 3, H, W), and the grid (h, w).
+
+        Neither the method nor the configuration has a part in it; see `encode_dense`.
+
+        Returns:
+            (B, 1 + h w, D) of each block, the class token first.
+        """
+        return self.tower.layers(self._whole_patches(images))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)

@@ -1,0 +1,53 @@
+"""`scclip-fast app`: a local web page that segments a photo and shows what each stage changes."""
+
+from __future__ import annotations
+
+import argparse
+
+from . import common
+from .common import CommandError
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """The parser of `scclip-fast app`."""
+    parser = common.add_command(
+        commands,
+        "app",
+        "open a local web page: drop a photo, type classes, see what each stage changes",
+        run,
+        usage="%(prog)s [options]",
+        extra="app",
+        smaller="a smaller --model",
+    )
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the network in")
+    add("--port", type=common.positive, default=7860, help="to listen at")
+    add(
+        "--max-upload",
+        metavar="MB",
+        type=common.positive,
+        default=20,
+        help="largest photo, in megabytes",
+    )
+    add(
+        "--short-side",
+        metavar="PIXELS",
+        type=common.positive,
+        default=224,
+        help="of a photo, as the model sees it",
+    )
+    common.add_model(parser, default="scenes")
+    # What `load_encoder` reads too; here the page decides.
+    parser.set_defaults(method="scclip", **dict.fromkeys(common.SWITCHES, True))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the model and serve the page until Ctrl+C."""
+    if args.port > 65535:
+        raise CommandError(f"--port must be at most 65535, got {args.port}")
+    from . import app_page
+
+    encoder, tokenizer = common.load_encoder(args)
+    from .app_result import Explorer
+
+    app_page.serve(Explorer(encoder, tokenizer, args.short_side), args)

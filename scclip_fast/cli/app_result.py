@@ -1,0 +1,149 @@
+"""What the page of `scclip-fast app` shows: classes, outliers, and what each stage changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..clip import SCCLIP, SCCLIPConfig
+from ..ops import lof_scores, outlier_mask
+from ..segment import Segmenter
+from .common import SWITCHES
+from .lof_picture import pca_colours
+
+LONG_SIDE = 1024  # pixels; larger photos are made smaller first: a page shows no more
+_CLASS_LISTS = 8  # whose text features are kept
+
+
+class Variant(NamedTuple):
+    """SC-CLIP as it is set, or with one thing changed."""
+
+    name: str
+    labels: np.ndarray  # (H, W), uint8, of the photo's size
+    colours: np.ndarray  # (h, w, 3), uint8: the features of the patches, see `pca_colours`
+    changed: float  # share of the pixels of another class than in SC-CLIP as it is set
+
+
+class Result(NamedTuple):
+    """All that is to be seen of a photo."""
+
+    photo: Image.Image
+    names: list[str]  # of the classes
+    variants: list[Variant]  # SC-CLIP as it is set comes first
+    scores: Tensor | None  # (h, w); None where there are too few patches for so many neighbours
+    outliers: Tensor | None  # bool (h, w)
+
+
+class _Encoder(SCCLIP):
+    """Remembers what its blocks made of the last image, and its features.
+
+    The variants differ in the last block alone, so that they, and whoever moves a slider, wait for
+    one pass through the other blocks and no more.
+    """
+
+    images: Tensor | None = None
+
+    def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        if self.images is None or not torch.equal(images, self.images):
+            self.last, self.images = super().layers(images), images
+        return self.last
+
+    def encode_dense(self, images: Tensor) -> Tensor:
+        self.features = super().encode_dense(images)
+        return self.features
+
+
+class Explorer:
+    """Photos, class names and settings to results, one at a time.
+
+    Args:
+        encoder: the model; what it is set to does not matter.
+        tokenizer: its tokenizer.
+        short_side: pixels that the model sees of a photo's shorter side. It sees all of it at once,
+            not in windows: the outliers are then those of one picture.
+    """
+
+    def __init__(self, encoder: SCCLIP, tokenizer: Callable, short_side: int) -> None:
+        self._encoder = _Encoder(encoder.model)
+        self._lock = Lock()
+
+        make = partial(Segmenter, self._encoder, tokenizer, slide_crop=None, short_side=short_side)
+        self._segmenter = lru_cache(_CLASS_LISTS)(make)
+
+    @property
+    def config(self) -> SCCLIPConfig:
+        """The settings published for the model's depth, to start from."""
+        return SCCLIPConfig.for_depth(len(self._encoder.tower.blocks))
+
+    @torch.inference_mode()
+    def explore(self, photo: Image.Image, classes: list[str], config: SCCLIPConfig) -> Result:
+        """Segment a photo by SC-CLIP as `config` says, by plain CLIP, and with each stage switched.
+
+        Args:
+            photo: RGB.
+            classes: see `Segmenter`.
+            config: for this model.
+
+        Raises:
+            ValueError: a setting out of its range.
+        """
+        config.check(len(self._encoder.tower.blocks))
+        photo = photo.copy()
+        photo.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
+        with self._lock:
+            segmenter = self._segmenter(tuple(classes))
+            found = [
+                (name, *self._segment(segmenter, photo, method, changed))
+                for name, method, changed in _variants(config)
+            ]
+            scores, outliers = self._outliers(config)
+        _, first, features = found[0]
+        tokens = [features.flatten(0, 1) for _, _, features in found]
+        variants = [
+            Variant(
+                name,
+                labels,
+                (255 * colours).round().byte().unflatten(0, features.shape[:2]).cpu().numpy(),
+                (labels != first).mean().item(),
+            )
+            for (name, labels, _), colours in zip(
+                found, pca_colours(tokens, tokens[0]), strict=True
+            )
+        ]
+        return Result(photo, segmenter.classes, variants, scores, outliers)
+
+    def _segment(
+        self, segmenter: Segmenter, photo: Image.Image, method: str, config: SCCLIPConfig
+    ) -> tuple[np.ndarray, Tensor]:
+        """Labels (H, W), uint8, and features (h, w, E), float32."""
+        self._encoder.method, self._encoder.config = method, config
+        labels = segmenter(photo).to(torch.uint8).numpy()
+        return labels, self._encoder.features[0].float()
+
+    def _outliers(self, config: SCCLIPConfig) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Scores and outliers (h, w) of the last photo, as SC-CLIP finds them."""
+        layers, grid = self._encoder.last
+        patches = layers[-1][:, 1:]
+        if patches.shape[1] <= config.outlier_n_neighbors:
+            return None, None
+        scores = lof_scores(patches, config.outlier_n_neighbors)
+        mask = outlier_mask(scores, config.outlier_contamination)
+        return scores[0].unflatten(0, grid).float().cpu(), mask[0].unflatten(0, grid).cpu()
+
+
+def _variants(config: SCCLIPConfig) -> Iterator[tuple[str, str, SCCLIPConfig]]:
+    """Name, method and configuration."""
+    yield "SC-CLIP", "scclip", config
+    yield "plain CLIP", "clip", config
+    for stage in SWITCHES:
+        on = getattr(config, stage)
+        name = f"{'without' if on else 'with'} {stage.replace('_', ' ')}"
+        yield name, "scclip", replace(config, **{stage: not on})

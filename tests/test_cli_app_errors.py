@@ -1,0 +1,202 @@
+"""What `scclip-fast app` makes of odd photos, of bad input, and of a missing package."""
+
+import re
+import socket
+import struct
+import sys
+import zlib
+
+import numpy as np
+import pytest
+import tiny_clip
+import torch
+from cli_runs import pictures, run
+from PIL import Image
+
+from scclip_fast import cli
+from scclip_fast.cli import app_page
+from scclip_fast.cli.app_result import Explorer
+from scclip_fast.cli.common import SWITCHES
+from scclip_fast.clip import SCCLIP
+
+SIDE = 48  # 12 x 12 patches
+CLASSES = ["sky", "tree, bush", "sand"]
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return Explorer(SCCLIP(tiny_clip.tiny_clip()), tiny_clip.tokenizer(), SIDE)
+
+
+@pytest.fixture
+def photo():
+    return Image.fromarray(tiny_clip.photo(50, 70).numpy())
+
+
+@pytest.fixture
+def respond(explorer, tmp_path):
+    """What the page shows for a file in its folder, and settings other than its first ones."""
+    answer = app_page.responder(explorer, tmp_path)
+
+    def respond(
+        name="photo.png", classes="sky, tree|bush, sand", stages=tuple(SWITCHES), **changed
+    ):
+        settings = {name: getattr(explorer.config, name) for name in app_page._SLIDERS} | changed
+        path = None if name is None else str(tmp_path / name)
+        return answer(path, classes, list(stages), *settings.values())
+
+    return respond
+
+
+def error(html):
+    (text,) = re.fullmatch(r'<div class="sc-error" role="alert">(.*)</div>', html).groups()
+    return text
+
+
+def noise(*size, mode="RGB"):
+    rng = np.random.default_rng(0)
+    shape = size[::-1] + {"RGB": (3,), "RGBA": (4,), "L": ()}[mode]
+    return Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode)
+
+
+ODD = {
+    "grey": noise(40, 30, mode="L"),
+    "alpha": noise(40, 30, mode="RGBA"),
+    "one pixel": noise(1, 1),
+    "plain": Image.new("RGB", (40, 30), "teal"),
+    "strip": noise(12, 2),
+    "palette": noise(40, 30).convert("P"),
+}
+
+
+@pytest.mark.parametrize("image", ODD.values(), ids=ODD.keys())
+def test_odd_photos(respond, explorer, image, tmp_path):
+    image.save(tmp_path / "photo.png")
+    html = respond()
+    seen = explorer.explore(image.convert("RGB"), CLASSES, explorer.config)
+    assert html == app_page.app_html.page(seen)
+    assert "sc-error" not in html and len(pictures(html)) >= 15
+
+
+def test_photos_are_turned_upright_and_made_smaller(respond, tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees
+    noise(1536, 512).save(tmp_path / "turned.jpg", exif=exif)
+    segmentation = next(iter(pictures(respond("turned.jpg")).values()))
+    assert segmentation.size == (341, 1024)
+
+
+def test_too_few_patches(respond, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    html = respond(outlier_n_neighbors=204)
+    assert "Of 12 × 17 patches, none has that many neighbours" in html
+    assert len(pictures(html)) == 15
+
+
+def png(width, height):
+    """The beginning of a PNG file of that size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+FILES = {
+    "text": (b"hello", "cannot read the photo x.png: not an image, or a damaged one"),
+    "empty": (b"", "not an image, or a damaged one"),
+    "cut": (png(40, 30), "cannot read the photo x.png: "),
+    "bomb": (png(60_000, 60_000), "exceeds limit of"),
+    "large": (png(10_000, 8_000), "10,000 × 8,000 pixels; at most 50 million are taken"),
+}
+
+
+@pytest.mark.parametrize(("content", "expected"), FILES.values(), ids=FILES.keys())
+def test_files_that_are_no_photos(respond, content, expected, tmp_path):
+    (tmp_path / "x.png").write_bytes(content)
+    text = error(respond("x.png"))
+    assert expected in text
+    assert str(tmp_path) not in text
+
+
+BAD = {
+    "no photo": (dict(name=None), "Drop a photo first."),
+    "no classes": (dict(classes=" ,\n"), "Type at least one class"),
+    "no synonym": (dict(classes="sky, tree|"), "The list of classes has an empty name"),
+    "twice": (dict(classes="sky, tree, sky"), "The list of classes names sky more than once"),
+    "many": (dict(classes=",".join(map(str, range(257)))), "has 257 classes"),
+    "contamination": (
+        dict(outlier_contamination=0.7),
+        "contamination must be in (0, 0.5], got 0.7",
+    ),
+    "k": (dict(outlier_n_neighbors=0), "outlier_n_neighbors must be at least 1, got 0"),
+    "nan": (dict(beta=float("nan")), "beta must be a finite number"),
+    "elsewhere": (dict(name="../x.png"), "x.png is none of the photos that came through this page"),
+}
+
+
+@pytest.mark.parametrize(("changed", "expected"), BAD.values(), ids=BAD.keys())
+def test_errors_are_messages(respond, changed, expected, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    photo.save(tmp_path.parent / "x.png")
+    assert expected in error(respond(**changed))
+
+
+def test_unexpected_errors_are_in_the_terminal(
+    respond, explorer, photo, tmp_path, monkeypatch, capsys
+):
+    photo.save(tmp_path / "photo.png")
+    for problem, expected in (
+        (RuntimeError("secret"), "Something went wrong; the terminal says what."),
+        (torch.OutOfMemoryError("CUDA"), "Out of memory; try a smaller photo or fewer classes."),
+    ):
+        monkeypatch.setattr(
+            explorer, "explore", lambda *_, problem=problem: (_ for _ in ()).throw(problem)
+        )
+        assert error(respond()) == expected
+    assert capsys.readouterr().err.count("RuntimeError: secret") == 1
+
+
+def test_names_are_no_html(respond, photo, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    html = respond(classes='<img src=x onerror="alert(1)">')
+    assert "<img src=x" not in html
+    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; <span>100.0 %" in html
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Gradio's socket
+def test_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, stderr = run("app", "--device", "cpu", "--port", port)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert f"cannot listen at 127.0.0.1:{port}: in use by another" in stderr
+
+
+ERRORS = {
+    "port": (("--port", "70000"), "--port must be at most 65535, got 70000"),
+    "no port": (("--port", "0"), "--port: must be a whole number above 0"),
+    "upload": (("--max-upload", "0"), "--max-upload: must be a whole number above 0"),
+    "model": (("--model", "ViT-X"), "unknown model 'ViT-X'"),
+    "device": (("--device", "tpu"), "--device must be cpu, cuda"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_error_is_one_line(words, message):
+    code, _, stderr = run("app", *words)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert stderr.startswith("scclip-fast app: error: ")
+    assert message in stderr
+
+
+def test_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "scclip_fast.cli.app_page")
+    monkeypatch.delattr(cli, "app_page")
+    code, _, stderr = run("app")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert 'needs the package gradio: pip install "scclip_fast[app]"' in stderr
