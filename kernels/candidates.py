@@ -36,18 +36,14 @@ def _keep(key, tile, nearest, second, third):
     """Into the three smallest of each bin [BLOCK_M, 64] the keys of a tile of 64 columns."""
     key = key | tile
     farther = tl.maximum(nearest, key)
-    nearest = tl.minimum(nearest, key)
     farthest = tl.maximum(second, farther)
-    second = tl.minimum(second, farther)
-    third = tl.minimum(third, farthest)
-    return nearest, second, third
+    return tl.minimum(nearest, key), tl.minimum(second, farther), tl.minimum(third, farthest)
 
 
 @triton.jit
 def _halves(key):
-    rows: tl.constexpr = key.shape[0]
-    columns: tl.constexpr = key.shape[1]
-    return tl.split(tl.permute(tl.reshape(key, [rows, 2, columns // 2]), [0, 2, 1]))
+    pairs = tl.reshape(key, [key.shape[0], 2, key.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
 
 
 @triton.jit

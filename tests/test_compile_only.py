@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 AOT = Path(__file__).with_name("aot.py")
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 TARGETS = ["sm_80", "sm_90", "sm_100"]
-if not version("triton").startswith("3.4"):  # which leaves linking for AMD to an installed ROCm
+if TRITON > (3, 4):  # which leaves linking for AMD to an installed ROCm
     TARGETS.append("gfx942")
 
+good_code = pytest.mark.skipif(
+    TRITON < (3, 8), reason="older compilers make less of some float32 kernels"
+)
 
 WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof")
 
@@ -47,6 +51,7 @@ def test_report(rows, record_property):
     assert {row["target"] for row in rows} == set(TARGETS)
 
 
+@good_code
 @pytest.mark.parametrize("target", TARGETS)
 def test_hardly_anything_spills(rows, target):
     """Tiles are what an H200 ran fastest, some with a few registers on the stack."""
@@ -56,6 +61,7 @@ def test_hardly_anything_spills(rows, target):
     assert not [row for row in mine if row["spills"] > most or row["local"] > most]
 
 
+@good_code
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_matrix_cores(rows, target):
     mine = [row for row in rows if row["target"] == target]
