@@ -26,11 +26,11 @@ EVERYTHING = replace(Sam3CalibrationConfig(), **dict.fromkeys(STAGES, True))
 def test_memory_of_the_trunk():
     """No (N, N, D) tensor, which would be 110 GB, and no more than twice N x N."""
     config = Sam3CalibrationConfig(trunk_attention=False)
-    features = {i: torch.randn(1, TOKENS, WIDTH) for i in (7, 15, 23)}
-    features |= {i: features[15] for i in range(16, 23)}
+    tokens = torch.randn(1, TOKENS, WIDTH)
+    features = {role: torch.randn(1, TOKENS, WIDTH) for role in ("pre", "post", "levels")}
 
     def run():
-        return calibrate_trunk(features[15], features, lambda x, _: x, (72, 72), config)
+        return calibrate_trunk(tokens, features, lambda x, _: x, (72, 72), config)
 
     run()
     found = measure(run)
