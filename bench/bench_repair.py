@@ -28,9 +28,10 @@ def published(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     return repaired
 
 
+COMMON = {"scclip_fast torch": partial(sf.repair, backend="torch"), "published": published}
 PROVIDERS = {
-    "scclip_fast torch": sf.repair,  # there is no other: it is torch's pooling on every backend
-    "published": published,
+    "cpu": COMMON,
+    "cuda": {"scclip_fast triton": partial(sf.repair, backend="triton")} | COMMON,
 }
 
 
@@ -39,13 +40,11 @@ def outliers(device: str, shape: harness.Shape) -> Tensor:
     return torch.rand(shape[:2], generator=torch.Generator().manual_seed(2)).lt(0.05).to(device)
 
 
-@pytest.mark.parametrize(
-    harness.ARGUMENTS, harness.cases({"cpu": PROVIDERS, "cuda": PROVIDERS}, "float32")
-)
+@pytest.mark.parametrize(harness.ARGUMENTS, harness.cases(PROVIDERS, "float32", "float16"))
 def test_repair(device, shape, dtype, provider, race):
     side = math.isqrt(shape[1])
     inputs = harness.tokens(device, shape, dtype), outliers(device, shape), (side, side)
     race(
-        partial(PROVIDERS[provider], *inputs),
+        partial(PROVIDERS[device][provider], *inputs),
         check=lambda out: harness.assert_close(out, sf.repair(*inputs)),
     )

@@ -5,6 +5,8 @@ And for racecheck, synccheck and initcheck. It also runs each op twice: the bits
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 import scclip_fast as sf
@@ -26,6 +28,10 @@ def main() -> None:
             k = min(k, n - 1)
             check(lambda x=x, k=k: sf.knn(x, k, backend="triton"))
             check(lambda x=x, k=k: sf.lof_scores(x, k, backend="triton"))
+            part = x[:, : n // 3 * 3]
+            outliers = torch.rand(part.shape[:2], device="cuda") < 0.3
+            for tokens in (part, part.mT.contiguous().mT):
+                check(partial(sf.repair, tokens, outliers, (3, n // 3), backend="triton"))
             half = x[..., : d // 2 + 1]
             check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
             q = x.unflatten(2, (1, d)).transpose(1, 2)

@@ -21,6 +21,7 @@ from pathlib import Path
 import bench_aggregate
 import bench_attention
 import bench_lof
+import bench_repair
 import bench_sam3
 import harness
 import torch
@@ -205,6 +206,19 @@ def attention(results: list[dict]) -> None:
             results.append(entry("blended_attention", shape, dtype, name, call))
 
 
+def repair(results: list[dict]) -> None:
+    """Beside a copy of the tokens, and torch's pooling of their grid."""
+    for shape in SHAPES:
+        grid = (math.isqrt(shape[1]),) * 2
+        mask = bench_repair.outliers("cuda", shape)
+        for dtype in ("bfloat16", "float32"):
+            x = harness.tokens("cuda", shape, dtype)
+            results.append(entry("repair", shape, dtype, "floor", x.clone))
+            for name, backend in {"scclip_fast": "triton", "pooling": "torch"}.items():
+                call = partial(sf.repair, x, mask, grid, backend=backend)
+                results.append(entry("repair", shape, dtype, name, call))
+
+
 def calibration(results: list[dict]) -> None:
     """All of SC-CLIP beside the frozen tower, ViT-L/14 at 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
@@ -240,7 +254,8 @@ def ceilings() -> dict:
 
 
 PARTS = {
-    part.__name__: part for part in (neighbors, aggregation, attention, calibration, segmentation)
+    part.__name__: part
+    for part in (neighbors, aggregation, attention, repair, calibration, segmentation)
 }
 
 

@@ -29,6 +29,7 @@ from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
 from scclip_fast.kernels.panel import Operand, product_launch, weights_launch
+from scclip_fast.kernels.repair import repair_launch
 from scclip_fast.kernels.rounding import centre_launch, round_launch
 from scclip_fast.kernels.settle import settle_launch
 from scclip_fast.kernels.stream import stream_launch
@@ -46,6 +47,7 @@ SIGNATURE = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.bool: "*i1",
 }
 
 
@@ -77,6 +79,7 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
         half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376), meta(1, 5376)
         yield f"centre-{name}", centre_launch(x, mean, mean)
         yield f"round-{name}", round_launch(x, mean, mean, *half, meta(1))
+        yield from repairs(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
@@ -101,6 +104,19 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
         meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
     )  # image stride over 2^31
     yield "search-fp32-far", search_launch(far, meta(2, 2), 30, precision=precision)
+
+
+def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Rows of tokens, wide and narrow, a map with its channels first, and nothing but ones."""
+    kinds = {
+        "wide": ((72, 72), meta(1, 5184, 1024, dtype=dtype)),
+        "narrow": ((14, 14), meta(64, 196, 17, dtype=dtype)),
+        "map": ((288, 288), meta(1, 256, 82944, dtype=dtype).mT),
+        "one": ((1, 1), meta(1, 1, 1, dtype=dtype)),
+    }
+    for kind, (grid, x) in kinds.items():
+        out, mask = meta(*x.shape, dtype=dtype), meta(*x.shape[:2], dtype=torch.bool)
+        yield f"repair-{kind}-{name}", repair_launch(x, mask, out, grid)
 
 
 def undecided(rows: int) -> Undecided:

@@ -81,7 +81,7 @@ def test_every_op_takes_every_backend():
 
 def test_the_kernels_are_what_runs(monkeypatch):
     """backend="triton" enters the launchers and the others do not."""
-    from scclip_fast.kernels import aggregate, attention, nearest
+    from scclip_fast.kernels import aggregate, attention, nearest, repair
 
     launched = []
     for module, name in (
@@ -92,6 +92,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
         (aggregate, "weights_launch"),
         (aggregate, "product_launch"),
         (attention, "attention_launch"),
+        (repair, "repair_launch"),
     ):
         original = getattr(module, name)
         monkeypatch.setattr(
@@ -101,12 +102,15 @@ def test_the_kernels_are_what_runs(monkeypatch):
         )
     x = X.cuda() if GPU else X
     q = torch.randn(1, 2, 4, 3, device=x.device)
+    mask = x[..., 0] > 0
     for name in ("torch", "reference"):
         sf.knn(x, 2, backend=name)
         sf.blended_attention(q, q, q, x, backend=name)
+        sf.repair(x, mask, (2, 2), backend=name)
     assert launched == []
     sf.knn(x, 2, backend="triton")
     sf.blended_attention(q, q, q, x, backend="triton")
+    sf.repair(x, mask, (2, 2), backend="triton")
     assert launched == [
         "centre_launch",
         "search_launch",
@@ -115,4 +119,5 @@ def test_the_kernels_are_what_runs(monkeypatch):
         "weights_launch",
         "product_launch",
         "attention_launch",
+        "repair_launch",
     ]

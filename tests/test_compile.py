@@ -6,6 +6,7 @@ from cases import GPU
 
 import scclip_fast as sf
 from scclip_fast.ops import aggregation, attention, outliers
+from scclip_fast.ops.repair import _repair
 
 GRID = (5, 8)
 
@@ -119,6 +120,11 @@ class TestOpcheck:
     def test_nearest(self, backend, measure_all):
         (x,) = self.tensors((2, 20, 4))
         self.check(outliers._nearest, x, 3, measure_all, backend)
+
+    def test_repair(self, backend):
+        (tokens,) = self.tensors((2, 20, 4), grad=True)
+        mask = torch.rand(2, 20, device=self.device) < 0.3
+        self.check(_repair, tokens, mask, 4, 5, backend)
 
     @pytest.mark.parametrize("gamma", [None, 3.0])
     def test_weighted_mean(self, backend, gamma):

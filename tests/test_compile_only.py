@@ -19,7 +19,7 @@ good_code = pytest.mark.skipif(
     TRITON < (3, 8), reason="older compilers make less of some float32 kernels"
 )
 
-WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof")
+WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof", "repair")
 
 
 def has_products(row):

@@ -55,6 +55,17 @@ def test_blended_attention():
     assert torch.equal(replayed(call, *q), call(q[1]))
 
 
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_repair(backend):
+    tokens = torch.randn(2, 1, 300, 64, device="cuda")
+    mask = torch.rand(1, 300, device="cuda") < 0.3
+
+    def call(tokens):
+        return sf.repair(tokens, mask, (15, 20), backend=backend)
+
+    assert torch.equal(replayed(call, *tokens), call(tokens[1]))
+
+
 def test_calibrated_forward():
     encoder = SCCLIP(tiny_clip().cuda()).eval()
     images = torch.randn(2, 2, 3, 96, 96, device="cuda")

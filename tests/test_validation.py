@@ -101,7 +101,7 @@ def test_repair():
         sf.repair(X, MASK.long(), (5, 8))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 40\)"):
         sf.repair(X, MASK[:1], (5, 8))
-    for grid in ((5, 9), (-5, -8), (40,), 40):
+    for grid in ((5, 9), (-5, -8), (5.0, 8.0), (40,), 40):
         with pytest.raises(ValueError, match="grid must be"):
             sf.repair(X, MASK, grid)
 
