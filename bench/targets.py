@@ -5,7 +5,7 @@ A part is a process of its own, so that the memory of its CUDA graphs goes with 
 A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
 with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
 results included. Of nearest neighbours, the share of rows is given whose set is float64's.
-`bench/roofline.py` makes the table and the picture of the README.
+`bench/roofline.py` makes the tables of README.md and the picture.
 """
 
 from __future__ import annotations
