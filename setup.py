@@ -10,7 +10,6 @@ sam3 = ["transformers>=5.0"]
 sklearn = ["scikit-learn>=1.6"]
 test = [
     *app,
-    *demo,
     *evaluation,
     *sklearn,
     "hypothesis",

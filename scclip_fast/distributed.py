@@ -5,9 +5,10 @@ rows of all ranks, one rank's after the other's, are the N tokens of one image, 
 through them. Shards may be uneven or empty. All ranks make the same call; arguments that do not fit
 are an error on every rank, not a deadlock. With NCCL, rows are on the rank's current device.
 
-Rows travel in pieces, each broadcast by the ranks that hold it. A rank holds its shard twice, its
-neighbour lists, two pieces and `chunked.WORKSPACE_BYTES`: never N x N and, beyond a few thousand
-rows, not N x D. Only single numbers a token (k-distances, densities) go to everyone.
+Rows travel in pieces of at most 16 MiB, each broadcast by the ranks that hold it. A rank holds its
+shard twice (`aggregate` once more, in the dtype of its sums), its neighbour lists, two pieces and
+`chunked.WORKSPACE_BYTES`: never N x N and, beyond a few pieces, not N x D. Only single numbers a
+token (k-distances, densities) go to everyone.
 
 No bit of a result depends on how the rows are shared out: pieces and tiles of rows begin at
 multiples of one step in the order of all rows, whoever holds them, so that each product has the

@@ -3,9 +3,10 @@
     FOLDER/build/torch-universal/metadata.json
     FOLDER/build/torch-universal/scclip_fast/...       the files of `CORE`, as they are
 
-`kernels.get_local_kernel(FOLDER)` loads it, and `kernels.get_kernel` from a repository that holds
-the same files. It has the ops of this package and needs torch and triton alone: its files import
-each other relatively and register the ops under the name that they are loaded by.
+`kernels.get_local_kernel(FOLDER)` loads it (older versions of `kernels` take a second argument,
+"scclip_fast"), and `kernels.get_kernel` from a repository that holds the same files. It has the ops
+of this package and needs torch and triton alone: its files import each other relatively and
+register the ops under the name that they are loaded by.
 """
 
 from __future__ import annotations

@@ -83,7 +83,8 @@ def mean_step(batch: int, width: int, dtype: torch.dtype) -> int:
 
 def finite_mean(parts: Iterable[Tensor]) -> Tensor:
     """(B, 1, D) mean of the finite tokens of the parts (B, n, D)."""
-    total, count = torch.zeros(()), torch.zeros((), dtype=torch.int64)
+    # On the CPU, whatever the default device: numbers without dims fit tensors of any.
+    total = count = torch.zeros((), dtype=torch.int64, device="cpu")
     for part in parts:
         finite = part.isfinite().all(dim=-1, keepdim=True)
         kept = torch.where(finite, part, 0)

@@ -19,6 +19,8 @@ def rows_of(*, differentiable: bool = True, **tensors: Tensor) -> dict[str, Tens
     """The tensors without their gradients, if each is floating (n, D) with one n."""
     for name, tensor in tensors.items():
         _check.floating(name, tensor)
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense, got a tensor of layout {tensor.layout}")
         if tensor.dim() != 2 or tensor.shape[1] == 0:
             raise ValueError(
                 f"{name} must be (n, D), the rows of one rank, with D of at least 1, got shape "

@@ -125,7 +125,7 @@ BAD = {
     "no classes": (dict(classes=" ,\n"), "Type at least one class"),
     "no synonym": (dict(classes="sky, tree|"), "The list of classes has an empty name"),
     "twice": (dict(classes="sky, tree, sky"), "The list of classes names sky more than once"),
-    "many": (dict(classes=",".join(map(str, range(257)))), "has 257 classes"),
+    "many": (dict(classes="|".join(map(str, range(257)))), "257 names are too many here"),
     "contamination": (
         dict(outlier_contamination=0.7),
         "contamination must be in (0, 0.5], got 0.7",
@@ -179,6 +179,8 @@ def test_port_in_use():
 ERRORS = {
     "port": (("--port", "70000"), "--port must be at most 65535, got 70000"),
     "no port": (("--port", "0"), "--port: must be a whole number above 0"),
+    "address": (("--host", "::1"), "--host must be a name or an IPv4 address, got ::1"),
+    "sam3": (("--model", "facebook/sam3"), "the page is for CLIPs"),
     "upload": (("--max-upload", "0"), "--max-upload: must be a whole number above 0"),
     "model": (("--model", "ViT-X"), "unknown model 'ViT-X'"),
     "device": (("--device", "tpu"), "--device must be cpu, cuda"),

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from shutil import copytree
 
 import pytest
 from cli_runs import run
@@ -70,6 +71,8 @@ def test_every_option_is_looked_at(command):
 
 WRONG = {
     "256": ("--classes", ",".join(map(str, range(256))), "has 256 classes; .* at most 255"),
+    "background": ("--classes", "tree, background", "names the background"),
+    "long": ("--classes", " ".join("x" * 100), "is too long a prompt: 102 tokens of 32"),
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
     "none of them": ("--sam3-stages", "none,trunk_repair", "got 'none'"),
@@ -82,6 +85,14 @@ WRONG = {
 def test_wrong_choices(command, option, value, message):
     code, _, stderr = command(option, value)
     assert code == 2 and re.search(f"^scclip-fast segment: error: .*{message}", stderr, re.M)
+
+
+def test_damaged_weights(folder, command, tmp_path):
+    damaged = copytree(folder, tmp_path / "damaged")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    code, _, stderr = command(model=damaged)
+    assert code == 2 and f"error: cannot load {damaged}: " in stderr
 
 
 def test_missing_extra(command, monkeypatch):

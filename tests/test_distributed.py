@@ -6,6 +6,7 @@ import torch
 from tolerance import assert_close
 
 from scclip_fast import distributed
+from scclip_fast.shards import rows_of
 
 CASES = [name for name, *_ in ranks.cases()]
 OPS = ("knn", "scclip", "breunig", "aggregate")
@@ -119,6 +120,13 @@ def test_all_faults_are_looked_at_and_none_blocks_the_group(found):
         [[2], [3], [4]],
         [[5], [6], [7]],
     ]
+
+
+def test_rows_are_dense():
+    with pytest.raises(
+        TypeError, match=r"x must be dense, got a tensor of layout torch.sparse_coo"
+    ):
+        rows_of(x=torch.eye(3).to_sparse())
 
 
 def test_without_a_process_group():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from cases import DTYPES, RUNS
@@ -173,3 +175,10 @@ def test_gradient(run, grid, share, dtype):
     broken = upstream.isnan().double()
     (reached,) = torch.autograd.grad(listed(exact, mask, grid), exact, broken)
     assert_close(found[0], ref=expected.masked_fill(reached > 0, torch.nan))
+
+
+def test_batched_gradients():
+    """As `vectorize=True` and `is_grads_batched` ask for them."""
+    tokens, mask = torch.randn(12, 2, dtype=torch.float64), torch.arange(12) % 5 == 0
+    jacobian = partial(torch.autograd.functional.jacobian, lambda t: sf.repair(t, mask, (3, 4)))
+    assert torch.equal(jacobian(tokens, vectorize=True), jacobian(tokens))

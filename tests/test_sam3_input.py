@@ -79,6 +79,24 @@ def test_bad_models(model):
         Sam3CalibrationConfig.for_depth(1)
 
 
+def test_forwards_that_a_class_cannot_replace(model):
+    """As a library's hooks leave them, and a subclass of the user's."""
+
+    class Mine(Sam3Model):
+        pass
+
+    model.__class__ = Mine
+    with pytest.raises(ValueError, match=r"needs SAM3's own Sam3Model, got .*Mine"):
+        calibrate(model)
+    model.__class__ = Sam3Model
+    last = model.vision_encoder.backbone.layers[-1]
+    hidden = last.forward
+    last.forward = lambda *args, **kwargs: hidden(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"Sam3ViTLayer has a forward that hides .* accelerate"):
+        calibrate(model)
+    assert type(model) is Sam3Model
+
+
 def test_nan_pixels(model):
     given = inputs(1)
     given["pixel_values"][0, 0, 0, 0] = torch.nan

@@ -169,7 +169,7 @@ def windowed(model):
 
 def compiled(model):
     decoder = model.segmentation_head.pixel_decoder
-    decoder.forward = decoder.forward
+    decoder.forward = torch.compile(decoder.forward)
 
 
 def relative(model):
@@ -191,11 +191,11 @@ def on_video(model):
 TOKENS = replace(ALL, mask_grid="tokens")
 REFUSED = [
     (windowed, ALL, "attention over all tokens; got window_size=4"),
-    (compiled, TOKENS, "PixelDecoder is compiled .* without compile_mode"),
+    (compiled, TOKENS, "PixelDecoder has a forward .* compile_mode"),
     (relative, ALL, "use_rel_pos=True"),
     (all_masks, ALL, "need a segmentation_head .* got aux_masks=True"),
     (headless, ALL, "need a segmentation_head .* got none"),
-    (on_video, ALL, "needs Meta's Sam3Image, got Sam3ImageOnVideoMultiGPU"),
+    (on_video, ALL, "needs SAM3's own Sam3Image, got .*Sam3ImageOnVideoMultiGPU"),
     (lambda model: None, replace(ALL, pre_adjust_idx=5), r"pre_adjust_idx must be in \[0, 4\]"),
 ]
 

@@ -222,3 +222,11 @@ def test_parameters(settings, error, match):
 def test_tensors_refused(x, error, match):
     with pytest.raises(error, match=match):
         LocalOutlierFactor().fit(x)
+
+
+def test_default_device_of_others():
+    x = torch.randn(20, 3)
+    ours = LocalOutlierFactor(n_neighbors=5, novelty=True).fit(x)
+    expected = ours.score_samples(x)
+    with torch.device("meta"):
+        assert (ours.score_samples(x) == expected).all()

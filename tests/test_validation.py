@@ -1,5 +1,7 @@
 """Bad arguments get an error that names the argument, what came and what is allowed."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -101,7 +103,7 @@ def test_repair():
         sf.repair(X, MASK.long(), (5, 8))
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 40\)"):
         sf.repair(X, MASK[:1], (5, 8))
-    for grid in ((5, 9), (-5, -8), (5.0, 8.0), (40,), 40):
+    for grid in ((5, 9), (-5, -8), (5.0, 8.0), (Fraction(5, 2), 16), (None, 4), "58", (40,), 40):
         with pytest.raises(ValueError, match="grid must be"):
             sf.repair(X, MASK, grid)
 

@@ -45,6 +45,10 @@ def run(args: argparse.Namespace) -> None:
     """Load the model and serve the page until Ctrl+C."""
     if args.port > 65535:
         raise CommandError(f"--port must be at most 65535, got {args.port}")
+    if ":" in args.host:
+        raise CommandError(f"--host must be a name or an IPv4 address, got {args.host}")
+    if common.is_sam3(args.model):
+        raise CommandError(f"the page is for CLIPs; `scclip-fast segment` takes {args.model}")
     from . import app_page
 
     encoder, tokenizer = common.load_encoder(args)

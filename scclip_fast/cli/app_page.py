@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -24,6 +25,7 @@ from .segment import class_entries
 from .segment_images import EXAMPLE
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded
+_MOST_NAMES = 256  # synonyms included: others wait while their prompts are encoded
 _EXAMPLE_CLASSES = "brick, sand, red circle, purple star, grass, water, wood, stone"
 _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "outlier_n_neighbors": ("k · LOF neighbours", 1, 100, 1),
@@ -49,6 +51,9 @@ def serve(explorer: Explorer, args: argparse.Namespace) -> None:
     Raises:
         CommandError: nothing can listen at --host and --port.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # or the folder would stay
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", args.host]))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         page = build(explorer, args.model, Path(folder))
@@ -167,7 +172,10 @@ def _classes(text: str) -> list[str]:
     names = [name for name in re.split(r"[,\n]", text) if name.strip()]
     if not names:
         raise CommandError("Type at least one class, such as: sky, tree, person|man|woman")
-    return class_entries([name.split("|") for name in names], "The list of classes")
+    entries = [name.split("|") for name in names]
+    if (count := sum(map(len, entries))) > _MOST_NAMES:
+        raise CommandError(f"{count} names are too many here; at most {_MOST_NAMES} are taken")
+    return class_entries(entries, "The list of classes")
 
 
 def _picture(path: Path, folder: Path) -> Image.Image:

@@ -180,7 +180,7 @@ def brings_weights(model: str) -> bool:
 
 def is_sam3(model: str) -> bool:
     """Whether a --model is transformers': OWNER/NAME on the hub, or a folder."""
-    return "/" in model and ":" not in model
+    return ("/" in model and ":" not in model) or os.path.isdir(model)
 
 
 def device(name: str) -> torch.device:
@@ -206,14 +206,28 @@ def read_photo(path: Path, max_pixels: int | None = None) -> Image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 size = f"{image.width:,} × {image.height:,}"
                 raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million are taken")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return _rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:
         reason = "not an image, or a damaged one"
     except OSError as error:
         reason = error.strerror or error
-    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's decoders
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts
         reason = error
     raise CommandError(f"cannot read the photo {path}: {reason}")
+
+
+def _rgb(image: Image) -> Image:
+    """Pillow's own conversion takes 16-bit values above 255 for white."""
+    import numpy as np
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"it has 32 bits a pixel (mode {image.mode}); 8 and 16 a channel are read")
+    return image.convert("RGB")
 
 
 def check_writable(path: Path) -> None:

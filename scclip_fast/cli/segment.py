@@ -69,8 +69,12 @@ def _classes(args: argparse.Namespace) -> list[str]:
     else:
         option = str(args.classes_file)
         entries = [line.split(",") for line in _lines(args.classes_file) if line.strip()]
-    most = 255 if common.is_sam3(args.model) else 256  # the background of a SAM3 is one more
-    return class_entries(entries, option, most)
+    if not common.is_sam3(args.model):
+        return class_entries(entries, option)
+    entries = class_entries(entries, option, most=255)  # the background is one more
+    if "background" in (entry.partition(",")[0] for entry in entries):
+        raise CommandError(f"{option} names the background, which a SAM3 has besides its classes")
+    return entries
 
 
 def class_entries(entries: list[list[str]], source: str, most: int = 256) -> list[str]:
@@ -88,10 +92,10 @@ def class_entries(entries: list[list[str]], source: str, most: int = 256) -> lis
     if not entries or not all(all(entry) for entry in entries):
         raise CommandError(f"{source} has an empty name")
     names = [entry[0] for entry in entries]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
     if len(names) > most:
         raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most {most}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CommandError(f"{source} names {', '.join(repeated)} more than once")
     return [", ".join(entry) for entry in entries]
 
 

@@ -45,6 +45,10 @@ class Sam3Segmenter:
         self.prompts = [[name.strip() for name in entry.split(",")] for entry in classes]
         self.classes = [BACKGROUND, *(names[0] for names in self.prompts)]
         self.outliers: np.ndarray | None = None
+        most = model.config.text_config.max_position_embeddings
+        for name in (name for names in self.prompts for name in names):
+            if (length := processor(text=name, return_tensors="pt").input_ids.shape[1]) > most:
+                raise CommandError(f"{name!r} is too long a prompt: {length} tokens of {most}")
 
     def frozen(self) -> Sam3Segmenter:
         """The same without the calibration."""
@@ -131,8 +135,10 @@ def load(args: argparse.Namespace, classes: list[str]) -> Sam3Segmenter:
     try:
         processor = Sam3Processor.from_pretrained(args.model)
         model = Sam3Model.from_pretrained(args.model, dtype=DTYPES[args.precision])
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of transformers, safetensors, the file system
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CommandError(
             f"cannot load {args.model}: {reason} To use facebook/sam3, accept its license on "
             "huggingface.co, log in with `hf auth login`, or give --model the folder of a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,10 +44,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (mask,) = ctx.saved_tensors
     dtype, bad = chunked.compute_dtype(grad), mask.unsqueeze(-1)
     count = _good_around(mask, ctx.grid, dtype)
-    shares = torch.where(bad, grad.to(dtype) / count, 0)  # of none around: reaches no good token
-    received = _window_sums(shares, ctx.grid).masked_fill(bad, 0)
-    kept = grad.masked_fill(bad & (count > 0), 0)
-    return (kept + received).to(grad.dtype), None, None, None, None
+    shares = (grad / count).masked_fill_(~bad, 0)  # of none around: reaches no good token
+    received = _window_sums(shares, ctx.grid).masked_fill_(bad, 0)
+    received += grad.masked_fill(bad & (count > 0), 0)
+    return received.to(grad.dtype), None, None, None, None
 
 
 _repair.register_autograd(_backward, setup_context=_save_for_backward)
@@ -104,9 +105,10 @@ def _good_around(mask: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Ten
 
 def _window_sums(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Sums over the 3 x 3 window of each of (B, N, C)."""
-    image = tokens.unflatten(1, grid).permute(0, 3, 1, 2)
+    batch, n, width = tokens.shape
+    image = tokens.reshape(batch, *grid, width).permute(0, 3, 1, 2)
     sums = F.avg_pool2d(image, kernel_size=3, stride=1, padding=1, divisor_override=1)
-    return sums.flatten(2).mT
+    return sums.reshape(batch, width, n).mT
 
 
 def _check_grid(grid: tuple[int, int], n: int) -> tuple[int, int]:
@@ -114,7 +116,7 @@ def _check_grid(grid: tuple[int, int], n: int) -> tuple[int, int]:
         height, width = grid
     except (TypeError, ValueError):
         raise ValueError(f"grid must be (H, W) in patches, got {grid!r}") from None
-    if isinstance(height, float) or isinstance(width, float):
+    if not all(isinstance(side, (Integral, torch.SymInt)) for side in (height, width)):
         raise ValueError(f"grid must be two integers, (H, W) in patches, got {grid!r}")
     if height < 1 or width < 1 or height * width != n:
         raise ValueError(f"grid must be (H, W) with H * W = N, got {grid!r} for N={n} tokens")

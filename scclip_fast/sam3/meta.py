@@ -127,23 +127,6 @@ def replacements(
 ) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
     """Each module that a stage needs, the class it becomes, and attributes that it gets."""
     _check(model, config)
-    for module, kind, attributes in _chosen(model, config):
-        own = kind.__base__
-        if type(module) is not own:
-            raise ValueError(
-                f"the calibration needs Meta's {own.__name__}, got {type(module).__name__}"
-            )
-        if "forward" in vars(module) and kind.forward is not own.forward:
-            raise ValueError(
-                f"the model's {own.__name__} is compiled in a way that a class cannot replace; "
-                "build it without compile_mode and call its compile()"
-            )
-        yield module, kind, attributes
-
-
-def _chosen(
-    model: sam3_image.Sam3Image, config: Sam3CalibrationConfig
-) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
     yield model, CalibratedModel, {}
     yield model.backbone, CalibratedBackbone, {}
     if config.calibrates_trunk:

@@ -78,8 +78,9 @@ def calibrate(model: nn.Module, config: Sam3CalibrationConfig | None = None) -> 
         The handle to remove it by.
 
     Raises:
-        ValueError: another model, one that is calibrated already, settings that don't fit it, or
-            parts of a `Sam3Image` that a stage has no place in (`meta.py` lists them).
+        ValueError: another model, one that is calibrated already, settings that don't fit it,
+            modules of other classes or with a forward of their own (hooks of accelerate), or parts
+            of a `Sam3Image` that a stage has no place in (`meta.py` lists them).
         TypeError: settings of another type.
     """
     adapter = _adapter(model)
@@ -92,7 +93,10 @@ def calibrate(model: nn.Module, config: Sam3CalibrationConfig | None = None) -> 
     layers, decoder_layers = adapter.depths(model)
     config = Sam3CalibrationConfig.for_depth(layers) if config is None else config
     config.check(layers, decoder_layers)
-    return Calibration(config, list(adapter.replacements(model, config)))
+    replacements = list(adapter.replacements(model, config))
+    for module, kind, _ in replacements:
+        _check_replaceable(module, kind)
+    return Calibration(config, replacements)
 
 
 def _adapter(model: nn.Module) -> ModuleType:
@@ -114,6 +118,22 @@ def _adapter(model: nn.Module) -> ModuleType:
 
 def _loaded(module: str, kind: str) -> type | tuple[()]:
     return getattr(sys.modules.get(module), kind, ())
+
+
+def _check_replaceable(module: nn.Module, kind: type) -> None:
+    """ValueError where the module's own forward is not all that its calls run."""
+    own = type(module) if kind is type(module) else kind.__base__
+    if type(module) is not own:
+        raise ValueError(f"the calibration needs SAM3's own {own.__name__}, got {type(module)}")
+    forward = vars(module).get("forward")
+    if forward is None or kind.forward is own.forward:
+        return
+    if getattr(forward, "__func__", None) is not own.forward:
+        raise ValueError(
+            f"the model's {own.__name__} has a forward that hides that of its class, as "
+            "compile_mode and accelerate's hooks leave one: build the model without them, or "
+            "remove them, and call its compile() instead"
+        )
 
 
 def _become(module: nn.Module, kind: type) -> None:

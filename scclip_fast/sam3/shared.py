@@ -15,7 +15,7 @@ TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
 
 @dataclass
 class Shared:
-    """Nothing of it outlives the forward pass.
+    """Nothing of it outlives the forward pass of the model or its vision encoder.
 
     Attributes:
         features: (B, N, D), what the trunk's last layer needs of earlier ones (`config.taps`).
