@@ -65,23 +65,24 @@ class Sam3Segmenter:
         """
         calibration = nullcontext() if self.config is None else calibrate(self.model, self.config)
         with calibration, progress.shown_by(_search_bar):
-            scores = self._scores(photo)
-        probabilities = torch.cat([1 - scores.amax(dim=0, keepdim=True), scores])
+            probabilities = self._probabilities(photo)
         yield probabilities.argmax(dim=0), probabilities
 
-    def _scores(self, photo: Image.Image) -> Tensor:
-        """(C - 1, H, W), float32."""
+    def _probabilities(self, photo: Image.Image) -> Tensor:
+        """(C, H, W), float32, of the background first."""
         images = self.processor(images=photo, return_tensors="pt").to(self.model.device)
         embeds = self.model.get_vision_features(images.pixel_values.to(self.model.dtype))
         mask = getattr(embeds, "outlier_mask", None)
         self.outliers = None if mask is None else mask[0].cpu().numpy()
         size = (photo.height, photo.width)
-        scores = torch.zeros(len(self.prompts), *size, device=self.model.device)
+        found = torch.zeros(len(self.classes), *size, device=self.model.device)
+        background, scores = found[0], found[1:]
         prompts = [(index, name) for index, names in enumerate(self.prompts) for name in names]
         for index, name in tqdm(prompts, unit="prompt", leave=False, disable=None):
             for score, mask in self._instances(embeds, name, size):
                 scores[index] = torch.maximum(scores[index], score * mask)
-        return scores
+        torch.sub(1, scores.amax(dim=0), out=background)
+        return found
 
     def _instances(
         self, embeds, prompt: str, size: tuple[int, int]
