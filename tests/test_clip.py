@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from tiny_clip import TEXT, images, randomise, tiny_clip
 
-from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig, methods
+from scclip_fast import outliers
+from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig
 
 EXACT = 1e-9  # float64, and unit vectors: whatever is larger is another formula
 SIZES = [(32, 32), (48, 48), (24, 56)]  # the model's own, larger, a rectangle
@@ -171,8 +172,8 @@ def test_short_precisions(name, dtype, monkeypatch):
         scores.append((tokens.dtype, original(tokens, n_neighbors).dtype))
         return original(tokens, n_neighbors)
 
-    original = methods.lof_scores
-    monkeypatch.setattr(methods, "lof_scores", lof_scores)
+    original = outliers.lof_scores
+    monkeypatch.setattr(outliers, "lof_scores", lof_scores)
     x = images(2, 40, 34)  # resized, and another grid than the model's
     expected = SCCLIP(tiny_clip(layers=4), method=name).encode_dense(x)
     scores.clear()

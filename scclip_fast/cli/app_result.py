@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..clip import SCCLIP, SCCLIPConfig
-from ..ops import lof_scores, outlier_mask
+from ..outliers import find_outliers
 from ..segment import Segmenter
 from .common import SWITCHES
 from .lof_picture import pca_colours
@@ -131,12 +131,12 @@ class Explorer:
     def _outliers(self, config: SCCLIPConfig) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Scores and outliers (h, w) of the last photo, as SC-CLIP finds them."""
         layers, grid = self._encoder.last
-        patches = layers[-1][:, 1:]
-        if patches.shape[1] <= config.outlier_n_neighbors:
+        k, contamination = config.outlier_n_neighbors, config.outlier_contamination
+        found = find_outliers(layers[-1][:, 1:], k, contamination)
+        if found is None:
             return None, None
-        scores = lof_scores(patches, config.outlier_n_neighbors)
-        mask = outlier_mask(scores, config.outlier_contamination)
-        return scores[0].unflatten(0, grid).float().cpu(), mask[0].unflatten(0, grid).cpu()
+        scores, mask = (each[0].unflatten(0, grid).cpu() for each in found)
+        return scores.float(), mask
 
 
 def _variants(config: SCCLIPConfig) -> Iterator[tuple[str, str, SCCLIPConfig]]:

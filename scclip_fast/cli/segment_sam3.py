@@ -45,9 +45,14 @@ class Sam3Segmenter:
         self.prompts = [[name.strip() for name in entry.split(",")] for entry in classes]
         self.classes = [BACKGROUND, *(names[0] for names in self.prompts)]
         self.outliers: np.ndarray | None = None
+        self._tokens = {
+            name: processor(text=name, return_tensors="pt")
+            for names in self.prompts
+            for name in names
+        }
         most = model.config.text_config.max_position_embeddings
-        for name in (name for names in self.prompts for name in names):
-            if (length := processor(text=name, return_tensors="pt").input_ids.shape[1]) > most:
+        for name, tokens in self._tokens.items():
+            if (length := tokens.input_ids.shape[1]) > most:
                 raise CommandError(f"{name!r} is too long a prompt: {length} tokens of {most}")
 
     def frozen(self) -> Sam3Segmenter:
@@ -88,7 +93,7 @@ class Sam3Segmenter:
         self, embeds, prompt: str, size: tuple[int, int]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The score and the mask (H, W) of each."""
-        tokens = self.processor(text=prompt, return_tensors="pt").to(self.model.device)
+        tokens = self._tokens[prompt].to(self.model.device)
         output = self.model(vision_embeds=embeds, **tokens)
         found = self.processor.post_process_instance_segmentation(output, target_sizes=[size])[0]
         return zip(found["scores"].float(), found["masks"], strict=True)

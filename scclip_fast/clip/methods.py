@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import aggregate, blended_attention, lof_scores, outlier_mask, repair
+from ..ops import aggregate, blended_attention, repair
+from ..outliers import find_outliers
 from .config import SCCLIPConfig
 from .tower import Tower
 
@@ -57,10 +58,10 @@ def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Te
     """
     class_token, patches = layers[-1].split([1, layers[-1].shape[1] - 1], dim=1)
     middle = layers[config.pre_adjust_idx][:, 1:]
-    # Where all others are neighbours, the two that are farthest apart tie for the outlier.
-    if config.repair and patches.shape[1] > config.outlier_n_neighbors:
-        mask = _outliers(patches, config)
-        patches, middle = repair(patches, mask, grid), repair(middle, mask, grid)
+    if config.repair:
+        outliers = find_outliers(patches, config.outlier_n_neighbors, config.outlier_contamination)
+        if outliers is not None:
+            patches, middle = (repair(t, outliers.mask, grid) for t in (patches, middle))
     if config.pre_aggregate:
         patches = aggregate(patches, middle, config.beta)
     branches = [patches]
@@ -77,12 +78,6 @@ def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Te
     if config.post_aggregate:
         dense = aggregate(dense, layers[config.post_adjust_idx][:, 1:], config.beta)
     return dense
-
-
-def _outliers(patches: Tensor, config: SCCLIPConfig) -> Tensor:
-    """The mask (B, N) of outlier patches; distances and scores are float32 at least."""
-    scores = lof_scores(patches, config.outlier_n_neighbors)
-    return outlier_mask(scores, config.outlier_contamination)
 
 
 def _attend(tower: Tower, branches: Tensor, middle: Tensor, config: SCCLIPConfig) -> Tensor:

@@ -95,23 +95,25 @@ class SCCLIP(nn.Module):
         Returns:
             (B, 1 + h w, D) of each block, the class token first.
         """
-        return self.tower.layers(self._whole_patches(images))
+        tower = self.tower
+        return tower.layers(_whole_patches(images, tower.patch_size).to(tower.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)
 
-    def _whole_patches(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"images must be a floating tensor, got {found}")
-        if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        patch = self.patch_size
-        size = [max(round(side / patch), 1) * patch for side in images.shape[2:]]
-        if size != list(images.shape[2:]):
-            images = images.to(torch.promote_types(images.dtype, torch.float32))
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
-        return images.to(self.tower.dtype)
+
+def _whole_patches(images: Tensor, patch: int) -> Tensor:
+    """Images (B, 3, H, W), checked, with sides that the patch size divides."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating tensor, got {found}")
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    size = [max(round(side / patch), 1) * patch for side in images.shape[2:]]
+    if size != list(images.shape[2:]):
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
+    return images
 
 
 def _tower_of(model: nn.Module) -> type[Tower]:

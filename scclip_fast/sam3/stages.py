@@ -16,20 +16,13 @@ on the frozen trunk, so everything enters as a blend, and the mean keeps its sca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import aggregate, lof_scores, outlier_mask, repair
+from ..ops import aggregate, repair
+from ..outliers import Outliers, find_outliers
 from .config import Sam3CalibrationConfig
-
-
-class Outliers(NamedTuple):
-    """LOF scores (B, N) and the mask (B, N) of the outliers."""
-
-    scores: Tensor
-    mask: Tensor
 
 
 def calibrate_trunk(
@@ -53,9 +46,7 @@ def calibrate_trunk(
     """
     beta, w = config.similarity_beta, config.residual_weight
     pre, changed, outliers = features.get("pre"), tokens, None
-    # Where all others are neighbours, LOF says nothing.
-    if config.trunk_repair and tokens.shape[1] > config.outlier_n_neighbors:
-        outliers = find_outliers(tokens, config)
+    if config.trunk_repair and (outliers := _outliers(tokens, config)):
         changed = repair(tokens, outliers.mask, grid)
         pre = None if pre is None else repair(pre, outliers.mask, grid)
     if config.trunk_aggregate:
@@ -72,20 +63,21 @@ def calibrate_trunk(
 
 def calibrate_queries(queries: Tensor, config: Sam3CalibrationConfig) -> Tensor:
     """Object queries (B, Q, C), aggregated in the images that have outliers among them."""
-    if queries.shape[1] <= config.outlier_n_neighbors:
+    outliers = _outliers(queries, config)
+    if outliers is None:
         return queries
     aggregated = aggregate(queries, queries, config.similarity_beta)
-    has_outliers = find_outliers(queries, config).mask.any(dim=1)
-    return torch.where(has_outliers[:, None, None], aggregated, queries)
+    return torch.where(outliers.mask.any(dim=1)[:, None, None], aggregated, queries)
 
 
 def repair_map(features: Tensor, config: Sam3CalibrationConfig) -> Tensor:
     """Feature maps (B, C, h, w) with outlier pixels repaired."""
     height, width = features.shape[-2:]
-    if height * width <= config.outlier_n_neighbors:
-        return features
     tokens = features.flatten(2).mT
-    repaired = repair(tokens, find_outliers(tokens, config).mask, (height, width))
+    outliers = _outliers(tokens, config)
+    if outliers is None:
+        return features
+    repaired = repair(tokens, outliers.mask, (height, width))
     return repaired.mT.unflatten(2, (height, width))
 
 
@@ -101,10 +93,8 @@ def threshold_logits(
     return torch.where(logits < beta * lengths, 0, logits)
 
 
-def find_outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers:
-    """Of tokens (B, N, D); distances and scores are float32 at least."""
-    scores = lof_scores(tokens, config.outlier_n_neighbors)
-    return Outliers(scores, outlier_mask(scores, config.outlier_contamination))
+def _outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers | None:
+    return find_outliers(tokens, config.outlier_n_neighbors, config.outlier_contamination)
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:
