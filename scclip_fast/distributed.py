@@ -31,9 +31,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import chunked, reference
+from .certificate import undecided
+from .chunked import Tile
 from .ops import _check
-from .ops.outliers import BAND, check_variant, settle_last
-from .search import Search, finite_mean, mean_step, pair_distances, tile_of
+from .ops.outliers import check_variant
+from .search import (
+    BAND,
+    Search,
+    finite_tokens,
+    pair_distances,
+    remedian,
+    sample,
+    settle_last,
+    tile_of,
+)
 from .shards import Shards, meet, rows_of
 
 PAIRS = 4096  # are measured at once, if the workspace has room
@@ -50,8 +61,8 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
     Returns:
         Squared distances (n, k), float32 (float64 for float64), ascending, and indices (n, k) into
         the rows of all ranks, int64; equal distances by lower index. Neither carries a gradient.
-        Besides the collectives, the host waits for the device once, to learn how many candidates
-        lie in which piece.
+        Besides the collectives, the host waits for the device to learn how many candidates lie in
+        which piece and how many rows are undecided.
 
     Raises:
         TypeError: x is no floating tensor or k no int.
@@ -60,7 +71,8 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
     """
     shards, (x,) = meet(group, partial(rows_of, x=x), op="knn", k=k)
     k = _check.neighbor_count("k", k, shards.total)
-    return _nearest(shards, x, k, measured=k)
+    distances, indices = _nearest(shards, x, k, every_distance=True)
+    return distances.masked_fill(distances.isnan(), torch.inf), indices
 
 
 def lof_scores(
@@ -93,13 +105,13 @@ def lof_scores(
     )
     check_variant(variant)
     k = _check.neighbor_count("n_neighbors", n_neighbors, shards.total)
-    distances, neighbors = _nearest(shards, x, k, measured=BAND if variant == "scclip" else k)
+    distances, neighbors = _nearest(shards, x, k, every_distance=variant == "breunig")
     k_distance, neighbors = shards.everyones(distances[:, -1]), neighbors[None]
     if variant == "scclip":
         return reference.simplified_lof(k_distance, neighbors, shards.own)[0]
     own = reference.reachability_density(distances[None].sqrt(), neighbors, k_distance.sqrt())
     scores = reference.density_ratio(shards.everyones(own[0]), neighbors, own)
-    return torch.where(k_distance[:, shards.own].isfinite(), scores, torch.nan)[0]
+    return torch.where(k_distance[:, shards.own].isnan(), torch.nan, scores)[0]
 
 
 def aggregate(
@@ -145,27 +157,75 @@ def aggregate(
     return out[0, own].to(values.dtype)
 
 
-def _nearest(shards: Shards, x: Tensor, k: int, measured: int) -> tuple[Tensor, Tensor]:
-    """Squared distances (n, k) and indices (n, k) of `knn`; of fewer distances, the last."""
-    width, dtype = x.shape[1], chunked.compute_dtype(x)
-    parts = shards.pieces(mean_step(1, width, dtype), x)
-    mean = finite_mean(part for _, (part,) in parts)
-    wanted = min(k + BAND, shards.total - 1)
-    tile = tile_of(1, shards.total, width, wanted, dtype)
+def _nearest(shards: Shards, x: Tensor, k: int, every_distance: bool) -> tuple[Tensor, Tensor]:
+    """Squared distances (n, k) or (n, 1) and indices (n, k) of `search.nearest`.
+
+    The passes are those of `search.py`. All ranks take part in each of them as long as one rank has
+    an undecided row.
+    """
+    dtype = chunked.compute_dtype(x)
+    drawn = shards.rows_at(sample(shards.total, x.device), x.to(dtype))
+    tile = tile_of(1, shards.total, x.shape[1], k, dtype)
     rows, first_row, own = shards.whole_tiles(x, tile.rows)
-    search = Search(rows, wanted, mean, tile.rows, first_row)
+    find = partial(_pass, shards, x, k=k)
+    distances, indices, is_open = find(
+        rows, own, first_row, centre=remedian(drawn), tile=tile, every_distance=every_distance
+    )
+    is_open &= finite_tokens(x[None])[0]
+    for centre in (remedian(drawn.double()), None):
+        left = is_open.nonzero()[:, 0]
+        if not shards.any(len(left) > 0):
+            break
+        again, own = x[None, left], left + shards.own.start
+        tile = tile_of(1, shards.total, x.shape[1], k, torch.float64)
+        found = find(again, slice(len(left)), own, centre=centre, tile=tile, every_distance=True)
+        distances[left], indices[left] = found[0][:, -distances.shape[1] :], found[1]
+        is_open[left] = found[2]
+    return distances, indices
+
+
+def _pass(
+    shards: Shards,
+    x: Tensor,
+    rows: Tensor,
+    kept: slice,
+    own: int | Tensor,
+    k: int,
+    centre: Tensor | None,
+    tile: Tile,
+    every_distance: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One search of the rows (1, m, D): distances, indices and which of `kept` stay undecided.
+
+    Args:
+        kept: the rows to return; the others only fill up tiles.
+        own, centre: as for `search.Search`.
+    """
+    wanted = min(k + BAND, shards.total - 1)
+    measured = wanted if every_distance else min(wanted, wanted - k + BAND)
+    search = Search(rows, wanted, tile.rows, own, centre)
     for first, (piece,) in shards.pieces(tile.columns, x):
         search.see(piece, first)
-    measure = partial(_pair_distances, shards, x, tile.columns)
-    found = settle_last(search.indices[:, own], k, measured, measure)
-    return found[0][0].contiguous(), found[1][0].contiguous()
+    asking = rows[0, kept]
+    measure = partial(_pair_distances, shards, x, asking, tile.columns)
+    distances, indices = settle_last(search.indices[:, kept], k, measured, measure)
+    is_open = torch.zeros(distances.shape[:2], dtype=torch.bool, device=x.device)
+    if centre is not None:
+        complete = wanted == shards.total - 1
+        scores, norms = search.scores[:, kept], search.norms[:, kept]
+        is_open = undecided(scores, norms, distances[..., -1], measured, x.shape[1], complete)
+    last = k if every_distance else 1
+    return distances[0, :, -last:].contiguous(), indices[0].contiguous(), is_open[0]
 
 
-def _pair_distances(shards: Shards, x: Tensor, step: int, neighbors: Tensor) -> Tensor:
-    """`pair_distances` (1, n, m) of this rank's rows x (n, D) and rows of any rank, by index.
+def _pair_distances(
+    shards: Shards, x: Tensor, asking: Tensor, step: int, neighbors: Tensor
+) -> Tensor:
+    """`pair_distances` (1, m, c) of rows asking (m, D) and tokens of any rank, by index.
 
-    The pairs are sorted by the piece that they wait for, and measured as many at a time whatever
-    their number, because a device may sum in another order for fewer.
+    x (n, D) are this rank's tokens. The pairs are sorted by the piece that they wait for, and
+    measured as many at a time whatever their number, because a device may sum in another order for
+    fewer.
     """
     columns, pair = neighbors.flatten().sort()
     dtype = chunked.compute_dtype(x)
@@ -176,9 +236,10 @@ def _pair_distances(shards: Shards, x: Tensor, step: int, neighbors: Tensor) -> 
     bounds = [*torch.searchsorted(columns, firsts).tolist(), neighbors.numel()]
     pieces = shards.pieces(step, x)
     for (first, (piece,)), (start, stop) in zip(pieces, pairwise(bounds), strict=True):
+        finite = finite_tokens(piece)
         for position in range(start, stop, at_once):
             some = torch.arange(position, position + at_once, device=x.device).clamp(max=stop - 1)
-            asking = x[pair[some] // neighbors.shape[-1]]
+            rows = asking[pair[some] // neighbors.shape[-1]]
             asked = (columns[some] - first)[None, :, None]
-            distances[pair[some]] = pair_distances(piece, asked, asking[None]).flatten()
+            distances[pair[some]] = pair_distances(piece, asked, rows[None], finite).flatten()
     return distances.view_as(neighbors)

@@ -24,6 +24,7 @@ CORE = (
     "chunked.py",
     "progress.py",
     "reference.py",
+    "certificate.py",
     "search.py",
     "selection.py",
     "ops",

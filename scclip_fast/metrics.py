@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import search
+from .backend import resolve
 from .ops import knn
-from .ops.outliers import BAND, settle
-from .search import neighbors, pair_distances
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -17,22 +17,28 @@ METRICS = ("euclidean", "sqeuclidean", "cosine")
 def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distances and indices (M, k) of the rows of x (N, D) nearest to queries (M, D), ascending.
 
-    Without queries, of the nearest others to every row of x, by `knn`; k is at most N - 1 then, and
-    N with queries. Equal distances by lower index. All finite, float32 or float64; the search and
-    the result have the type of x. The search finds a few more than k, and float64 decides between
-    those whose distances nearly tie.
+    Without queries, each row of x is compared with the others; k is at most N - 1 then, and N with
+    queries. Equal distances come by lower index. All numbers are finite, float32 or float64; the
+    products and the result have the type of x, and the distances that decide are measured in
+    float64.
     """
-    exact = [part.double() for part in (x, queries) if part is not None]
+    exact = [part.double()[None] for part in (x, queries) if part is not None]
     if metric == "cosine":
         exact = _unit(*exact)
-    parts = [part.to(x.dtype)[None] for part in exact]
-    if queries is None:
-        _, candidates = knn(parts[0], min(k + BAND, len(x) - 1))
+    # Unit rows rounded to float32 would no longer be the rows that are measured.
+    parts = exact if metric == "cosine" else [part.to(x.dtype) for part in exact]
+    if queries is None and resolve(None, parts[0]) == "triton":
+        _, candidates = knn(parts[0], min(k + search.BAND, len(x) - 1))
+        measure = partial(search.pair_distances, exact[0], queries=exact[0])
+        squared, indices = search.settle(candidates, k, measure)
     else:
-        candidates = neighbors(parts[0], min(k + BAND, len(x)), parts[1])
-    measure = partial(pair_distances, exact[0][None], queries=exact[-1][None])
-    squared, indices = settle(candidates, k, measure)
-    return _of_squared(squared[0], metric).to(x.dtype), indices[0]
+        asking = None if queries is None else parts[1]
+        squared, indices = search.nearest(parts[0], k, asking, exact=(exact[0], exact[-1]))
+    # Distances can tie that did not before the root: by lower index once more.
+    indices, order = indices[0].sort(dim=-1)
+    distances = _of_squared(squared[0].gather(-1, order), metric).to(x.dtype)
+    distances, order = distances.sort(dim=-1, stable=True)
+    return distances, indices.gather(-1, order)
 
 
 def _of_squared(squared: Tensor, metric: str) -> Tensor:

@@ -22,18 +22,23 @@ BREUNIG_EPS = 1e-10  # scikit-learn's, added to the mean reachability distance
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """d2(i, j) = ||x_i - x_j||^2, (B, N, N); +inf where a token is not finite."""
+    """d2(i, j) = ||x_i - x_j||^2, (B, N, N); NaN where one of the tokens is not finite."""
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return torch.where(d2.isfinite(), d2, torch.inf)
+    finite = x.isfinite().all(dim=-1)
+    return torch.where(finite[:, :, None] & finite[:, None, :], d2, torch.nan)
 
 
 def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances and indices (B, N, k) of the k nearest *others*, ties by lower index."""
+    """Squared distances and indices (B, N, k) of the k nearest *others*, ties by lower index.
+
+    Tokens that are not finite come last, at the distance NaN.
+    """
     d2 = squared_distances(x)
-    # A token that is not finite is far; itself, at infinity, is out.
-    others = d2.nan_to_num(posinf=torch.finfo(d2.dtype).max)
-    others.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)
-    indices = others.argsort(dim=-1, stable=True)[..., :k]
+    last = d2.isnan().int()
+    last.diagonal(dim1=-2, dim2=-1).fill_(2)  # the token itself
+    by_distance = d2.argsort(dim=-1, stable=True)
+    by_kind = last.gather(-1, by_distance).argsort(dim=-1, stable=True)
+    indices = by_distance.gather(-1, by_kind)[..., :k]
     return d2.gather(-1, indices), indices
 
 
@@ -44,16 +49,16 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
 
     SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
     kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
-    neighbour indices. kappa is held above the rounding of the largest one: duplicates
-    then score 1, not 0 / 0. A token that is not finite, or has fewer than k finite others, scores
-    NaN.
+    neighbour indices. kappa is held between the smallest normal and the largest number of its
+    dtype, and so is the mean: duplicates score 1, not 0 / 0, and a token whose squared distances
+    overflow has the highest score. A token that is not finite, or has fewer than k finite others,
+    has the k-distance NaN and scores NaN.
     """
-    finite = k_distance.isfinite()
-    largest = torch.where(finite, k_distance, 0).amax(dim=-1, keepdim=True)
     limits = torch.finfo(k_distance.dtype)
-    kappa = k_distance.maximum((largest * limits.eps**2).clamp(min=limits.tiny))
+    kappa = k_distance.clamp(min=limits.tiny, max=limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    return torch.where(finite[:, rows], ratios.mean(dim=-1), torch.nan)
+    scores = ratios.mean(dim=-1).clamp(max=limits.max)
+    return torch.where(kappa[:, rows].isnan(), torch.nan, scores)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
     k_distance = distances[..., -1]
     density = reachability_density(distances, neighbors, k_distance)
     ratios = density_ratio(density, neighbors, density)
-    return torch.where(k_distance.isfinite(), ratios, torch.nan)
+    return torch.where(k_distance.isnan(), torch.nan, ratios)
 
 
 def reachability_density(distances: Tensor, neighbors: Tensor, k_distance: Tensor) -> Tensor:
@@ -73,12 +78,14 @@ def reachability_density(distances: Tensor, neighbors: Tensor, k_distance: Tenso
     k_distance (B, N) is of the tokens that neighbors (B, M, k) points to; for LOF of these, M = N.
     """
     reachability = distances.maximum(_gather_tokens(k_distance, neighbors))
-    return 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
+    density = 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
+    return density.clamp(min=torch.finfo(density.dtype).tiny)  # of infinite distances, not 0
 
 
 def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
     """mean_j lrd_j / lrd_i (B, M), with density (B, N) at neighbors (B, M, k) and own (B, M)."""
-    return (_gather_tokens(density, neighbors) / own.unsqueeze(-1)).mean(dim=-1)
+    ratios = (_gather_tokens(density, neighbors) / own.unsqueeze(-1)).mean(dim=-1)
+    return ratios.clamp(max=torch.finfo(ratios.dtype).max)
 
 
 def outlier_mask(scores: Tensor, contamination: float) -> Tensor:

@@ -72,7 +72,8 @@ def meet(
                     f"all ranks must agree on {name}, got {expected} on rank 0 and "
                     f"{other.get(name)} on rank {rank}"
                 )
-    shards = Shards(group, [size for _, size, _ in said])
+    device = next(iter(tensors.values())).device
+    shards = Shards(group, [size for _, size, _ in said], device)
     if shards.total == 0:
         raise ValueError("at least one rank must have a row, got none on any")
     return shards, [*tensors.values()]
@@ -81,8 +82,8 @@ def meet(
 class Shards:
     """Which of all N rows lie on which rank of a group."""
 
-    def __init__(self, group: dist.ProcessGroup | None, sizes: list[int]):
-        self._group, self._rank = group, dist.get_rank(group)
+    def __init__(self, group: dist.ProcessGroup | None, sizes: list[int], device: torch.device):
+        self._group, self._rank, self._device = group, dist.get_rank(group), device
         self._starts = [0, *accumulate(sizes)]
         self.total = self._starts[-1]
         self.own = slice(*self._starts[self._rank : self._rank + 2])
@@ -103,6 +104,20 @@ class Shards:
         """All rows (1, N) of a tensor (n,)."""
         ((_, (rows,)),) = self.pieces(self.total, tensor)
         return rows
+
+    def rows_at(self, positions: Tensor, x: Tensor) -> Tensor:
+        """The rows (1, p, D) at some positions (p,) among all rows, of which x (n, D) are own."""
+        held = (positions >= self.own.start) & (positions < self.own.stop)
+        rows = x.new_zeros(len(positions), x.shape[1])
+        rows[held] = x[positions[held] - self.own.start]
+        dist.all_reduce(rows, group=self._group)  # exact: every other rank has zeros
+        return rows[None]
+
+    def any(self, condition: bool) -> bool:
+        """Whether the condition holds on one rank at least."""
+        flag = torch.tensor([int(condition)], device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
 
     def whole_tiles(self, x: Tensor, step: int) -> tuple[Tensor, int, slice]:
         """This rank's rows (n, D) within the tiles of `step` of all rows that they touch.

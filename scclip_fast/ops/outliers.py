@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -13,7 +10,6 @@ from ..backend import NAMESPACE, resolve
 from . import _check
 
 MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
-BAND = 4  # candidates on either side of the k-th place whose order is measured, not estimated
 VARIANTS = ("scclip", "breunig")
 
 
@@ -21,20 +17,18 @@ VARIANTS = ("scclip", "breunig")
 def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Squared distances and indices (B, N, k) of the nearest others of x (B, N, D), nearest first.
 
-    Without measure_all: the distance of the k-th alone (B, N, 1), and indices whose last is its.
+    Without measure_all, the result holds the distance of the k-th neighbour alone, (B, N, 1), and
+    the indices come in any order. A pair with a token that is not finite has the distance NaN.
     """
     if backend == "triton" and x.numel():
         from ..kernels.nearest import nearest_triton
 
         return nearest_triton(x, k, measure_all)
     if backend == "reference":
-        distances, indices = reference.knn(x.to(chunked.compute_dtype(x)), k)
-    else:
-        candidates = search.neighbors(x, min(k + BAND, x.shape[1] - 1))
-        measure = partial(search.pair_distances, x)
-        distances, indices = settle_last(candidates, k, k if measure_all else BAND, measure)
-    distances = distances if measure_all else distances[..., -1:]
-    return distances.contiguous(), indices.contiguous()
+        distances, indices = reference.knn(x.double(), k)
+        distances = distances if measure_all else distances[..., -1:]
+        return distances.to(chunked.compute_dtype(x)), indices.contiguous()
+    return search.nearest(x, k, every_distance=measure_all)
 
 
 @_nearest.register_fake
@@ -57,31 +51,6 @@ def _simplified_lof(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tens
 @_simplified_lof.register_fake
 def _(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
     return torch.empty_like(k_distance, memory_format=torch.contiguous_format)
-
-
-def settle_last(
-    candidates: Tensor, k: int, measured: int, measure: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Indices (B, M, k) of the nearest and the squared distances of the last `measured`.
-
-    The search ranks by products whose rounding is that of the norms. A few candidates more than k,
-    measured as sums of squared differences, settle who is among the k.
-    """
-    settled, undecided = candidates.tensor_split([max(0, k - measured)], dim=-1)
-    distances, chosen = settle(undecided, k - settled.shape[-1], measure)
-    return distances, torch.cat([settled, chosen], dim=-1)
-
-
-def settle(
-    candidates: Tensor, places: int, measure: Callable[[Tensor], Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Squared distances and indices (B, M, places), nearest first, of the candidates (B, M, m).
-
-    measure takes candidates to squared distances; of equal ones, the lower index.
-    """
-    candidates = candidates.sort(dim=-1).values
-    distances, order = measure(candidates).sort(dim=-1, stable=True)
-    return distances[..., :places], candidates.gather(-1, order[..., :places])
 
 
 def knn(
@@ -112,6 +81,7 @@ def knn(
     """
     tokens, k, backend = _prepare(x, "x", k, "k", check_finite, backend)
     distances, indices = _nearest(tokens, k, True, backend)
+    distances = distances.masked_fill(distances.isnan(), torch.inf)
     return (distances, indices) if x.dim() == 3 else (distances[0], indices[0])
 
 
