@@ -16,9 +16,9 @@ RELATIVE_ERROR = {
     torch.bfloat16: 8e-3,
 }
 
-#: Two squared distances tie when they differ by less than this times the centred squared norms of
-#: their tokens: what float32 rounds away in ||x||^2 - 2 x y at up to a few thousand dimensions.
-TIE = 1e-6
+#: Two squared distances tie when they differ by less than this share of themselves: what float32
+#: rounds away in a sum of up to a few thousand squared differences.
+TIE = 4e-6
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
@@ -47,11 +47,10 @@ def assert_neighbors(indices: Tensor, *, x: Tensor, k: int) -> None:
     assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a neighbour twice"
     d2 = reference.squared_distances(x)
     true, _ = reference.knn(x, k)
-    norms = (x - x.mean(dim=1, keepdim=True)).square().sum(dim=-1)
-    slack = TIE * (norms[:, :, None] + norms.gather(-1, indices.flatten(1)).view_as(indices))
     # In a set of k, every member beyond the true k-th distance stands for one that was missed.
-    beyond = d2.gather(-1, indices) - true[..., -1:]
-    assert (beyond <= slack).all(), f"a neighbour too far by {(beyond - slack).max().item():.2e}"
+    found, limit = d2.gather(-1, indices), true[..., -1:] * (1 + TIE)
+    near = (found <= limit) | limit.isnan()
+    assert near.all(), f"{(~near).any(dim=-1).sum()} rows have a neighbour that is too far"
 
 
 def decided(indices: Tensor, *, x: Tensor) -> Tensor:

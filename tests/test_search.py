@@ -1,0 +1,258 @@
+"""Neighbours on inputs that a search by products gets wrong, and the certificate that finds them.
+
+Each guarantee of `certificate.py` and `search.py` has an input that only it saves. What was broken
+by hand, and the tests that failed:
+
+- gamma = 0 in the first condition: test_a_dropped_neighbour_leaves_its_row_undecided
+- `a` for `a + v` in the bound: test_the_bound_grows_with_the_token_that_was_dropped
+- rho = 0: test_the_rounding_of_the_measured_distance_counts
+- gamma = 0 in the second condition, or the condition left out:
+  test_candidates_that_were_not_measured_are_neighbours
+- `r == 0` left out: test_duplicates_are_searched_once
+- no second pass: test_every_neighbour, test_clusters_as_scikit_learn_finds_them
+- no third pass: test_every_neighbour of quanta, test_ties_beyond_the_candidates
+- the mean for the remedian: test_one_far_token_leaves_the_others_decided
+"""
+
+import pytest
+import torch
+from cases import RUNS
+from sklearn.neighbors import LocalOutlierFactor as Theirs
+from tolerance import assert_neighbors, decided
+
+import scclip_fast as sf
+from scclip_fast import reference, search
+from scclip_fast.certificate import undecided
+
+
+def far_clusters(gap):
+    x = torch.randn(400, 2) * 5
+    x[200:, 0] += gap
+    return x
+
+
+def sentinels():
+    x = torch.randn(500, 6)
+    x[::100, 3] = -999_999
+    return x
+
+
+def fill_values():
+    x = torch.randn(300, 12)
+    x[torch.arange(0, 300, 3)] = -9999 + 1e-2 * torch.randn(100, 12)
+    return x
+
+
+def one_far(value):
+    x = torch.randn(300, 5)
+    x[7] = value
+    return x
+
+
+def magnitudes():
+    x = torch.randn(300, 8)
+    x[::2] += 1e15
+    return x
+
+
+def quanta():
+    """Half of the tokens differ by a few units of float32's last place, most at equal distances."""
+    x = torch.randint(6, (300, 8)) / 8.0
+    x[::2] += 2.0**20
+    return x
+
+
+EXTREMES = {
+    "quanta": quanta,
+    "clusters far apart": lambda: far_clusters(50_000),
+    "clusters very far apart": lambda: far_clusters(1e9),
+    "clusters at a gap of 600": lambda: far_clusters(3000),
+    "sentinels": sentinels,
+    "fill values": fill_values,
+    "one at 1e8": lambda: one_far(1e8),
+    "one at 1e18": lambda: one_far(1e18),
+    "one at 1e20": lambda: one_far(1e20),
+    "one at 1e37": lambda: one_far(1e37),
+    "fifteen orders of magnitude": magnitudes,
+    "offset": lambda: torch.randn(300, 16) + 1e6,
+    "small spread": lambda: 1 + 1e-6 * torch.randn(300, 16),
+    "small numbers": lambda: 1e-12 * torch.randn(300, 16),
+    "lines": lambda: torch.arange(300.0)[:, None] * torch.tensor([1e-3, 1e4]),
+}
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_every_neighbour(device, backend, kind):
+    """The sets of float64, and the scores where no tie leaves them open."""
+    x, k = EXTREMES[kind](), 9
+    _, indices = sf.knn(x.to(device), k, backend=backend)
+    assert_neighbors(indices[None], x=x[None], k=k)
+    scores = sf.lof_scores(x.to(device), k, backend=backend).cpu()
+    sure = decided(indices[None], x=x[None])[0]
+    expected = sf.lof_scores(x.double(), k, backend="reference")
+    expected = expected.clamp(max=torch.finfo(torch.float32).max)
+    overflow = x.double().square().sum(dim=-1) > 3e38
+    assert torch.allclose(scores.double()[sure & ~overflow], expected[sure & ~overflow], rtol=1e-4)
+    assert scores[overflow].isfinite().all()
+    assert (scores[overflow] > scores[~overflow].max()).all()
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_float64(kind):
+    x = EXTREMES[kind]().double()
+    x[3] = 1e40  # a square of 1e80
+    _, indices = sf.knn(x, 9)
+    assert torch.equal(
+        indices.sort(dim=-1).values, reference.knn(x[None], 9)[1][0].sort(dim=-1).values
+    )
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+def test_clusters_as_scikit_learn_finds_them(device, backend):
+    """The audit's input: every neighbour of every row was wrong, 34 of 50 outliers agreed."""
+    x = far_clusters(50_000)
+    theirs = Theirs(20).fit(x.numpy())
+    _, indices = sf.knn(x.to(device), 20, backend=backend)
+    found, expected = indices.cpu().sort(dim=-1).values, theirs.kneighbors()[1]
+    assert torch.equal(found, torch.from_numpy(expected).sort(dim=-1).values)
+    scores = sf.lof_scores(x.to(device), 20, variant="breunig", backend=backend)
+    right = torch.from_numpy(-theirs.negative_outlier_factor_)
+    assert torch.allclose(scores.cpu().double(), right.double(), rtol=1e-5)
+
+
+def test_new_rows_of_the_estimator():
+    """The same clusters, new rows beside them: scores were off by a quarter."""
+    from scclip_fast.sklearn import LocalOutlierFactor
+
+    x = far_clusters(50_000).numpy()
+    new = x[::7] + 0.5
+    for kind in (float, "float32"):
+        ours = LocalOutlierFactor(20, novelty=True).fit(x.astype(kind))
+        theirs = Theirs(20, novelty=True).fit(x.astype(kind))
+        found = torch.from_numpy(ours.score_samples(new.astype(kind))).double()
+        right = torch.from_numpy(theirs.score_samples(new.astype(kind))).double()
+        assert torch.allclose(found, right, rtol=1e-5)
+
+
+def image_like(b, n, d):
+    """Smooth regions, noise, and some long tokens."""
+    side = int(n**0.5)
+    coarse = torch.randn(b, d, side // 4, side // 4)
+    smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")
+    x = smooth.flatten(2).mT + 0.5 * torch.randn(b, n, d)
+    x[:, ::37] *= 3
+    return x
+
+
+def test_image_like_features_are_decided():
+    """Speed: the second and third pass are for odd data."""
+    x = image_like(2, 576, 256)
+    search.counts.clear()
+    sf.lof_scores(x, 30, backend="torch")
+    assert search.counts["product"] == 2 * 576
+    assert search.counts["float64"] <= 3 and search.counts["differences"] == 0
+
+
+@pytest.mark.parametrize("value", [1e4, 1e8, 1e18])
+def test_one_far_token_leaves_the_others_decided(value):
+    x = image_like(1, 576, 64)
+    x[0, 100] = value
+    search.counts.clear()
+    sf.lof_scores(x, 30, backend="torch")
+    assert search.counts["float64"] <= 4
+
+
+def test_ties_beyond_the_candidates():
+    """Points of a cubic grid: 6 neighbours at one distance, 12 at the next, 8 at the third."""
+    x = torch.cartesian_prod(*[torch.arange(16.0)] * 3)[:4000] + 1000
+    search.counts.clear()
+    distances, indices = sf.knn(x, 20, backend="torch")
+    expected = reference.knn(x[None].double(), 20)
+    assert torch.equal(indices, expected[1][0])
+    assert torch.allclose(distances.double(), expected[0][0])
+    assert search.counts["differences"] > 1000
+
+
+@pytest.mark.parametrize("every", [True, False])
+def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
+    """Rows that are all searched again, by float64 or by differences, have the same neighbours."""
+    x = image_like(1, 196, 48)
+    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    again = []
+
+    def all_of_them(scores, *_):
+        again.append(scores.dtype)
+        return torch.ones(scores.shape[:2], dtype=torch.bool)
+
+    monkeypatch.setattr(search, "undecided", all_of_them)
+    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    assert again == [torch.float32, torch.float64]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_queries_among_tokens_of_any_size():
+    x, queries = magnitudes()[None], magnitudes()[None, :31]
+    distances, indices = search.nearest(x, 5, queries)
+    d2 = torch.cdist(queries.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    right, _ = d2.topk(5, largest=False, sorted=True)
+    assert torch.allclose(distances.double(), right, rtol=1e-5)
+    assert torch.allclose(d2.gather(-1, indices), right, rtol=1e-5)
+
+
+def test_duplicates_are_searched_once():
+    x = torch.randn(200, 16)
+    x[:100] = 3
+    search.counts.clear()
+    distances, indices = sf.knn(x, 9, backend="torch")
+    assert (distances[:100] == 0).all() and (indices[:100] < 100).all()
+    assert search.counts["float64"] == 0
+
+
+class TestCertificate:
+    """`undecided` on scores that are wrong by as much as rounding may make them."""
+
+    WIDTH = 4096
+    GAMMA = WIDTH * torch.finfo(torch.float32).eps / 2
+
+    def is_undecided(self, scores, a, r2, measured):
+        """Whether a row of norm a with the k-distance r2 is undecided; scores ascend."""
+        scores, a = (torch.tensor(v, dtype=torch.float32)[None, None] for v in (scores, a))
+        return undecided(scores, a, r2[None, None], measured, self.WIDTH, complete=False).item()
+
+    def score(self, a, d, error):
+        """The score of a token at d, as far from a row of norm a as it can be from the centre.
+
+        error is the share of what rounding may add.
+        """
+        norm = a + d
+        return d**2 - a**2 + error * self.GAMMA * (norm**2 + 2 * a * norm)
+
+    def drops(self, a, r, error, r2=None):
+        """Whether a row is undecided if a token as near as r came out `error` too high."""
+        near = [self.score(a, share * r, 0) for share in (0.1, 0.2, 0.3, 0.9)]
+        r2 = torch.tensor(r**2, dtype=torch.float64) if r2 is None else r2
+        return self.is_undecided([*near, self.score(a, r, error)], a, r2, measured=5)
+
+    def test_a_dropped_neighbour_leaves_its_row_undecided(self):
+        assert self.drops(a=1.0, r=0.05, error=1)
+        assert not self.drops(a=1.0, r=0.05, error=1.2)
+
+    def test_the_bound_grows_with_the_token_that_was_dropped(self):
+        assert self.drops(a=1.0, r=10.0, error=1)
+        assert not self.drops(a=1.0, r=10.0, error=1.2)
+
+    def test_the_rounding_of_the_measured_distance_counts(self):
+        """A float32 sum of squares may come out too low by its own bound."""
+        r2 = torch.tensor(1.0)
+        assert self.drops(a=0.0, r=1 + self.GAMMA / 2, error=1, r2=r2)
+        assert self.drops(a=0.0, r=1 + self.GAMMA, error=1, r2=r2)
+        assert not self.drops(a=0.0, r=1 + 3 * self.GAMMA, error=1, r2=r2)
+
+    def test_candidates_that_were_not_measured_are_neighbours(self):
+        """Two of five are taken unmeasured, the second of them low by the bound."""
+        a, r2 = 1.0, torch.tensor(0.05**2, dtype=torch.float64)
+        for d, open_ in ((0.055, True), (0.03, False)):
+            unmeasured = self.score(a, d, error=-1)
+            scores = [unmeasured, unmeasured, *[self.score(a, 0.1, 0)] * 3]
+            assert self.is_undecided(scores, a, r2, measured=3) is open_
