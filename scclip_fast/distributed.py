@@ -36,8 +36,8 @@ from .chunked import Tile
 from .ops import _check
 from .ops.outliers import check_variant
 from .search import (
-    BAND,
     Search,
+    band,
     finite_tokens,
     pair_distances,
     remedian,
@@ -201,8 +201,8 @@ def _pass(
         kept: the rows to return; the others only fill up tiles.
         own, centre: as for `search.Search`.
     """
-    wanted = min(k + BAND, shards.total - 1)
-    measured = wanted if every_distance else min(wanted, wanted - k + BAND)
+    wanted = min(k + band(k), shards.total - 1)
+    measured = wanted if every_distance else min(wanted, wanted - k + band(k))
     search = Search(rows, wanted, tile.rows, own, centre)
     for first, (piece,) in shards.pieces(tile.columns, x):
         search.see(piece, first)

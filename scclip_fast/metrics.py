@@ -28,7 +28,7 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
     # Unit rows rounded to float32 would no longer be the rows that are measured.
     parts = exact if metric == "cosine" else [part.to(x.dtype) for part in exact]
     if queries is None and resolve(None, parts[0]) == "triton":
-        _, candidates = knn(parts[0], min(k + search.BAND, len(x) - 1))
+        _, candidates = knn(parts[0], min(k + search.band(k), len(x) - 1))
         measure = partial(search.pair_distances, exact[0], queries=exact[0])
         squared, indices = search.settle(candidates, k, measure)
     else:

@@ -12,8 +12,10 @@ norms, not that of the distance. Three passes make the result exact:
 3. Rows that float64 leaves undecided are searched by measured differences to all tokens.
 
 The k neighbours of a row are therefore the k tokens with the smallest measured distance, ties by
-the lower index, whatever the tiles were. Listing the undecided rows waits for a GPU; the Triton
-path does not.
+the lower index, whatever the tiles were.
+
+To list the undecided rows, the host waits for a GPU, which the Triton path never does. A CUDA graph
+cannot capture that: while one is captured, the third pass searches all rows.
 """
 
 from __future__ import annotations
@@ -30,11 +32,17 @@ from .certificate import undecided
 from .chunked import compute_dtype, plan, spans
 from .selection import GROUP, smallest, smallest_grouped
 
-BAND = 4  # candidates on either side of the k-th place whose order is measured, not estimated
-
 #: Rows searched so far in this process: "product" counts those of the first pass, "float64" and
 #: "differences" those that the pass before left undecided.
 counts: Counter[str] = Counter()
+
+
+def band(k: int) -> int:
+    """How many candidates on either side of the k-th place are measured rather than estimated.
+
+    The distances of many neighbours lie closer together than those of a few.
+    """
+    return max(4, k // 8)
 
 
 class Search:
@@ -143,6 +151,8 @@ def nearest(
     rows, own = (x, 0) if queries is None else (queries, None)
     measured = (x, rows) if exact is None else exact
     find = partial(_pass, k=k, measured=measured)
+    if _is_captured(x):
+        return find(*measured, own, dtype=None, every_distance=every_distance)[:2]
     counts["product"] += rows.shape[0] * rows.shape[1]
     dtype = compute_dtype(x)
     distances, indices, is_open = find(x, rows, own, dtype=dtype, every_distance=every_distance)
@@ -193,8 +203,8 @@ def _pass(
     batch, tokens, width = x.shape
     asked = rows.shape[1]
     tile = tile_of(batch, tokens, width, k, dtype or compute_dtype(x))
-    wanted = min(k + BAND, tokens - (own is not None))
-    n_measured = wanted if every_distance else min(wanted, wanted - k + BAND)
+    wanted = min(k + band(k), tokens - (own is not None))
+    n_measured = wanted if every_distance else min(wanted, wanted - k + band(k))
     complete = wanted == tokens - (own is not None)
     group = max(1, rows_of_lists(tile.images, wanted) // tile.rows) * tile.rows
     step, last = min(tile.rows, asked), k if every_distance else 1
@@ -320,16 +330,23 @@ def pair_distances(
     return distances.masked_fill_(~usable, torch.nan)
 
 
-def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The images with open rows (B, M) that are finite, and the places (R,) of these rows.
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    No search can help a row that is not finite.
+
+def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The images with open rows (B, M) that are finite, and the places (R,) of some of these rows.
+
+    No search can help a row that is not finite. The rows that are given at once, in float64, fit a
+    part of the workspace.
     """
+    at_once = max(1, chunked.WORKSPACE_BYTES // 16 // (8 * rows.shape[-1]))
     for image in is_open.any(dim=1).nonzero()[:, 0].tolist():
         places = is_open[image].nonzero()[:, 0]
         places = places[finite_tokens(rows[image, places])]
-        if len(places):
-            yield image, places
+        for some in places.split(at_once):
+            if len(some):
+                yield image, some
 
 
 def _centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
@@ -342,7 +359,8 @@ def _centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor,
     missing = -n % multiple
     centred = centre.new_empty(batch, n + missing, width)
     centred[:, n:] = 0
-    torch.sub(tokens, centre, out=centred[:, :n])
+    centred[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to a tensor of its own
+    centred[:, :n] -= centre
     norms = torch.linalg.vector_norm(centred, dim=-1).square_()
     broken = ~norms.isfinite()
     norms.masked_fill_(broken, torch.finfo(norms.dtype).max)[:, n:] = torch.inf
