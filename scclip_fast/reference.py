@@ -84,15 +84,21 @@ def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
 def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
     """scores > quantile(scores, 1 - contamination), per image, NaN left out; (B, N) -> bool (B, N).
 
-    The quantile interpolates linearly like `torch.quantile`, which `torch.compile(fullgraph=True)`
-    and `torch.export` with a dynamic batch both reject.
+    The quantile is the linear one of `torch.quantile`, which `torch.compile(fullgraph=True)` and
+    `torch.export` with a dynamic batch both reject. As there (torch 2.14), the fraction has the
+    dtype of the scores and the rank is float64, which is exact for float32 scores however many.
+    Where two neighbours in the order are too far apart to interpolate, the lower one is taken,
+    which separates the same scores.
     """
     ordered = scores.sort(dim=-1).values  # NaN last
     count = scores.isnan().logical_not().sum(dim=-1, keepdim=True)
-    rank = ((count - 1).clamp(min=0).to(scores.dtype)) * (1 - contamination)
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+    fraction = scores.new_full((), 1 - contamination).to(exact)
+    rank = (count - 1).clamp(min=0) * fraction
     below = ordered.gather(-1, rank.floor().long())
     above = ordered.gather(-1, rank.ceil().long())
-    return scores > torch.lerp(below, above, rank.frac())
+    threshold = torch.lerp(below, above, rank.frac().to(scores.dtype))
+    return scores > torch.where(threshold.isfinite(), threshold, below)
 
 
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -169,15 +169,20 @@ def outlier_mask(
 ) -> Tensor:
     """scores > quantile(scores, 1 - contamination), per image.
 
+    The quantile is that of `torch.quantile`, linear, with the rank as torch 2.14 computes it: the
+    fraction has the dtype of the scores, and its product with N - 1 is exact. A rank that is whole
+    on paper can lie a little below in this arithmetic, and the token there is then an outlier too.
+    Releases before 2.14 round the rank and leave that token out.
+
     Args:
-        scores: (N,) or (B, N), floating. NaN scores are left out of the quantile and are never
-            outliers.
+        scores: (N,) or (B, N), floating; float16 and bfloat16 count as float32. Scores (h, w) of a
+            grid pass for h images: flatten them first. NaN scores are left out of the quantile and
+            are never outliers.
         contamination: in (0, 0.5].
         backend: checked, and otherwise without effect: a sort needs no kernel of ours.
 
     Returns:
-        bool, of the shape of `scores`. The quantile interpolates linearly, as `torch.quantile`
-        does.
+        bool, of the shape of `scores`.
 
     Raises:
         TypeError, ValueError: `scores` is no floating tensor of that rank, or contamination is out
