@@ -156,8 +156,8 @@ class TestDegenerate:
 def torch_quantile(scores, contamination):
     """`torch.quantile` of each row, (B, 1).
 
-    Releases before 2.14 also round the rank to the dtype of the scores, which moves it onto whole
-    numbers. For these, the arithmetic of 2.14 is written out.
+    Releases that round the rank to the dtype of the scores move it onto whole numbers. For these,
+    the arithmetic of torch 2.14 is written out.
     """
     steps = (torch.arange(51) >= 45).float()
     if torch.quantile(steps, 0.9) < 1:

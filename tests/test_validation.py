@@ -49,6 +49,44 @@ class TestTokens:
             op(torch.randn(shape))
 
 
+SEQUENCE_FIRST = {
+    "knn": lambda x: sf.knn(x, 1),
+    "lof_scores": lambda x: sf.lof_scores(x, 1),
+    "lof": lambda x: sf.lof(x, 1),
+    "similarity": sf.similarity,
+    "aggregate": lambda x: sf.aggregate(x, x),
+    "adaptive_aggregate": lambda x: sf.adaptive_aggregate(x, x @ x.mT),
+    "blended_attention": lambda x: sf.blended_attention(*[x[:, None]] * 3, x),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("name", SEQUENCE_FIRST)
+def test_a_batch_of_single_tokens(name, backend):
+    """It is refused as a sequence-first image; one image of a single token is allowed."""
+    op = SEQUENCE_FIRST[name]
+    with sf.backend(backend):
+        for shape in ((3, 1, 8), (196, 1, 8), (2, 1, 1)):
+            message = (
+                rf"more than one token .*{shape[0]}, 1, {shape[2]}.* batch first.*transpose\(0, 1\)"
+            )
+            with pytest.raises(ValueError, match=message):
+                op(torch.randn(shape))
+        op(
+            torch.randn(1, 1, 8)
+            if name not in ("knn", "lof", "lof_scores")
+            else torch.randn(1, 2, 8)
+        )
+
+
+def test_repair_of_single_tokens():
+    """The grid tells that images have one patch, so that a batch of them is meant."""
+    x = torch.randn(3, 1, 8)
+    assert torch.equal(sf.repair(x, torch.ones(3, 1, dtype=torch.bool), (1, 1)), x)
+    with pytest.raises(ValueError, match="grid must be"):
+        sf.repair(x, torch.ones(3, 1, dtype=torch.bool), (3, 1))
+
+
 @pytest.mark.parametrize("op", [sf.lof, sf.lof_scores])
 def test_too_few_tokens(op):
     with pytest.raises(ValueError, match="n_neighbors=30 with N=30 tokens"):

@@ -46,9 +46,19 @@ def batched(name: str, tensor: Tensor, layout: str) -> Tensor:
 
 
 def tokens(name: str, tensor: Tensor) -> Tensor:
-    """A floating (N, D) or (B, N, D) as (B, N, D)."""
+    """A floating (N, D) or (B, N, D) as (B, N, D).
+
+    A batch of images of one token each is refused, as no op on tokens has a use for it: the tensor
+    is almost certainly (N, 1, D), sequence first, as published code has it.
+    """
     floating(name, tensor)
-    return batched(name, tensor, "B, N, D")
+    batch = batched(name, tensor, "B, N, D")
+    if batch.shape[1] == 1 and batch.shape[0] > 1:
+        raise ValueError(
+            f"{name} must have more than one token an image, got shape {tuple(tensor.shape)}; "
+            f"tokens are batch first, (B, N, D): for (N, B, D) pass {name}.transpose(0, 1)"
+        )
+    return batch
 
 
 def same_device(**tensors: Tensor) -> None:
@@ -75,7 +85,7 @@ def neighbor_count(name: str, k: int, n: int) -> int:
     k = integer(name, k, low=1)
     if n <= k:
         raise ValueError(
-            f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens"
+            f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens "
         )
     return k
 

@@ -95,7 +95,7 @@ def knn(
 
     Args:
         x: (N, D) or (B, N, D), any strides; float16, bfloat16, float32 or float64. Images of a
-            batch are independent.
+            batch are independent. Sequence-first tokens (N, B, D) need `x.transpose(0, 1)`.
         k: 1 <= k < N; the Triton kernel takes up to 128, above which the torch path runs.
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
             token is the neighbour of another only where nothing else is left, at distance inf.
@@ -132,7 +132,10 @@ def lof_scores(
     `negative_outlier_factor_`.
 
     Args:
-        features: (N, D) or (B, N, D); see `knn`.
+        features: (N, D) or (B, N, D); see `knn`. A map (h, w, D) passes for h images of w tokens:
+            flatten it, as in `features.flatten(1, 2)` for (B, h, w, D) and
+            `features[0].flatten(0, 1)` for its first image. Sequence-first tokens (N, B, D) pass
+            for N images where B exceeds n_neighbors, and cannot be told from them.
         n_neighbors: k, 1 <= k < N.
         variant: "scclip" or "breunig".
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
@@ -172,7 +175,7 @@ def outlier_mask(
     The quantile is that of `torch.quantile`, linear, with the rank as torch 2.14 computes it: the
     fraction has the dtype of the scores, and its product with N - 1 is exact. A rank that is whole
     on paper can lie a little below in this arithmetic, and the token there is then an outlier too.
-    Releases before 2.14 round the rank and leave that token out.
+    Earlier releases round the rank, which leaves that token out.
 
     Args:
         scores: (N,) or (B, N), floating; float16 and bfloat16 count as float32. Scores (h, w) of a
@@ -205,12 +208,15 @@ def lof(
     check_finite: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outlier tokens and their LOF scores; a drop-in for SC-CLIP's `lof_pytorch`.
+    """Outlier tokens and their LOF scores; SC-CLIP's `lof_pytorch`, batched.
+
+    `scclip_fast.dropin.lof_pytorch` has the published layout and return.
 
     Counting the outliers waits for the GPU; `outlier_mask(lof_scores(features))` does not.
 
     Args:
-        features, n_neighbors, variant, check_finite, backend: see `lof_scores`.
+        features: (N, D) or (B, N, D), batch first; flatten maps (h, w, D) as for `lof_scores`.
+        n_neighbors, variant, check_finite, backend: see `lof_scores`.
         contamination: the share of outliers, in (0, 0.5].
 
     Returns:
