@@ -17,6 +17,7 @@ TOKEN_OPS = {
     "features": lambda x: sf.lof(x, 5),
     "features ": lambda x: sf.lof_scores(x, 5),
     "features  ": lambda x: sf.similarity(x),
+    "features      ": lambda x: sf.norm_scores(x),
     "tokens": lambda x: sf.repair(x, MASK, (5, 8)),
     "values": lambda x: sf.aggregate(x, X),
     "features   ": lambda x: sf.aggregate(X, x),
@@ -53,6 +54,7 @@ SEQUENCE_FIRST = {
     "knn": lambda x: sf.knn(x, 1),
     "lof_scores": lambda x: sf.lof_scores(x, 1),
     "lof": lambda x: sf.lof(x, 1),
+    "norm_scores": sf.norm_scores,
     "similarity": sf.similarity,
     "aggregate": lambda x: sf.aggregate(x, x),
     "adaptive_aggregate": lambda x: sf.adaptive_aggregate(x, x @ x.mT),
@@ -196,7 +198,7 @@ def test_meta_tensors():
     distances, indices = sf.knn(x, 5)
     assert (distances.shape, distances.dtype) == ((2, 40, 5), torch.float32)
     assert (indices.shape, indices.dtype) == ((2, 40, 5), torch.int64)
-    assert sf.lof_scores(x, 5).shape == (2, 40)
+    assert sf.lof_scores(x, 5).shape == sf.norm_scores(x).shape == (2, 40)
     assert sf.outlier_mask(x[..., 0]).shape == (2, 40)
     assert sf.aggregate(x.half(), x).dtype == torch.float16
     assert sf.repair(x, MASK.to("meta"), (5, 8)).shape == x.shape

@@ -62,7 +62,8 @@ def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Te
     class_token, patches = layers[-1].split([1, layers[-1].shape[1] - 1], dim=1)
     middle = layers[config.pre_adjust_idx][:, 1:]
     if config.repair:
-        outliers = find_outliers(patches, config.outlier_n_neighbors, config.outlier_contamination)
+        k, contamination = config.outlier_n_neighbors, config.outlier_contamination
+        outliers = find_outliers(patches, k, contamination, config.outlier_score)
         if outliers is not None:
             patches, middle = (repair(t, outliers.mask, grid) for t in (patches, middle))
     if config.pre_aggregate:

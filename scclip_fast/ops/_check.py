@@ -110,6 +110,19 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     return float(value)
 
 
+def switch(name: str, value: bool) -> None:
+    """TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the allowed words."""
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
+
+
 def contamination(value: float, name: str = "contamination") -> float:
     value = number(name, value)
     if not 0 < value <= 0.5:

@@ -234,6 +234,40 @@ def lof(
     return (indices if features.dim() == 3 else indices[:, 0]), scores
 
 
+def norm_scores(
+    features: Tensor, *, check_finite: bool = False, backend: str | None = None
+) -> Tensor:
+    """The norm of every token over the median norm of its image: 1 is ordinary.
+
+    The norm tells artefacts of vision transformers ("registers", Darcet et al. 2024) however many
+    of them are alike, where LOF takes more than n_neighbors of them for a cluster. `outlier_mask`
+    marks outliers by these scores as by LOF's.
+
+    Args:
+        features: (N, D) or (B, N, D), floating, batch first; flatten maps (h, w, D) as for
+            `lof_scores`.
+        check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
+            token scores NaN and is left out of the median.
+        backend: checked, and otherwise without effect: the norms need no kernel of ours.
+
+    Returns:
+        (N,) or (B, N), float32 (float64 for float64), finite for finite tokens, without a gradient.
+        Where the median is 0, the norms themselves. Beyond the scores, memory for one copy of the
+        features is taken. Nothing here waits for the GPU.
+
+    Raises:
+        TypeError: features is no floating tensor.
+        ValueError: wrong rank, an empty dimension other than the batch, a token that is not finite
+            (with check_finite), or a backend that cannot run.
+    """
+    tokens = _check.tokens("features", features).detach()
+    if check_finite:
+        _check.all_finite("features", tokens)
+    resolve(backend, tokens)
+    scores = reference.norm_scores(tokens.to(chunked.compute_dtype(tokens)))
+    return scores if features.dim() == 3 else scores[0]
+
+
 def _prepare(
     x: Tensor, name: str, k: int, k_name: str, check_finite: bool, backend: str | None
 ) -> tuple[Tensor, int, str]:
