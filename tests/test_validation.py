@@ -136,6 +136,8 @@ def test_numbers(value):
         sf.blended_attention(Q, Q, Q, X, alpha=1.5)
     with pytest.raises(ValueError, match="gamma must be"):
         sf.blended_attention(Q, Q, Q, X, gamma=-1)
+    with pytest.raises(TypeError, match="beta must be a number, got str"):
+        sf.similarity(X, "-inf")
 
 
 def test_repair():
