@@ -84,13 +84,12 @@ def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
 def norm_scores(x: Tensor) -> Tensor:
     """||x_i|| over the median norm of the image, (B, N); NaN where a token is not finite.
 
-    A token is scaled by its largest entry before the squares, which could over- or underflow. Where
-    the median is 0, the norms themselves are the scores.
+    A token is scaled by its largest entry before the squares, which could over- or underflow; an
+    infinite entry over itself is NaN. Where the median is 0, the norms themselves are the scores.
     """
     limits = torch.finfo(x.dtype)
     scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp(min=limits.tiny)
     norm = (torch.linalg.vector_norm(x / scale, dim=-1) * scale.squeeze(-1)).clamp(max=limits.max)
-    norm = torch.where(scale.squeeze(-1).isfinite(), norm, torch.nan)
     median = quantile(norm, 0.5)
     return (norm / torch.where(median > 0, median, 1)).clamp(max=limits.max)
 

@@ -59,6 +59,13 @@ def test_squares_out_of_range(scale):
     assert torch.allclose(sf.norm_scores(x * scale), sf.norm_scores(x), rtol=1e-5)
 
 
+def test_norms_beyond_every_finite_number():
+    x = torch.full((50, 16), torch.finfo(torch.float32).max)
+    x[3] /= 16
+    scores = sf.norm_scores(x)
+    assert scores[3] == 0.25 and torch.equal(scores[4:], torch.ones(46))
+
+
 @pytest.mark.parametrize("largest", [1e25, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("others", [1e-10, 1.0])
 def test_the_largest_token_is_an_outlier(largest, others):
