@@ -57,8 +57,9 @@ def test_shapes(device, backend, b, n, d, dtype, variant):
 
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("n, d", [(196, 768), (201, 64)])
+@pytest.mark.parametrize("n, d", [(196, 768), (200, 64)])
 def test_equals_the_published_equation(device, backend, kind, n, d):
+    """At these N the rank of the threshold is not whole, so that rounding decides no outlier."""
     x = FEATURES[kind](1, n, d)
     expected_indices, expected = published_lof(x[0].double())
     scores, sure = check_scores(x, 30, "scclip", device, backend, expected[None])
