@@ -174,8 +174,8 @@ def outlier_mask(
 
     The quantile is that of `torch.quantile`, linear, with the rank as torch 2.14 computes it: the
     fraction has the dtype of the scores, and its product with N - 1 is exact. A rank that is whole
-    on paper can lie a little below in this arithmetic, and the token there is then an outlier too.
-    Earlier releases round the rank, which leaves that token out.
+    on paper can so lie a little below, and the token there is an outlier too, if its distance to
+    the next lower score is large enough. Earlier releases round the rank and leave that token out.
 
     Args:
         scores: (N,) or (B, N), floating; float16 and bfloat16 count as float32. Scores (h, w) of a
