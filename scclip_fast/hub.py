@@ -22,6 +22,7 @@ CORE = (
     "__init__.py",
     "backend.py",
     "chunked.py",
+    "dropin.py",
     "progress.py",
     "reference.py",
     "certificate.py",

@@ -88,18 +88,40 @@ def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
     return ratios.clamp(max=torch.finfo(ratios.dtype).max)
 
 
-def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
-    """scores > quantile(scores, 1 - contamination), per image, NaN left out; (B, N) -> bool (B, N).
+def norm_scores(x: Tensor) -> Tensor:
+    """||x_i|| over the median norm of the image, (B, N); NaN where a token is not finite.
 
-    The quantile interpolates linearly like `torch.quantile`, which `torch.compile(fullgraph=True)`
-    and `torch.export` with a dynamic batch both reject.
+    A token is scaled by its largest entry before the squares, which could over- or underflow; an
+    infinite entry over itself is NaN. Where the median is 0, the norms themselves are the scores.
+    """
+    limits = torch.finfo(x.dtype)
+    scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp(min=limits.tiny)
+    norm = (torch.linalg.vector_norm(x / scale, dim=-1) * scale.squeeze(-1)).clamp(max=limits.max)
+    median = quantile(norm, 0.5)
+    return (norm / torch.where(median > 0, median, 1)).clamp(max=limits.max)
+
+
+def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
+    """scores > quantile(scores, 1 - contamination), per image; (B, N) -> bool (B, N)."""
+    return scores > quantile(scores, 1 - contamination)
+
+
+def quantile(scores: Tensor, fraction: float) -> Tensor:
+    """The linear quantile of each row of (B, N), NaN left out, (B, 1).
+
+    It is that of `torch.quantile`, which `torch.compile(fullgraph=True)` and `torch.export` with a
+    dynamic batch both reject. As there (torch 2.14), the fraction has the dtype of the scores and
+    the rank is float64, which is exact for float32 scores however many. Where two neighbours in the
+    order are too far apart to interpolate, the lower one is taken, which separates the same scores.
     """
     ordered = scores.sort(dim=-1).values  # NaN last
     count = scores.isnan().logical_not().sum(dim=-1, keepdim=True)
-    rank = ((count - 1).clamp(min=0).to(scores.dtype)) * (1 - contamination)
+    exact = torch.float32 if scores.device.type == "mps" else torch.float64  # MPS has no float64
+    rank = (count - 1).clamp(min=0) * scores.new_full((), fraction).to(exact)
     below = ordered.gather(-1, rank.floor().long())
     above = ordered.gather(-1, rank.ceil().long())
-    return scores > torch.lerp(below, above, rank.frac())
+    value = torch.lerp(below, above, rank.frac().to(scores.dtype))
+    return torch.where(value.isfinite(), value, below)
 
 
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -55,6 +55,8 @@ def runs_and_shapes(least_tokens: int = 1) -> list:
         for b, n, d, dtype in grid(run.id):
             if n < least_tokens or (run.values[1] == "triton" and dtype == torch.float64):
                 continue
+            if n == 1 and b > 1:  # refused, see test_validation
+                continue
             name = f"{run.id}-B{b}-N{n}-D{d}-{str(dtype).removeprefix('torch.')}"
             params.append(pytest.param(*run.values, b, n, d, dtype, id=name, marks=run.marks))
     return params

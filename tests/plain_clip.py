@@ -47,6 +47,16 @@ def lof_outliers(x: Tensor, k: int, contamination: float) -> Tensor:
     return scores > torch.quantile(scores, 1 - contamination)
 
 
+def found_outliers(x: Tensor, config) -> Tensor:
+    contamination = config.outlier_contamination
+    norms = x.norm(dim=1)
+    by_norm = norms > torch.quantile(norms, 1 - contamination)
+    if config.outlier_score == "norm":
+        return by_norm
+    by_lof = lof_outliers(x, config.outlier_n_neighbors, contamination)
+    return by_lof | by_norm if config.outlier_score == "either" else by_lof
+
+
 def repaired(tokens: Tensor, outliers: Tensor, grid: tuple[int, int]) -> Tensor:
     """Outliers become the mean of those of their up to 8 neighbours that are none."""
     height, width = grid
@@ -99,7 +109,7 @@ def scclip(visual, layers: list[Tensor], grid: tuple[int, int], config) -> Tenso
     class_token, x = layers[-1][:1], layers[-1][1:]
     middle = layers[config.pre_adjust_idx][1:]
     if config.repair and len(x) > config.outlier_n_neighbors:
-        outliers = lof_outliers(x, config.outlier_n_neighbors, config.outlier_contamination)
+        outliers = found_outliers(x, config)
         x, middle = repaired(x, outliers, grid), repaired(middle, outliers, grid)
     before, after = cosines(middle), cosines(layers[config.post_adjust_idx][1:])
     if config.pre_aggregate:

@@ -25,6 +25,14 @@ def outliers(x, k, contamination):
     return scores, scores > torch.quantile(scores, 1 - contamination)
 
 
+def found_outliers(x, config):
+    """Mask (N,) of the outliers by the setting `outlier_score`."""
+    _, by_lof = outliers(x, config.outlier_n_neighbors, config.outlier_contamination)
+    norms = x.norm(dim=-1)
+    by_norm = norms > torch.quantile(norms, 1 - config.outlier_contamination)
+    return {"lof": by_lof, "norm": by_norm, "either": by_lof | by_norm}[config.outlier_score]
+
+
 def repaired(x, mask, height, width):
     out = x.clone()
     for token in mask.nonzero()[:, 0].tolist():
@@ -120,7 +128,7 @@ def calibrated(features, last, grid, config):
     x, w = features[-1], config.residual_weight
     middle, new, mask = features[config.pre_adjust_idx], x, None
     if config.trunk_repair:
-        _, mask = outliers(x, config.outlier_n_neighbors, config.outlier_contamination)
+        mask = found_outliers(x, config)
         new, middle = repaired(x, mask, *grid), repaired(middle, mask, *grid)
     if config.trunk_aggregate:
         new = aggregated(new, middle, config.similarity_beta)
@@ -138,7 +146,7 @@ def calibrated(features, last, grid, config):
 def queries(hidden, config):
     """Hidden states (1 + Q, C) of a decoder layer, the presence token first."""
     q = hidden[1:]
-    _, mask = outliers(q, config.outlier_n_neighbors, config.outlier_contamination)
+    mask = found_outliers(q, config)
     if mask.any():
         q = aggregated(q, q, config.similarity_beta)
     return torch.cat([hidden[:1], q])
@@ -149,7 +157,7 @@ def masks(mask_embeddings, pixels, config):
     height, width = pixels.shape[1:]
     tokens = pixels.flatten(1).T
     if config.mask_repair and config.mask_grid == "pixels":
-        _, mask = outliers(tokens, config.outlier_n_neighbors, config.outlier_contamination)
+        mask = found_outliers(tokens, config)
         tokens = repaired(tokens, mask, height, width)
     logits = mask_embeddings @ tokens.T
     if config.mask_threshold:

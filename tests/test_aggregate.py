@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from cases import FEATURES, RUNS, runs_and_shapes
@@ -161,6 +163,19 @@ class TestExplicit:
         assert_close(sf.similarity(x), ref=torch.where(cosine.double() >= 0.4, cosine.double(), 0))
         assert_close(sf.similarity(x, beta=-1e9, normalize=False), ref=x.double() @ x.double().mT)
         assert sf.similarity(x[0]).shape == (20, 20)
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    def test_similarity_without_a_threshold(self, normalize, backend):
+        """Opposite tokens have products far below -1, and cosines that rounding puts below it."""
+        x = torch.randn(40, 8)
+        x = torch.cat([x, -9 * x])
+        expected = x.double() @ x.double().T
+        if normalize:
+            expected /= x.double().norm(dim=1) * x.double().norm(dim=1)[:, None]
+        found = sf.similarity(x, -math.inf, normalize, backend=backend)
+        assert (found != 0).all()
+        assert_close(found, ref=expected)
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
     def test_dtypes(self, dtype):

@@ -66,6 +66,8 @@ def test_switches(model, on):
         dict(alpha=0.2, gamma=7.0),
         dict(beta=0.7, res_cls=-0.5),
         dict(outlier_n_neighbors=5, outlier_contamination=0.2),
+        dict(outlier_score="norm"),
+        dict(outlier_score="either"),
         dict(pre_adjust_idx=0, post_adjust_idx=2, multi_start_idx=1, multi_end_idx=3),
     ],
     ids=str,

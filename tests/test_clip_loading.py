@@ -56,6 +56,7 @@ def test_published_presets():
     common = dict(
         outlier_n_neighbors=30,
         outlier_contamination=0.05,
+        outlier_score="lof",
         beta=0.4,
         gamma=3.0,
         alpha=0.5,
@@ -95,11 +96,31 @@ def test_presets_of_other_depths():
         (dict(multi_end_idx=12), "multi_end_idx must"),
         (dict(self_attention="qq"), "self_attention must be 'kk' or 'qk', got 'qq'"),
         (dict(outlier_n_neighbors=0), "outlier_n_neighbors must be at least 1, got 0"),
+        (dict(outlier_contamination=3), r"outlier_contamination must be in \(0, 0.5\], got 3"),
+        (dict(outlier_score="l2"), "outlier_score must be 'lof', 'norm' or 'either', got 'l2'"),
+        (dict(beta=math.nan), "beta must be a finite number in .*, got nan"),
+        (dict(res_cls=math.inf), "res_cls must be a finite number in .*, got inf"),
+        (dict(gamma=-1), r"gamma must be a finite number in \[0, inf\], got -1"),
+        (dict(alpha=7), r"alpha must be a finite number in \[0, 1\], got 7"),
     ],
     ids=str,
 )
 def test_configurations_that_do_not_fit(changed, message):
     with pytest.raises(ValueError, match=message):
+        SCCLIP(tiny_clip(), replace(SCCLIPConfig(), **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(outlier_n_neighbors=30.0), "outlier_n_neighbors must be an int, got float"),
+        (dict(beta="0.4"), "beta must be a number, got str"),
+        (dict(multi_level=1), "multi_level must be True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type(changed, message):
+    with pytest.raises(TypeError, match=message):
         SCCLIP(tiny_clip(), replace(SCCLIPConfig(), **changed))
 
 

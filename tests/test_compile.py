@@ -18,6 +18,7 @@ OPS = {
         lambda x: sf.lof_scores(x, 5, variant="breunig"),
         lambda: (torch.randn(3, 40, 8),),
     ),
+    "norm_scores": (lambda x: sf.norm_scores(x), lambda: (torch.randn(3, 40, 8),)),
     "outlier_mask": (lambda s: sf.outlier_mask(s, 0.1), lambda: (torch.rand(3, 40),)),
     "lof": (lambda x: sf.lof(x, 5), lambda: (torch.randn(3, 40, 8),)),
     "repair": (

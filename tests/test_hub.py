@@ -46,6 +46,7 @@ def every_op(ops: ModuleType, backend: str, x: Tensor, q: Tensor, mask: Tensor) 
         return {
             "knn": ops.knn(x, 5),
             "lof_scores": [scores, ops.lof_scores(x, 5, variant="breunig")],
+            "norm_scores": [ops.norm_scores(x)],
             "outlier_mask": [ops.outlier_mask(scores)],
             "lof": ops.lof(x, 5),
             "repair": [ops.repair(x, mask, (3, 4))],

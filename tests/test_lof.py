@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from cases import FEATURES, RUNS, runs_and_shapes
@@ -55,8 +57,9 @@ def test_shapes(device, backend, b, n, d, dtype, variant):
 
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("n, d", [(196, 768), (201, 64)])
+@pytest.mark.parametrize("n, d", [(196, 768), (200, 64)])
 def test_equals_the_published_equation(device, backend, kind, n, d):
+    """At these N the rank of the threshold is not whole, so that rounding decides no outlier."""
     x = FEATURES[kind](1, n, d)
     expected_indices, expected = published_lof(x[0].double())
     scores, sure = check_scores(x, 30, "scclip", device, backend, expected[None])
@@ -151,18 +154,70 @@ class TestDegenerate:
                 )
 
 
+def torch_quantile(scores, contamination):
+    """`torch.quantile` of each row, (B, 1).
+
+    Releases that round the rank to the dtype of the scores move it onto whole numbers. For these,
+    the arithmetic of torch 2.14 is written out.
+    """
+    steps = (torch.arange(51) >= 45).float()
+    if torch.quantile(steps, 0.9) < 1:
+        return torch.quantile(scores, 1 - contamination, dim=-1, keepdim=True)
+    fraction = torch.tensor(1 - contamination, dtype=scores.dtype).item()
+    below, weight = divmod(fraction * (scores.shape[1] - 1), 1)
+    low, high = scores.sort().values[:, [int(below), math.ceil(below + weight)]].split(1, dim=1)
+    return torch.lerp(low, high, torch.full_like(low, weight))
+
+
 class TestOutlierMask:
     @pytest.mark.parametrize("contamination", [0.01, 0.05, 0.1, 1 / 3, 0.5])
-    @pytest.mark.parametrize("n", [1, 2, 19, 20, 21, 196, 201, 401, 577, 5184])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_equals_torch_quantile(self, n, contamination, dtype):
-        scores = torch.rand(4, n, dtype=dtype)
-        threshold = torch.quantile(scores, 1 - contamination, dim=-1, keepdim=True)
+    def test_equals_torch_quantile(self, contamination, dtype):
+        """No case is left out, whole ranks (N - 1)(1 - contamination) in particular."""
+        squares = [side * side for side in range(1, 34)]
+        for n in [*range(1, 601), *squares, 5184]:
+            scores = torch.rand(4, n, dtype=dtype) * torch.rand(4, 1, dtype=dtype)
+            mask = sf.outlier_mask(scores, contamination)
+            assert torch.equal(mask, scores > torch_quantile(scores, contamination)), n
+            assert torch.equal(sf.outlier_mask(scores[0], contamination), mask[0])
+
+    @pytest.mark.parametrize("device, backend", RUNS)
+    @pytest.mark.parametrize(
+        "side, contamination, count",
+        [(21, 0.05, 23), (9, 0.05, 5), (31, 0.05, 49), (19, 0.1, 37), (29, 0.1, 85)],
+    )
+    def test_whole_ranks(self, device, backend, side, contamination, count):
+        """float32(0.95) lies below 0.95, so that the token at the whole rank is an outlier too.
+
+        The step of the scores is at that token, and is high enough to be told from rounding.
+        """
+        n = side * side
+        scores = torch.ones(n)
+        scores[:count] = 2  # the lowest of the upper ones has the rank (N - 1)(1 - contamination)
+        scores = scores[torch.randperm(n)].to(device)
+        mask = sf.outlier_mask(scores, contamination, backend=backend)
+        assert torch.equal(mask, scores == 2)
+
+    @pytest.mark.parametrize("contamination", [0.05, 0.1, 1 / 3])
+    def test_more_scores_than_float32_counts(self, contamination):
+        n = 2**24 + 3
+        scores = (torch.arange(n, dtype=torch.int32) * 16 + 0x3F800000).view(torch.float32)
+        rank = torch.tensor(1 - contamination).item() * (n - 1)
         mask = sf.outlier_mask(scores, contamination)
-        # Releases of torch differ in the last bit of a threshold that falls on a score.
-        on_threshold = (scores - threshold).abs() <= 4 * torch.finfo(dtype).eps
-        assert ((mask == (scores > threshold)) | on_threshold).all()
-        assert torch.equal(sf.outlier_mask(scores[0], contamination), mask[0])
+        first = math.floor(rank) + 1
+        assert not mask[:first].any() and mask[first:].all()
+
+    def test_largest_scores(self):
+        """The interpolation neither overflows nor gives NaN, also between infinities."""
+        largest = torch.finfo(torch.float32).max
+        scores = torch.full((4, 41), 1.0)
+        scores[0, :3] = largest
+        scores[1], scores[1, :3] = -largest, largest
+        scores[2, :3] = torch.inf
+        scores[3], scores[3, :3] = -torch.inf, 0
+        for contamination in (0.05, 0.06, 0.07):  # the rank is 38, 37.6 and 37.2
+            mask = sf.outlier_mask(scores, contamination)
+            assert mask[:, :3].all() and not mask[:, 3:].any()
 
     def test_nan_is_left_out(self):
         scores = torch.rand(60)

@@ -39,6 +39,7 @@ BAD = [
     (dict(gamma=float("inf")), r"gamma must be a finite number in \[0, .*, got inf"),
     (dict(outlier_contamination=0.6), r"outlier_contamination must be in \(0, 0.5\], got 0.6"),
     (dict(outlier_n_neighbors=0), r"outlier_n_neighbors must be at least 1"),
+    (dict(outlier_score="lpf"), r"outlier_score must be 'lof', 'norm' or 'either', got 'lpf'"),
     (dict(decoder_layers=(3,)), r"decoder_layers must be in \[-3, 2\]"),
     (dict(mask_grid="boxes"), r"mask_grid must be 'pixels' or 'tokens', got 'boxes'"),
 ]

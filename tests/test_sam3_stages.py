@@ -120,6 +120,41 @@ def test_queries(model, batch, layers):
     assert not torch.equal(out.pred_masks, frozen.pred_masks)
 
 
+@pytest.mark.parametrize("score", ["norm", "either"])
+@pytest.mark.parametrize("stages", [("trunk_repair",), ("mask_repair",)])
+@torch.no_grad()
+def test_outlier_score(model, stages, score):
+    config = replace(NONE, residual_weight=0.4, outlier_score=score, **dict.fromkeys(stages, True))
+    given, seen = inputs(2), {}
+    head = model.mask_decoder
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+        for name, module in dict(q=head.mask_embedder, p=head.instance_projection).items()
+    ]
+    model(**given)
+    for hook in hooks:
+        hook.remove()
+    with calibrate(model, replace(config, outlier_score="lof")):
+        published = model(**given)
+    with calibrate(model, config):
+        out = model(**given)
+    assert not torch.allclose(out.pred_masks, published.pred_masks, **CLOSE)
+    if config.mask_repair:
+        expected = [
+            plain_sam3.masks(q, p, config) for q, p in zip(seen["q"], seen["p"], strict=True)
+        ]
+        assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
+    else:
+        plain = [
+            plain_sam3.trunk(model.vision_encoder.backbone, image, config)
+            for image in given["pixel_values"]
+        ]
+        assert torch.equal(out.outlier_mask.flatten(1), torch.stack([mask for _, mask in plain]))
+        tokens = torch.stack([tokens for tokens, _ in plain])
+        assert torch.allclose(out.calibrated_features, tokens, **CLOSE)
+        assert (out.lof_scores is None) == (score == "norm")
+
+
 def test_queries_without_outliers():
     """Equal distances: no outliers, so that image stays as it is though beta is low."""
     config = replace(NONE, similarity_beta=0.1)

@@ -17,6 +17,7 @@ TOKEN_OPS = {
     "features": lambda x: sf.lof(x, 5),
     "features ": lambda x: sf.lof_scores(x, 5),
     "features  ": lambda x: sf.similarity(x),
+    "features      ": lambda x: sf.norm_scores(x),
     "tokens": lambda x: sf.repair(x, MASK, (5, 8)),
     "values": lambda x: sf.aggregate(x, X),
     "features   ": lambda x: sf.aggregate(X, x),
@@ -47,6 +48,45 @@ class TestTokens:
     def test_empty_beyond_the_batch(self, name, op, shape):
         with pytest.raises(ValueError, match=rf"{name.strip()} .*must not be empty"):
             op(torch.randn(shape))
+
+
+SEQUENCE_FIRST = {
+    "knn": lambda x: sf.knn(x, 1),
+    "lof_scores": lambda x: sf.lof_scores(x, 1),
+    "lof": lambda x: sf.lof(x, 1),
+    "norm_scores": sf.norm_scores,
+    "similarity": sf.similarity,
+    "aggregate": lambda x: sf.aggregate(x, x),
+    "adaptive_aggregate": lambda x: sf.adaptive_aggregate(x, x @ x.mT),
+    "blended_attention": lambda x: sf.blended_attention(*[x[:, None]] * 3, x),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("name", SEQUENCE_FIRST)
+def test_a_batch_of_single_tokens(name, backend):
+    """It is refused as a sequence-first image; one image of a single token is allowed."""
+    op = SEQUENCE_FIRST[name]
+    with sf.backend(backend):
+        for shape in ((3, 1, 8), (196, 1, 8), (2, 1, 1)):
+            message = (
+                rf"more than one token .*{shape[0]}, 1, {shape[2]}.* batch first.*transpose\(0, 1\)"
+            )
+            with pytest.raises(ValueError, match=message):
+                op(torch.randn(shape))
+        op(
+            torch.randn(1, 1, 8)
+            if name not in ("knn", "lof", "lof_scores")
+            else torch.randn(1, 2, 8)
+        )
+
+
+def test_repair_of_single_tokens():
+    """The grid tells that images have one patch, so that a batch of them is meant."""
+    x = torch.randn(3, 1, 8)
+    assert torch.equal(sf.repair(x, torch.ones(3, 1, dtype=torch.bool), (1, 1)), x)
+    with pytest.raises(ValueError, match="grid must be"):
+        sf.repair(x, torch.ones(3, 1, dtype=torch.bool), (3, 1))
 
 
 @pytest.mark.parametrize("op", [sf.lof, sf.lof_scores])
@@ -96,6 +136,8 @@ def test_numbers(value):
         sf.blended_attention(Q, Q, Q, X, alpha=1.5)
     with pytest.raises(ValueError, match="gamma must be"):
         sf.blended_attention(Q, Q, Q, X, gamma=-1)
+    with pytest.raises(TypeError, match="beta must be a number, got str"):
+        sf.similarity(X, "-inf")
 
 
 def test_repair():
@@ -158,7 +200,7 @@ def test_meta_tensors():
     distances, indices = sf.knn(x, 5)
     assert (distances.shape, distances.dtype) == ((2, 40, 5), torch.float32)
     assert (indices.shape, indices.dtype) == ((2, 40, 5), torch.int64)
-    assert sf.lof_scores(x, 5).shape == (2, 40)
+    assert sf.lof_scores(x, 5).shape == sf.norm_scores(x).shape == (2, 40)
     assert sf.outlier_mask(x[..., 0]).shape == (2, 40)
     assert sf.aggregate(x.half(), x).dtype == torch.float16
     assert sf.repair(x, MASK.to("meta"), (5, 8)).shape == x.shape

@@ -132,7 +132,7 @@ class Explorer:
         """Scores and outliers (h, w) of the last photo, as SC-CLIP finds them."""
         layers, grid = self._encoder.last
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
-        found = find_outliers(layers[-1][:, 1:], k, contamination)
+        found = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
         if found is None:
             return None, None
         scores, mask = (each[0].unflatten(0, grid).cpu() for each in found)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from ..ops import _check
+from ..outliers import SCORES
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,18 @@ class SCCLIPConfig:
 
     Attributes:
         outlier_n_neighbors: k of the Local Outlier Factor; images of no more than k patches are not
-            repaired.
+            repaired. More than k artefacts that are alike are a cluster of their own, in which LOF
+            finds none.
         outlier_contamination: share of the tokens taken for outliers, in (0, 0.5].
+        outlier_score: "lof", as published; "norm", for the norm of a token over the median norm,
+            which finds alike artefacts however many; "either", for the outliers of both.
         pre_adjust_idx: the layer whose similarity aggregates before the last block and guides its
             attention.
         post_adjust_idx: the layer whose similarity aggregates after it.
         multi_start_idx, multi_end_idx: the layers start, ..., end - 1 make the auxiliary branch.
         beta: cosine similarity from which on tokens are aggregated.
         res_cls: weight of the class token that is added to every patch token.
-        gamma: sharpness of the content attention.
+        gamma: sharpness of the content attention, >= 0.
         alpha: share of the content attention in the last block, in [0, 1].
         self_attention: "kk" for the keys with the keys, as published; "qk" for queries with keys.
         repair: replace outlier tokens by their neighbours.
@@ -36,6 +40,7 @@ class SCCLIPConfig:
 
     outlier_n_neighbors: int = 30
     outlier_contamination: float = 0.05
+    outlier_score: str = "lof"
     pre_adjust_idx: int = 8
     post_adjust_idx: int = 3
     multi_start_idx: int = 3
@@ -94,9 +99,17 @@ class SCCLIPConfig:
         start = self.multi_start_idx
         why = f" for {layers} blocks and multi_start_idx={start}"
         _check.integer("multi_end_idx", self.multi_end_idx, start + 1, features, why)
-        if self.self_attention not in ("kk", "qk"):
-            raise ValueError(f"self_attention must be 'kk' or 'qk', got {self.self_attention!r}")
+        _check.choice("self_attention", self.self_attention, ("kk", "qk"))
         _check.integer("outlier_n_neighbors", self.outlier_n_neighbors, 1)
+        _check.contamination(self.outlier_contamination, "outlier_contamination")
+        _check.choice("outlier_score", self.outlier_score, SCORES)
+        _check.number("beta", self.beta)
+        _check.number("res_cls", self.res_cls)
+        _check.number("gamma", self.gamma, 0)
+        _check.number("alpha", self.alpha, 0, 1)
+        for field in fields(self):
+            if isinstance(field.default, bool):
+                _check.switch(field.name, getattr(self, field.name))
 
 
 _VIT_L = SCCLIPConfig(

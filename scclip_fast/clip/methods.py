@@ -56,10 +56,14 @@ def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Te
     through one attention as extra heads, are added before the output projection, and are aggregated
     once.
     """
+    if layers[-1].shape[1] == 2 and layers[-1].shape[0] > 1:  # one patch: the ops refuse a batch
+        images = zip(*(layer.split(1) for layer in layers), strict=True)
+        return torch.cat([scclip(tower, image, grid, config) for image in images])
     class_token, patches = layers[-1].split([1, layers[-1].shape[1] - 1], dim=1)
     middle = layers[config.pre_adjust_idx][:, 1:]
     if config.repair:
-        outliers = find_outliers(patches, config.outlier_n_neighbors, config.outlier_contamination)
+        k, contamination = config.outlier_n_neighbors, config.outlier_contamination
+        outliers = find_outliers(patches, k, contamination, config.outlier_score)
         if outliers is not None:
             patches, middle = (repair(t, outliers.mask, grid) for t in (patches, middle))
     if config.pre_aggregate:

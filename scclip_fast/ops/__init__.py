@@ -2,7 +2,7 @@
 
 from .aggregation import adaptive_aggregate, aggregate, similarity
 from .attention import blended_attention
-from .outliers import knn, lof, lof_scores, outlier_mask
+from .outliers import knn, lof, lof_scores, norm_scores, outlier_mask
 from .repair import repair
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "knn",
     "lof",
     "lof_scores",
+    "norm_scores",
     "outlier_mask",
     "repair",
     "similarity",

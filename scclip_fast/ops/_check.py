@@ -46,9 +46,19 @@ def batched(name: str, tensor: Tensor, layout: str) -> Tensor:
 
 
 def tokens(name: str, tensor: Tensor) -> Tensor:
-    """A floating (N, D) or (B, N, D) as (B, N, D)."""
+    """A floating (N, D) or (B, N, D) as (B, N, D).
+
+    A batch of images of one token each is refused, as no op on tokens has a use for it: the tensor
+    is almost certainly (N, 1, D), sequence first, as published code has it.
+    """
     floating(name, tensor)
-    return batched(name, tensor, "B, N, D")
+    batch = batched(name, tensor, "B, N, D")
+    if batch.shape[1] == 1 and batch.shape[0] > 1:
+        raise ValueError(
+            f"{name} must have more than one token an image, got shape {tuple(tensor.shape)}; "
+            f"tokens are batch first, (B, N, D): for (N, B, D) pass {name}.transpose(0, 1)"
+        )
+    return batch
 
 
 def same_device(**tensors: Tensor) -> None:
@@ -75,7 +85,7 @@ def neighbor_count(name: str, k: int, n: int) -> int:
     k = integer(name, k, low=1)
     if n <= k:
         raise ValueError(
-            f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens"
+            f"{name} must be smaller than the number of tokens, got {name}={k} with N={n} tokens "
         )
     return k
 
@@ -98,6 +108,19 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value}")
     return float(value)
+
+
+def switch(name: str, value: bool) -> None:
+    """TypeError unless value is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """ValueError unless value is one of the allowed words."""
+    if value not in allowed:
+        *others, last = map(repr, allowed)
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def contamination(value: float, name: str = "contamination") -> float:

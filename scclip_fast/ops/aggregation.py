@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ def similarity(
 
     Args:
         features: (N, D) or (B, N, D), floating.
-        beta: threshold; `-inf` is not needed to switch it off, -1 is below every cosine.
+        beta: threshold, finite or -inf, which keeps every entry; -1 keeps every cosine but for
+            rounding, and without `normalize` products lie anywhere.
         normalize: divide the features by their norms first; without it S = f f^T.
         backend: checked, and otherwise without effect: one matrix product needs no kernel of ours.
 
@@ -97,10 +99,10 @@ def similarity(
         (N, N) or (B, N, N), in the dtype of `features`.
 
     Raises:
-        TypeError, ValueError: not floating, wrong rank, or a beta that is not finite.
+        TypeError, ValueError: not floating, wrong rank, or a beta that is NaN or inf.
     """
     batch = _check.tokens("features", features)
-    beta = _check.number("beta", beta)
+    beta = beta if beta == -math.inf else _check.number("beta", beta)
     resolve(backend, features)
     s = reference.similarity(batch.to(chunked.compute_dtype(batch)), beta, normalize).to(
         features.dtype

@@ -64,7 +64,7 @@ def knn(
 
     Args:
         x: (N, D) or (B, N, D), any strides; float16, bfloat16, float32 or float64. Images of a
-            batch are independent.
+            batch are independent. Sequence-first tokens (N, B, D) need `x.transpose(0, 1)`.
         k: 1 <= k < N; the Triton kernel takes up to 128, above which the torch path runs.
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
             token is the neighbour of another only where nothing else is left, at distance inf.
@@ -102,7 +102,10 @@ def lof_scores(
     `negative_outlier_factor_`.
 
     Args:
-        features: (N, D) or (B, N, D); see `knn`.
+        features: (N, D) or (B, N, D); see `knn`. A map (h, w, D) passes for h images of w tokens:
+            flatten it, as in `features.flatten(1, 2)` for (B, h, w, D) and
+            `features[0].flatten(0, 1)` for its first image. Sequence-first tokens (N, B, D) pass
+            for N images where B exceeds n_neighbors, and cannot be told from them.
         n_neighbors: k, 1 <= k < N.
         variant: "scclip" or "breunig".
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
@@ -139,15 +142,20 @@ def outlier_mask(
 ) -> Tensor:
     """scores > quantile(scores, 1 - contamination), per image.
 
+    The quantile is that of `torch.quantile`, linear, with the rank as torch 2.14 computes it: the
+    fraction has the dtype of the scores, and its product with N - 1 is exact. A rank that is whole
+    on paper can so lie a little below, and the token there is an outlier too, if its distance to
+    the next lower score is large enough. Earlier releases round the rank and leave that token out.
+
     Args:
-        scores: (N,) or (B, N), floating. NaN scores are left out of the quantile and are never
-            outliers.
+        scores: (N,) or (B, N), floating; float16 and bfloat16 count as float32. Scores (h, w) of a
+            grid pass for h images: flatten them first. NaN scores are left out of the quantile and
+            are never outliers.
         contamination: in (0, 0.5].
         backend: checked, and otherwise without effect: a sort needs no kernel of ours.
 
     Returns:
-        bool, of the shape of `scores`. The quantile interpolates linearly, as `torch.quantile`
-        does.
+        bool, of the shape of `scores`.
 
     Raises:
         TypeError, ValueError: `scores` is no floating tensor of that rank, or contamination is out
@@ -170,12 +178,15 @@ def lof(
     check_finite: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outlier tokens and their LOF scores; a drop-in for SC-CLIP's `lof_pytorch`.
+    """Outlier tokens and their LOF scores; SC-CLIP's `lof_pytorch`, batched.
+
+    `scclip_fast.dropin.lof_pytorch` has the published layout and return.
 
     Counting the outliers waits for the GPU; `outlier_mask(lof_scores(features))` does not.
 
     Args:
-        features, n_neighbors, variant, check_finite, backend: see `lof_scores`.
+        features: (N, D) or (B, N, D), batch first; flatten maps (h, w, D) as for `lof_scores`.
+        n_neighbors, variant, check_finite, backend: see `lof_scores`.
         contamination: the share of outliers, in (0, 0.5].
 
     Returns:
@@ -191,6 +202,40 @@ def lof(
     )
     indices = outlier_mask(scores, contamination).nonzero()
     return (indices if features.dim() == 3 else indices[:, 0]), scores
+
+
+def norm_scores(
+    features: Tensor, *, check_finite: bool = False, backend: str | None = None
+) -> Tensor:
+    """The norm of every token over the median norm of its image: 1 is ordinary.
+
+    The norm tells artefacts of vision transformers ("registers", Darcet et al. 2024) however many
+    of them are alike, where LOF takes more than n_neighbors of them for a cluster. `outlier_mask`
+    marks outliers by these scores as by LOF's.
+
+    Args:
+        features: (N, D) or (B, N, D), floating, batch first; flatten maps (h, w, D) as for
+            `lof_scores`.
+        check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
+            token scores NaN and is left out of the median.
+        backend: checked, and otherwise without effect: the norms need no kernel of ours.
+
+    Returns:
+        (N,) or (B, N), float32 (float64 for float64), finite for finite tokens, without a gradient.
+        Where the median is 0, the norms themselves. Beyond the scores, memory for one copy of the
+        features is taken. Nothing here waits for the GPU.
+
+    Raises:
+        TypeError: features is no floating tensor.
+        ValueError: wrong rank, an empty dimension other than the batch, a token that is not finite
+            (with check_finite), or a backend that cannot run.
+    """
+    tokens = _check.tokens("features", features).detach()
+    if check_finite:
+        _check.all_finite("features", tokens)
+    resolve(backend, tokens)
+    scores = reference.norm_scores(tokens.to(chunked.compute_dtype(tokens)))
+    return scores if features.dim() == 3 else scores[0]
 
 
 def _prepare(

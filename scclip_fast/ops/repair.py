@@ -76,7 +76,8 @@ def repair(
         TypeError: tokens is not floating or mask not bool.
         ValueError: shapes or devices that do not fit, H W other than N, a backend that cannot run.
     """
-    batch = _check.tokens("tokens", tokens)
+    _check.floating("tokens", tokens)
+    batch = _check.batched("tokens", tokens, "B, N, D")  # N = 1 is meant, as the grid says so
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True for outliers, got {found}")

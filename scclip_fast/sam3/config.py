@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..ops import _check
+from ..outliers import SCORES
 
 TRUNK_STAGES = ("trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion")
 OTHER_STAGES = ("decoder_calibration", "mask_repair", "mask_threshold")
@@ -21,8 +22,11 @@ class Sam3CalibrationConfig:
 
     Attributes:
         outlier_n_neighbors: k of the Local Outlier Factor; images of no more than k tokens are not
-            repaired, and no more than k queries not calibrated.
+            repaired, and no more than k queries not calibrated. More than k artefacts that are
+            alike are a cluster of their own, in which LOF finds none.
         outlier_contamination: share of the tokens taken for outliers, in (0, 0.5].
+        outlier_score: "lof", as published; "norm", for the norm of a token over the median norm,
+            which finds alike artefacts however many; "either", for the outliers of both.
         pre_adjust_idx: the layer whose similarity aggregates before the last layer and guides its
             attention.
         post_adjust_idx: the layer whose similarity aggregates after it.
@@ -50,6 +54,7 @@ class Sam3CalibrationConfig:
 
     outlier_n_neighbors: int = 30
     outlier_contamination: float = 0.05
+    outlier_score: str = "lof"
     pre_adjust_idx: int = 23
     post_adjust_idx: int = 7
     multi_start_idx: int = 15
@@ -133,13 +138,12 @@ class Sam3CalibrationConfig:
             raise TypeError(f"decoder_layers must be a tuple, got {self.decoder_layers!r}")
         for index in self.decoder_layers:
             _check.integer("decoder_layers", index, -decoder_layers, decoder_layers - 1)
-        if self.mask_grid not in ("pixels", "tokens"):
-            raise ValueError(f"mask_grid must be 'pixels' or 'tokens', got {self.mask_grid!r}")
+        _check.choice("mask_grid", self.mask_grid, ("pixels", "tokens"))
         _check.integer("outlier_n_neighbors", self.outlier_n_neighbors, 1)
         _check.contamination(self.outlier_contamination, "outlier_contamination")
+        _check.choice("outlier_score", self.outlier_score, SCORES)
         _check.number("similarity_beta", self.similarity_beta, -1, 1)
         _check.number("residual_weight", self.residual_weight, 0, 1)
         _check.number("gamma", self.gamma, 0)
         for name in STAGES:
-            if not isinstance(value := getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+            _check.switch(name, getattr(self, name))

@@ -17,7 +17,7 @@ class CalibratedVisionOutput(Sam3VisionEncoderOutput):
 
     Attributes:
         outlier_mask: (B, h, w) bool, the outliers among the tokens.
-        lof_scores: (B, h, w) float32.
+        lof_scores: (B, h, w) float32, None with outlier_score="norm".
         calibrated_features: (B, h w, D), the trunk's output, which is also `last_hidden_state`.
     """
 

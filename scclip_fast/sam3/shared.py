@@ -52,7 +52,8 @@ class Shared:
         self.features.clear()
         if outliers is not None:
             self.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
-            self.found["lof_scores"] = outliers.scores.unflatten(1, grid)
+            if self.config.outlier_score != "norm":
+                self.found["lof_scores"] = outliers.scores.unflatten(1, grid)
         self.found["calibrated_features"] = tokens
         return tokens.unflatten(1, grid)
 

@@ -94,7 +94,8 @@ def threshold_logits(
 
 
 def _outliers(tokens: Tensor, config: Sam3CalibrationConfig) -> Outliers | None:
-    return find_outliers(tokens, config.outlier_n_neighbors, config.outlier_contamination)
+    k, contamination = config.outlier_n_neighbors, config.outlier_contamination
+    return find_outliers(tokens, k, contamination, config.outlier_score)
 
 
 def check_pixels(name: str, pixels: Tensor) -> None:
