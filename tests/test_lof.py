@@ -169,6 +169,32 @@ def torch_quantile(scores, contamination):
     return torch.lerp(low, high, torch.full_like(low, weight))
 
 
+@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("variant", ["scclip", "breunig"])
+@pytest.mark.parametrize("far", [1e4, 1e8, 1e18, 1e20, 3e38])
+def test_a_giant_token_hides_no_other(device, backend, variant, far):
+    """The floor of the k-distances had been a share of the largest, which hid all other outliers."""
+    x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
+    x[1] = torch.tensor([40.0, 0])
+    x[0] = torch.tensor([far, 0])
+    indices, scores = sf.lof(x.to(device), 10, 0.02, variant=variant, backend=backend)
+    expected = sf.lof(x.double(), 10, 0.02, variant=variant, backend="reference")[0]
+    assert indices.tolist() == expected.tolist() and len(indices) == 6
+    assert scores.argmax() == 0 and scores.isfinite().all()
+    assert sf.lof(x.to(device), 10, 0.02, backend=backend, check_finite=True)[0].tolist()[0] == 0
+
+
+@pytest.mark.parametrize("device, backend", RUNS)
+def test_tokens_beside_a_heap_of_duplicates(device, backend):
+    """A heap has the k-distance 0. Scores beside it reach the largest float; its own are 1."""
+    x = torch.cat([torch.full((10,), 0.1), torch.linspace(0.1, 0.2, 30), 5 * torch.rand(5) + 1])
+    scores = sf.lof_scores(x[:, None].to(device), 5, backend=backend).cpu()
+    assert (scores[:11] == 1).all()
+    beside = scores[11:14]  # their nearest lie in the heap
+    assert (beside > 1e30).all() and scores.isfinite().all()
+    assert (beside > scores[40:].max()).all()
+
+
 class TestOutlierMask:
     @pytest.mark.parametrize("contamination", [0.01, 0.05, 0.1, 1 / 3, 0.5])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
