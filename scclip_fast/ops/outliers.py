@@ -58,9 +58,11 @@ def knn(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest other tokens of every token, by Euclidean distance.
 
-    A token is never its own neighbour, by identity and not by distance. Neighbours are chosen among
-    all pairs in float32 (float64 for float64); their distances are then measured as sums of squared
-    differences.
+    A token is never its own neighbour, by identity and not by distance. The neighbours of a token
+    are those with the smallest measured distance, a sum of squared differences in float32 (float64
+    for float64): products find candidates, a bound on what their rounding can have done certifies
+    each token's set, and tokens without a certificate are searched again. Only neighbours whose
+    distances tie within the rounding of that sum can differ from those of exact arithmetic.
 
     Args:
         x: (N, D) or (B, N, D), any strides; float16, bfloat16, float32 or float64. Images of a
@@ -72,7 +74,8 @@ def knn(
 
     Returns:
         Squared distances (N, k) or (B, N, k), float32 (float64 for float64), ascending, and indices
-        of the same shape, int64; equal distances by lower index. Neither carries a gradient.
+        of the same shape, int64; equal distances by lower index. A square that overflows is inf.
+        Neither carries a gradient. The torch path waits for a GPU once, the Triton path never.
 
     Raises:
         TypeError: x is no floating tensor or k no int.
@@ -106,15 +109,20 @@ def lof_scores(
             flatten it, as in `features.flatten(1, 2)` for (B, h, w, D) and
             `features[0].flatten(0, 1)` for its first image. Sequence-first tokens (N, B, D) pass
             for N images where B exceeds n_neighbors, and cannot be told from them.
-        n_neighbors: k, 1 <= k < N.
+        n_neighbors: k, 1 <= k < N. More than k artefacts that are alike are a cluster of their own,
+            in which LOF finds no outlier; `norm_scores` does. Of more than k equal tokens, the
+            k-distance is 0: they score 1, and a token with a neighbour among them scores up to the
+            largest number of the dtype, as nothing but that keeps the ratio finite.
         variant: "scclip" or "breunig".
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
             token scores NaN and is nobody's neighbour.
         backend: see `knn`.
 
     Returns:
-        (N,) or (B, N), float32 (float64 for float64), without a gradient. Duplicates score 1, never
-        NaN. Nothing here waits for the GPU.
+        (N,) or (B, N), float32 (float64 for float64), without a gradient. Scores are finite, and
+        NaN only for tokens that are not finite or have fewer than k finite others. A token whose
+        squared distances overflow has the highest score. The torch path waits for a GPU once, the
+        Triton path never.
 
     Raises:
         TypeError, ValueError: as `knn`, and for an unknown variant.
