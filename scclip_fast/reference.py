@@ -44,16 +44,14 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
 
     SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
     kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
-    neighbour indices. kappa is held above the rounding of the largest one: duplicates
-    then score 1, not 0 / 0. A token that is not finite, or has fewer than k finite others, scores
-    NaN.
+    neighbour indices. kappa is held between the smallest normal and the largest finite float32:
+    duplicates then score 1, not 0 / 0. A score that overflows is held at the largest finite
+    float32. Where kappa_i is NaN, so is the score.
     """
-    finite = k_distance.isfinite()
-    largest = torch.where(finite, k_distance, 0).amax(dim=-1, keepdim=True)
-    limits = torch.finfo(k_distance.dtype)
-    kappa = k_distance.maximum((largest * limits.eps**2).clamp(min=limits.tiny))
+    limits = torch.finfo(torch.float32)
+    kappa = k_distance.clamp(limits.tiny, limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    return torch.where(finite[:, rows], ratios.mean(dim=-1), torch.nan)
+    return ratios.mean(dim=-1).clamp(max=limits.max)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:

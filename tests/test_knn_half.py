@@ -33,30 +33,31 @@ KINDS = FEATURES | {"flat": flat, "giants": giants}
 
 @pytest.fixture
 def half(monkeypatch):
-    """The half-precision chain for short inputs too; how many rows each pass leaves to float32."""
+    """The half-precision chain for short inputs too; returns the rows a pass leaves, pass by pass."""
     monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
     left = []
     search = nearest._search
 
-    def counting(*args):
-        if isinstance(args[-1], nearest.Undecided):
-            _, count, _, found = args[-1]
-            left.extend((f[:c] > 64).sum().item() for f, c in zip(found, count, strict=True))
-        return search(*args)
+    def counting(x, indices, distances, undecided=None):
+        if undecided is not None:
+            left.extend(undecided.rest_count.tolist())
+        return search(x, indices, distances, undecided)
 
     monkeypatch.setattr(nearest, "_search", counting)
     return left
 
 
 def table_of(x, k):
-    """The certificate's table (N, 64) of one image, and its undecided rows."""
+    """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
     _, tokens = nearest.rounded(x, splits=4)
     table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
-    listed = undecided.rows[0, : undecided.count.item()].cpu()
     order = positions(n)
-    return table[0].cpu()[order], torch.tensor([order.tolist().index(row) for row in listed]).long()
+    listed = undecided.rows[0, : undecided.count.item()].tolist()
+    unbounded = undecided.rest[0, : undecided.rest_count.item()].tolist()
+    left = [order.tolist().index(row) for row in listed] + unbounded
+    return table[0].cpu()[order], torch.tensor(left).long()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -80,7 +81,7 @@ def test_the_certificate_holds(kind):
     assert sure_columns > 15 * decided.sum()  # it spares most of the measuring
 
 
-def test_data_that_fp16_cannot_hold_are_left_to_float32(half):
+def test_data_that_fp16_cannot_hold_are_measured(half):
     """Two clusters of 100, each finer than fp16's step at that distance: 99 candidates a row."""
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1

@@ -112,6 +112,7 @@ def knn(
     """
     tokens, k, backend = _prepare(x, "x", k, "k", check_finite, backend)
     distances, indices = _nearest(tokens, k, True, backend)
+    distances = distances.masked_fill(distances.isnan(), torch.inf)
     return (distances, indices) if x.dim() == 3 else (distances[0], indices[0])
 
 
