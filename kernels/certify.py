@@ -35,8 +35,8 @@ from .rounding import FARTHEST, TILE, eta, token_at
 SURE: tl.constexpr = tl.constexpr(1 << 30)  # flags a column that need not be measured
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
-# A row a warp, so that its sums need no shared memory; the interpreter pays by the program.
-ROWS = 16 if triton.knobs.runtime.interpret else 1
+# A row a warp or two, whose sums need hardly any shared memory; the interpreter pays by the program.
+ROWS = 64 if triton.knobs.runtime.interpret else 1
 SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
 
 
@@ -162,7 +162,7 @@ def certify_launch(
     padded_n = square.shape[1]
     assert table.shape == (batch, rows, CAPACITY.value) and table.is_contiguous()
     listed, count, limit, found, rest, rest_count = undecided
-    width = DEPTH.value * TILE.value * splits
+    keys = triton.next_power_of_2(DEPTH.value * TILE.value * splits)
     return Launch(
         _certify_kernel,
         batch * (rows // ROWS),
@@ -172,8 +172,8 @@ def certify_launch(
         | dict(first=first, rows_per_image=rows, N=n, padded_n=padded_n, splits=splits, K=k)
         | dict(tiles=padded_n // TILE.value // splits, tile_bits=tile_bits(padded_n // splits))
         | dict(gamma=gamma(d), eta=eta(d)),
-        dict(BLOCK_R=ROWS, KEYS=triton.next_power_of_2(width)),
-        dict(num_warps=1),
+        dict(BLOCK_R=ROWS, KEYS=keys),
+        dict(num_warps=max(1, keys // 1024)),  # more keys a warp spill
     )
 
 

@@ -46,7 +46,8 @@ def _lof_kernel(
     neighbor = tl.load(neighbors_ptr + token[:, None] * K + places, mask=inside, other=0)
     others = tl.load(kappa_ptr + image * N + neighbor, mask=inside, other=1.0)
     ratio = _held(own)[:, None] / _held(others)
-    mean = tl.sum(tl.where(inside, ratio, 0.0), axis=1) / K
+    # The sum of k ratios may overflow where their mean does not.
+    mean = tl.sum(tl.where(inside, ratio * 2.0**-7, 0.0), axis=1) / K * 2.0**7
     tl.store(scores_ptr + token, tl.where(mean > FARTHEST, FARTHEST, mean), mask=rows < N)
 
 

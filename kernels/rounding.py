@@ -24,6 +24,7 @@ TILE: tl.constexpr = tl.constexpr(64)
 LARGEST_HALF: tl.constexpr = tl.constexpr(65504.0)
 FARTHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # the largest float32
 SAMPLE = 128  # tokens whose mean m is
+ROWS = 64 if triton.knobs.runtime.interpret else 16  # of a program of `round`
 
 
 @triton.jit
@@ -182,11 +183,11 @@ def round_launch(
     assert padded_n % TILE.value == 0 and padded_d % 64 == 0 and half.is_contiguous()
     return Launch(
         _round_kernel,
-        batch * (padded_n // 16),
+        batch * (padded_n // ROWS),
         dict(x_ptr=x, mean_ptr=mean, spread_ptr=spread, half_ptr=half, square_ptr=square)
         | dict(error_ptr=error, ratio_ptr=ratio.view(torch.int32), N=n, D=d, eta=eta(d))
         | dict(padded_n=padded_n, padded_d=padded_d, **strides("x", x, "bnd")),
-        dict(BLOCK_R=16, BLOCK_D=64, WIDTH=power_of_two(d, 16, 2048)),
+        dict(BLOCK_R=ROWS, BLOCK_D=64, WIDTH=power_of_two(d, 16, 2048)),
         dict(num_warps=4),
     )
 

@@ -51,7 +51,8 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
     limits = torch.finfo(torch.float32)
     kappa = k_distance.clamp(limits.tiny, limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    return ratios.mean(dim=-1).clamp(max=limits.max)
+    mean = ratios.mean(dim=-1, dtype=torch.float64)  # a sum in float32 may overflow
+    return mean.clamp(max=limits.max).to(k_distance.dtype)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
