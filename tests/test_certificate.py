@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import GPU
-from tolerance import assert_neighbors
+from tolerance import assert_nearest
 
 import scclip_fast as sf
 from scclip_fast.kernels import nearest
@@ -214,21 +214,19 @@ def giant(first, seed):
     return x
 
 
-@pytest.mark.parametrize("first", [0, 256])
-def test_the_second_look_touches_no_row_but_the_listed(first):
-    """Rounding makes c of the giant and its duplicates less than -1; the list ends in a block."""
-    changed = 0
-    for seed in range(4):
-        x = giant(first, seed)
-        before, after, undecided = table_of(x, 3, first)
-        listed = (undecided.rows[0, : undecided.count.item()] - first).cpu()
-        assert len(listed) % 64
-        assert (after[:first] == -7).all()
-        others = torch.ones(len(before), dtype=torch.bool)
-        others[listed.long()] = False
-        assert torch.equal(after[first:][others], before[others])
-        changed += (before != after[first:]).any(dim=1).sum().item()
-    assert changed > 60
+@pytest.mark.parametrize("first, seed", [(0, 2), (256, 0)])
+def test_the_second_look_touches_no_row_but_the_listed(first, seed):
+    """Rounding makes c of the giant and its duplicates -1 or less; the list ends within a block."""
+    x = giant(first, seed)
+    before, after, undecided = table_of(x, 3, first)
+    listed = (undecided.rows[0, : undecided.count.item()] - first).long().cpu()
+    assert len(listed) % 64
+    assert (after[:first] == -7).all()
+    after = after[first:]
+    others = torch.ones(len(before), dtype=torch.bool)
+    others[listed] = False
+    assert torch.equal(after[others], before[others])
+    assert (before != after)[listed].any(dim=1).all()
 
 
 def test_a_row_with_more_candidates_is_listed_once():
@@ -243,15 +241,15 @@ def test_a_row_with_more_candidates_is_listed_once():
 
 @pytest.mark.usefixtures("poisoned")
 def test_rows_that_nothing_decides_are_measured():
-    """Of two clusters finer than fp16 tells, `certify` decides no row, and `collect` none either."""
+    """Two clusters finer than fp16 tells: neither `certify` nor `collect` decides a row."""
     x = 1e-7 * torch.randn(1, 200, WIDTH)
     x[:, ::2] += 1
     x[0, 7, 0] = torch.nan  # nothing bounds this row
     distances, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
     assert distances[0, 7].isinf().all() and indices[0, 7].tolist() == [*range(7), 8, 9]
     others = torch.arange(200) != 7
-    found = indices[:, others].cpu()
-    assert_neighbors(found - (found > 7).long(), x=x[:, others], k=9)
+    found = indices[0, others].cpu()
+    assert_nearest(found - (found > 7).long(), x=x[0, others], k=9)
 
 
 def test_few_variants_of_a_kernel():

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import FEATURES, GPU
-from tolerance import assert_neighbors
+from cases import FEATURES, GPU, clusters
+from tolerance import assert_nearest, assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
@@ -97,9 +97,19 @@ def table_of(x, k):
     return table[0].cpu()[order], torch.tensor(left).long()
 
 
+def check_table(entries, true):
+    """All neighbours are in a row of the table, and only neighbours are sure; returns how many."""
+    entries = entries[entries >= 0]
+    columns, sure = entries & (2**30 - 1), entries >= 2**30
+    assert set(true.tolist()) <= set(columns.tolist())
+    assert set(columns[sure].tolist()) <= set(true.tolist())
+    assert len(columns.unique()) == len(columns)
+    return sure.sum().item()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certificate_holds(kind):
-    """In the table are all neighbours, and what is sure is one; float64 says who is."""
+    """In the table are all neighbours, and a sure column is one, by float64."""
     x = KINDS[kind](1, 350, 72)[0]
     table, undecided = table_of(x, K)
     true = reference.knn(x.double()[None], K)[1][0]
@@ -107,15 +117,24 @@ def test_the_certificate_holds(kind):
     decided[undecided] = False
     # A third of the tokens beyond fp16 may be left; of the others a few.
     assert decided.float().mean() > (0.6 if kind == "flat" else 0.9)
-    sure_columns = 0
-    for row in decided.nonzero()[:, 0].tolist():
-        entries = table[row][table[row] >= 0]
-        columns, sure = entries & (2**30 - 1), entries >= 2**30
-        assert set(true[row].tolist()) <= set(columns.tolist())
-        assert set(columns[sure].tolist()) <= set(true[row].tolist())
-        assert len(columns.unique()) == len(columns)
-        sure_columns += sure.sum().item()
-    assert sure_columns > 15 * decided.sum()  # it spares most of the measuring
+    sure = sum(check_table(table[row], true[row]) for row in decided.nonzero()[:, 0])
+    assert sure > 15 * decided.sum()  # it spares most of the measuring
+
+
+def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
+    """128 rows of 5184 x 1024, the features of SAM3's trunk."""
+    x = clusters(1, 5184, 1024)[0].to(DEVICE)
+    n, d = x.shape
+    splits = nearest.splits(1, n)
+    _, tokens = nearest.rounded(x[None], splits)
+    table, undecided = nearest.decide(tokens, splits, first, rows, n, d, K)
+    left = undecided.rows[0, : undecided.count.item()].tolist()
+    assert not undecided.rest_count.item() and len(left) < rows
+    token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
+    d2 = torch.cdist(x[token_at].double(), x.double()).square()
+    true = d2.scatter(1, token_at[:, None], torch.inf).topk(K, largest=False).indices.cpu()
+    for row in set(range(rows)) - {position - first for position in left}:
+        check_table(table[0, row].cpu(), true[row])
 
 
 def test_data_that_fp16_cannot_hold_are_measured(half):
@@ -138,21 +157,6 @@ def test_neighbours(kind):
     expected = reference.squared_distances(x.double()).gather(-1, indices.cpu())
     assert torch.allclose(distances.cpu().double(), expected, rtol=2e-6, atol=1e-30)
     assert (distances.diff(dim=-1) >= 0).all()
-
-
-def assert_nearest(indices, *, x, k, rows=slice(None)):
-    """The sets are float64's but for ties of the distance itself within float32's rounding of it.
-
-    indices: (M, k) of the rows of x (N, D). Returns the rows whose sets are the same.
-    """
-    x, indices = x.double(), indices.cpu()
-    d2 = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    own = torch.arange(len(x))[rows, None]
-    true = d2.scatter(1, own, torch.inf).sort(dim=1, stable=True)
-    assert (indices != own).all() and (indices.sort(dim=1).values.diff(dim=1) > 0).all()
-    assert (d2.gather(1, indices) <= true.values[:, k - 1 : k] * (1 + 1e-5)).all()
-    same = indices.sort(dim=1).values == true.indices[:, :k].sort(dim=1).values
-    return same.all(dim=1), d2
 
 
 @pytest.mark.parametrize("n", [140, 70], ids=["half", "measured"])
@@ -218,6 +222,13 @@ def test_scores_that_overflow_are_held():
     assert held[0, 3:5].tolist() == [largest, largest]
 
 
+def test_an_image_of_a_batch_of_64():
+    """One image of 196 x 768, which the chain takes as it takes 64 of them."""
+    x = clusters(1, 196, 768)
+    _, indices = sf.knn(x.to(DEVICE), K, backend="triton")
+    assert_nearest(indices[0], x=x[0], k=K)
+
+
 @pytest.mark.usefixtures("half")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_short_types_and_strides(dtype):
@@ -244,6 +255,29 @@ def test_many_tokens_on_the_gpu(width):
     x = torch.randn(2, 1500, width)
     _, indices = sf.knn(x.cuda(), K, backend="triton")
     assert_neighbors(indices, x=x, k=K)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 5184, 1024), (64, 196, 768)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_that_people_have(shape, kind):
+    """The kernels agree with the torch path but for ties, of which images have few."""
+    x = KINDS[kind](*shape).cuda()
+    found, expected = (sf.knn(x, K, backend=backend) for backend in ("triton", "torch"))
+    same = found[1].sort(dim=-1).values == expected[1].sort(dim=-1).values
+    assert same.all(dim=-1).double().mean() > 0.999
+    assert torch.allclose(found[0], expected[0], rtol=1e-5)
+    assert_nearest(found[1][0, :64], x=x[0], k=K, rows=slice(64))
+
+
+@pytest.mark.gpu
+def test_a_mask_head_on_the_gpu(shape=(1, 82_944, 256)):
+    x = clusters(*shape).cuda()
+    distances, indices = sf.knn(x, K, backend="triton")
+    rows = slice(0, shape[1], 1000)
+    _, d2 = assert_nearest(indices[0, rows], x=x[0], k=K, rows=rows)
+    expected = d2.gather(1, indices[0, rows].cpu())
+    assert torch.allclose(distances[0, rows].cpu().double(), expected, rtol=1e-5)
 
 
 def test_tokens_that_are_not_finite(half):
