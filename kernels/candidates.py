@@ -12,9 +12,7 @@ bins a row. A bin is a position of the accumulator, which min and max alone keep
 shared memory, 8 instructions a distance where a running top 32 takes 70 to 125. The low bits of c
 make room for the number of the tile, so that one int32 is distance and column.
 
-Rows of which the bins may have lost a neighbour, but whose k-th distance they bound, are listed;
-`collect` goes through the columns once more for these and takes all that are near enough, up to 64.
-It appends rows with more to the list of the search over measured distances (`knn.py`).
+What the bins may have lost, `certify.py` finds out, and `collect.py` looks for.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Launch
-from .rounding import TILE, token_at
+from .rounding import TILE
 
 BLOCK_M = 128
 DEPTH: tl.constexpr = tl.constexpr(3)  # columns that a bin keeps
@@ -148,71 +146,6 @@ def append(list_ptr, count_ptr, item, mask):
     return place
 
 
-@triton.jit(do_not_specialize=["first", "N", "programs"])
-def _collect_kernel(
-    # tensors
-    half_ptr,
-    square_ptr,
-    listed_ptr,
-    count_ptr,
-    limit_ptr,
-    found_ptr,
-    rest_ptr,
-    rest_count_ptr,
-    table_ptr,
-    # sizes
-    first,
-    rows_per_image,
-    N,
-    padded_n,
-    padded_d,
-    programs,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    image = (pid // programs).to(tl.int64)
-    count = tl.load(count_ptr + image)
-    splits = share(count, BLOCK_M, programs, programs)
-    block, split = pid % programs // splits, pid % programs % splits
-    if block * BLOCK_M >= count:
-        return
-    slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    item = image * rows_per_image + slot
-    exists = slot < count
-    rows = tl.load(listed_ptr + item, mask=exists, other=first)
-    # Rounding makes some c negative: nothing but -inf is below all of them.
-    limit = tl.load(limit_ptr + item, mask=exists, other=-float("inf"))
-    half_ptr += image * padded_n * padded_d
-    square_ptr += image * padded_n
-    row_square = tl.load(square_ptr + rows)
-    row_ptrs = half_ptr + rows.to(tl.int64)[:, None] * padded_d
-    table_ptr += (image * rows_per_image + rows - first)[:, None] * CAPACITY
-    dims = tl.arange(0, BLOCK_D)
-    for start in range(split * BLOCK_N, padded_n, splits * BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col_ptrs = half_ptr + cols.to(tl.int64)[None, :] * padded_d
-        dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(0, padded_d, BLOCK_D):
-            left = tl.load(row_ptrs + (d + dims)[None, :])  # [BLOCK_M, BLOCK_D]
-            dot = tl.dot(left, tl.load(col_ptrs + (d + dims)[:, None]), dot)
-        c = (row_square[:, None] + tl.load(square_ptr + cols)[None, :]) - 2.0 * dot
-        token = token_at(cols)
-        near = (c <= limit[:, None]) & (rows[:, None] != cols[None, :])
-        near = near & (token < N)[None, :] & exists[:, None]
-        here = tl.sum(near.to(tl.int32), axis=1)
-        # In any order of the tiles: `settle` ranks by distance and column.
-        before = tl.atomic_add(found_ptr + item, here, mask=here > 0)
-        place = before[:, None] + tl.cumsum(near.to(tl.int32), axis=1) - 1
-        entry = token[None, :] + rows[:, None] * 0
-        tl.store(table_ptr + place, entry, mask=near & (place < CAPACITY))
-        # True of one tile of a row at most.
-        passes = (here > 0) & (before <= CAPACITY) & (before + here > CAPACITY)
-        append(rest_ptr + image * rows_per_image, rest_count_ptr + image, token_at(rows), passes)
-
-
 def bins_launch(
     half: torch.Tensor, square: torch.Tensor, bins: torch.Tensor, first: int, block_n: int
 ) -> Launch:
@@ -235,31 +168,6 @@ def bins_launch(
         | dict(tile_mask=2 ** tile_bits(padded_n // splits) - 1),
         dict(BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_D=block_d, HELD=held),
         dict(num_warps=8, num_stages=2 if held else 3),
-    )
-
-
-def collect_launch(
-    half: torch.Tensor,
-    square: torch.Tensor,
-    undecided: tuple[torch.Tensor, ...],
-    table: torch.Tensor,
-    first: int,
-    n: int,
-    programs: int,
-) -> Launch:
-    """Writes the columns with c <= W of the listed rows into the table; see `certify.py`."""
-    batch, padded_n, padded_d = half.shape
-    listed, count, limit, found, rest, rest_count = undecided
-    return Launch(
-        _collect_kernel,
-        batch * programs,
-        dict(half_ptr=half, square_ptr=square, listed_ptr=listed, count_ptr=count)
-        | dict(limit_ptr=limit, found_ptr=found, rest_ptr=rest, rest_count_ptr=rest_count)
-        | dict(table_ptr=table, first=first)
-        | dict(rows_per_image=table.shape[1], N=n, padded_n=padded_n, padded_d=padded_d)
-        | dict(programs=programs),
-        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128 if padded_d % 128 == 0 else 64),
-        dict(num_warps=8, num_stages=3),
     )
 
 

@@ -35,7 +35,7 @@ from .rounding import FARTHEST, TILE, eta, token_at
 SURE: tl.constexpr = tl.constexpr(1 << 30)  # flags a column that need not be measured
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
-# A row a warp or two, whose sums need hardly any shared memory; the interpreter pays by the program.
+# A row a warp or two, whose sums hardly need shared memory. The interpreter pays by the program.
 ROWS = 64 if triton.knobs.runtime.interpret else 1
 SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
 

@@ -15,7 +15,7 @@ Per tile, the nearest remaining column of every row replaces the worst of its k 
 gains: after c columns a tile brings about k BLOCK_N / c (the selection of FlashLib's insert kernel,
 here on keys).
 
-`nearest.py` gives to this search all rows of short inputs and long lists, and of the others the rows
+`nearest.py` gives this search all rows of short inputs and long lists, and of other inputs the rows
 that the pass in half precision (`candidates.py`) and its certificate (`certify.py`) leave. Those
 rows are in a list that is counted on the device; nothing waits for the GPU.
 """

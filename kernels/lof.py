@@ -2,9 +2,9 @@
 
     LOF_i = mean over j in N_k(i) of kappa_i / kappa_j        `reference.simplified_lof`
 
-kappa (B, N) float32, N_k (B, N, k) int64 -> (B, N) float32. kappa is held between the smallest normal
-and the largest finite float32, so that duplicates score 1, not 0 / 0; a score that overflows is held
-at the largest finite float32. A NaN of kappa makes the score NaN.
+kappa (B, N) float32, N_k (B, N, k) int64 -> (B, N) float32. kappa is held between the smallest
+normal and the largest finite float32, so that duplicates score 1, not 0 / 0. A score that overflows
+is held at the largest finite float32, and a NaN of kappa makes the score NaN.
 """
 
 from __future__ import annotations

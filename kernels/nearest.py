@@ -4,9 +4,9 @@
     search -> merge                                                           measured distances
 
 The half-precision chain runs a bounded number of rows at a time. `collect` finds the candidates of
-the rows that `certify` leaves undecided, and the search over measured distances those rows that have
-too many or no bound. It runs last, and overwrites what `settle` made of them. Nothing waits for the
-GPU.
+rows that `certify` leaves undecided. Rows with too many of them or without a bound go through the
+search over measured distances, which runs last and overwrites what `settle` wrote. Nothing waits
+for the GPU.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import triton
 
 from . import candidates, certify, knn
 from ._launch import Launch, multiprocessors, on_hopper, power_of_two, strides
+from .collect import collect_launch
 from .rounding import TILE, centre_launch, round_launch
 from .settle import settle_launch
 
@@ -66,8 +67,8 @@ class Undecided(NamedTuple):
         count: (B,) int32, how many they are.
         limit: (B, R) float32, their bounds W.
         found: (B, R) int32, how many candidates `collect` has found.
-        rest: (B, R) int32, the tokens for the search over measured distances: those without a bound,
-            and those with more candidates than the table holds.
+        rest: (B, R) int32, the tokens for the search over measured distances: those without a
+            bound, and those with more candidates than the table holds.
         rest_count: (B,) int32, how many they are.
     """
 
@@ -120,11 +121,9 @@ def decide(
 
 
 def collect(tokens: Rounded, undecided: Undecided, table: torch.Tensor, first: int, n: int) -> None:
-    """Writes all candidates of the undecided rows into the table, or lists the row where over 64."""
+    """Writes all candidates of the undecided rows into the table; lists rows with over 64."""
     programs = max(_shared_out(table.device) // len(table), triton.cdiv(table.shape[1], 64))
-    candidates.collect_launch(
-        tokens.half, tokens.square, undecided, table, first, n, programs
-    ).run()
+    collect_launch(tokens.half, tokens.square, undecided, table, first, n, programs).run()
 
 
 def _shared_out(device: torch.device) -> int:

@@ -106,7 +106,7 @@ def settle_launch(
     distances: torch.Tensor,
     first: int,
 ) -> Launch:
-    """Indices (B, N, k) and distances (B, N, k or 1) of the rows of a table from position `first`."""
+    """Indices (B, N, k) and distances (B, N, k or 1) of the table's rows, from position `first`."""
     batch, rows, width = table.shape
     _, n, d = x.shape
     assert indices.is_contiguous() and distances.is_contiguous()

@@ -24,8 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels._launch import Launch, dot_precision
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_launch
+from scclip_fast.kernels.candidates import bins_launch, block_columns
 from scclip_fast.kernels.certify import certify_launch
+from scclip_fast.kernels.collect import collect_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
 from scclip_fast.kernels.panel import Operand, product_launch, weights_launch

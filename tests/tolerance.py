@@ -59,8 +59,8 @@ def assert_nearest(
 ) -> tuple[Tensor, Tensor]:
     """The sets are float64's, but for ties of the distance itself within its float32 rounding.
 
-    indices are (M, k), of the given rows of x (N, D). Returns the rows (M,) whose sets are the same,
-    and float64's squared distances (M, N).
+    indices are (M, k), of the given rows of x (N, D). Returns which of the rows (M,) have the same
+    set, and float64's squared distances (M, N).
     """
     x, indices = x.detach().double().cpu(), indices.cpu()
     d2 = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").square()
