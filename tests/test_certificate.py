@@ -2,7 +2,7 @@
 
 Most inputs are bins written by hand: one row, with c for each column, and true distances as far
 from c as the error model of `kernels/certify.py` admits. What was broken by hand, and
-the tests that then failed (`candidate` and `sure` are the first two); no other test of this file did:
+the tests that then failed (`candidate` and `sure` are the first two); no other test here did:
 
 | broken in `certify` | fails |
 |---|---|
