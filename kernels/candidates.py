@@ -12,7 +12,7 @@ bins a row. A bin is a position of the accumulator, which min and max alone keep
 shared memory, 8 instructions a distance where a running top 32 takes 70 to 125. The low bits of c
 make room for the number of the tile, so that one int32 is distance and column.
 
-What the bins may have lost, `certify.py` finds out, and `collect.py` looks for.
+`certify.py` tells which rows may have lost a neighbour so; `collect.py` searches these once more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _keep(key, tile, nearest, second, third):
-    """Into the three smallest of each bin [BLOCK_M, 64] the keys of a tile of 64 columns."""
+    """The three smallest keys of each bin [BLOCK_M, 64], with those of one more tile."""
     key = key | tile
     farther = tl.maximum(nearest, key)
     farthest = tl.maximum(second, farther)

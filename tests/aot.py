@@ -168,6 +168,8 @@ def source(launch: Launch) -> ASTSource:
             )
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
+        elif launch.kernel.params[position].do_not_specialize:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", False
         elif value == 1:
             signature[name], constants[name], divisible = "constexpr", 1, False
         else:
