@@ -2,8 +2,9 @@
 
 Runs its kernels (without a GPU in Triton's interpreter, a few minutes a kind) on several kinds of
 features and compares with float64: candidates a row, those that must be measured, rows without a
-certificate, of these the rows that go to float32 as more than 64 columns are candidates, and rows
-of which a neighbour is missing, which there must be none of.
+certificate, of these the rows that go to the search over measured distances as more than 64 columns
+are candidates or nothing bounds them, and rows of which a neighbour is missing, which there must be
+none of.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from scclip_fast.scenes.draw import scene
 
 K = 30
 HEADER = (
-    "| features | candidates p50 / p99 / max | measured p50 / p99 | undecided | float32 | wrong |",
+    "| features | candidates p50 / p99 / max | measured p50 / p99 | undecided | searched | wrong |",
     "|---|--:|--:|--:|--:|--:|",
 )
 
@@ -111,7 +112,7 @@ def row(kind, n: int, d: int) -> dict:
 
 
 def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The table by token, the tokens without certificate, those for which `collect` fails too."""
+    """The table by token, tokens without a certificate, and those of them left to the search."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = x[None].to(device)
     n, d = x.shape[1:]
@@ -119,11 +120,12 @@ def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     tokens = nearest.rounded(x, splits)[1]
     table, undecided = nearest.decide(tokens, splits, 0, n, n, d, K)
     listed = undecided.rows[0, : undecided.count.item()].long().cpu()
+    unbounded = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
     nearest.collect(tokens, undecided, table, 0, n)
-    found = undecided.found[0, : len(listed)].cpu()
+    left = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
     position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))
-    return table[0].cpu()[position], back[listed], back[listed[found > 64]]
+    return table[0].cpu()[position], torch.cat([back[listed], unbounded]), left
 
 
 def neighbors(x: Tensor) -> Tensor:

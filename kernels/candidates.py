@@ -2,7 +2,7 @@
 
     c_ij = a_i^2 + a_j^2 - 2 y_i y_j        y and a of `rounding.py`
 
--> bins (rows, SPLITS, 3, 64) int32: of the columns that meet in a bin, the three smallest c.
+-> bins (rows, splits, 3, 64) int32: of the columns that meet in a bin, the three smallest c.
 
 Half precision, as its tensor cores are eight times as fast as three tf32 products; fp16, as it
 rounds eight times finer than bfloat16. What the rounding can do, `certify.py` bounds.
@@ -12,8 +12,7 @@ bins a row. A bin is a position of the accumulator, which min and max alone keep
 shared memory, 8 instructions a distance where a running top 32 takes 70 to 125. The low bits of c
 make room for the number of the tile, so that one int32 is distance and column.
 
-Rows of which the bins may have lost a neighbour, but whose k-th distance they bound, are listed;
-`collect` goes through the columns once more for these and takes all that are near enough.
+`certify.py` tells which rows may have lost a neighbour so; `collect.py` searches these once more.
 """
 
 from __future__ import annotations
@@ -24,16 +23,17 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._launch import Launch
-from .rounding import TILE, token_at
+from .rounding import TILE
 
-BLOCK_M, DEPTH = 128, 3
+BLOCK_M = 128
+DEPTH: tl.constexpr = tl.constexpr(3)  # columns that a bin keeps
 CAPACITY: tl.constexpr = tl.constexpr(64)  # candidates that a row can have
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def _keep(key, tile, nearest, second, third):
-    """Into the three smallest of each bin [BLOCK_M, 64] the keys of a tile of 64 columns."""
+    """The three smallest keys of each bin [BLOCK_M, 64], with those of one more tile."""
     key = key | tile
     farther = tl.maximum(nearest, key)
     farthest = tl.maximum(second, farther)
@@ -69,7 +69,7 @@ def _fold(key, tile, nearest, second, third):
     return nearest, second, third
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "steps", "splits", "tile_mask"])
 def _bins_kernel(
     # tensors
     rows_desc,
@@ -82,8 +82,8 @@ def _bins_kernel(
     padded_n,
     padded_d,
     steps,
-    SPLITS: tl.constexpr,
-    TILE_MASK: tl.constexpr,
+    splits,
+    tile_mask,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -91,10 +91,10 @@ def _bins_kernel(
     HELD: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    split = pid % SPLITS
+    split = pid % splits
     blocks = rows_per_image // BLOCK_M
-    image = pid // SPLITS // blocks
-    start_row = first + (pid // SPLITS % blocks) * BLOCK_M
+    image = pid // splits // blocks
+    start_row = first + (pid // splits % blocks) * BLOCK_M
     rows = start_row + tl.arange(0, BLOCK_M)
     above = image * padded_n  # rows of the images before
     square_ptr += above
@@ -117,14 +117,15 @@ def _bins_kernel(
                 dot = tl.dot(part, cols_desc.load([above + start, d]).T, dot)
         c = (row_square[:, None] + tl.load(square_ptr + cols)[None, :]) - 2.0 * dot
         # Bits of floats order like the floats from 0 on; what rounding made negative comes first.
-        key = c.to(tl.int32, bitcast=True) & ~TILE_MASK
+        key = c.to(tl.int32, bitcast=True) & ~tile_mask
         if (start < start_row + BLOCK_M) & (start + BLOCK_N > start_row):
-            key = tl.where(rows[:, None] == cols[None, :], NO_KEY & ~TILE_MASK, key)
+            key = tl.where(rows[:, None] == cols[None, :], NO_KEY & ~tile_mask, key)
         tile = step * (BLOCK_N // TILE)
         nearest, second, third = _fold(key, tile, nearest, second, third)
 
     row = (image * rows_per_image + (rows - first)).to(tl.int64)
-    out = bins_ptr + (row[:, None] * SPLITS + split) * (3 * TILE) + tl.arange(0, TILE)[None, :]
+    bins_ptr += (row[:, None] * splits + split) * (DEPTH * TILE)
+    out = bins_ptr + tl.arange(0, TILE)[None, :]
     tl.store(out, nearest)
     tl.store(out + TILE, second)
     tl.store(out + 2 * TILE, third)
@@ -138,59 +139,11 @@ def share(count, BLOCK_M: tl.constexpr, programs, most):
 
 
 @triton.jit
-def _collect_kernel(
-    # tensors
-    half_ptr,
-    square_ptr,
-    listed_ptr,
-    count_ptr,
-    limit_ptr,
-    found_ptr,
-    table_ptr,
-    # sizes
-    first,
-    rows_per_image,
-    N,
-    padded_n,
-    padded_d,
-    programs,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    image = (pid // programs).to(tl.int64)
-    count = tl.load(count_ptr + image)
-    splits = share(count, BLOCK_M, programs, programs)
-    block, split = pid % programs // splits, pid % programs % splits
-    slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    item = image * rows_per_image + slot
-    rows = tl.load(listed_ptr + item, mask=slot < count, other=0)
-    limit = tl.load(limit_ptr + item, mask=slot < count, other=-1.0)
-    half_ptr += image * padded_n * padded_d
-    square_ptr += image * padded_n
-    row_square = tl.load(square_ptr + rows)
-    row_ptrs = half_ptr + rows.to(tl.int64)[:, None] * padded_d
-    table_ptr += (image * rows_per_image + rows - first)[:, None] * CAPACITY
-    dims = tl.arange(0, BLOCK_D)
-    end = tl.where(tl.max(limit, axis=0) >= 0.0, padded_n, 0)
-    for start in range(split * BLOCK_N, end, splits * BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col_ptrs = half_ptr + cols.to(tl.int64)[None, :] * padded_d
-        dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(0, padded_d, BLOCK_D):
-            left = tl.load(row_ptrs + (d + dims)[None, :])  # [BLOCK_M, BLOCK_D]
-            dot = tl.dot(left, tl.load(col_ptrs + (d + dims)[:, None]), dot)
-        c = (row_square[:, None] + tl.load(square_ptr + cols)[None, :]) - 2.0 * dot
-        token = token_at(cols)
-        near = (c <= limit[:, None]) & (rows[:, None] != cols[None, :]) & (token < N)[None, :]
-        here = tl.sum(near.to(tl.int32), axis=1)
-        # In any order of the tiles: `settle` ranks by distance and column.
-        before = tl.atomic_add(found_ptr + item, here, mask=here > 0)
-        place = before[:, None] + tl.cumsum(near.to(tl.int32), axis=1) - 1
-        entry = token[None, :] + rows[:, None] * 0
-        tl.store(table_ptr + place, entry, mask=near & (place < CAPACITY))
+def append(list_ptr, count_ptr, item, mask):
+    """Appends the items of a block to a list, in any order, and counts them."""
+    place = tl.atomic_add(count_ptr + item * 0, 1, mask=mask)
+    tl.store(list_ptr + place, item, mask=mask)
+    return place
 
 
 def bins_launch(
@@ -211,34 +164,10 @@ def bins_launch(
         dict(rows_desc=TensorDescriptor.from_tensor(flat, [BLOCK_M, block_d]))
         | dict(cols_desc=TensorDescriptor.from_tensor(flat, [block_n, block_d]))
         | dict(square_ptr=square, bins_ptr=bins, first=first, rows_per_image=rows)
-        | dict(padded_n=padded_n, padded_d=padded_d, steps=steps),
-        dict(SPLITS=splits, TILE_MASK=tile_mask(padded_n // splits), BLOCK_M=BLOCK_M)
-        | dict(BLOCK_N=block_n, BLOCK_D=block_d, HELD=held),
+        | dict(padded_n=padded_n, padded_d=padded_d, steps=steps, splits=splits)
+        | dict(tile_mask=2 ** tile_bits(padded_n // splits) - 1),
+        dict(BLOCK_M=BLOCK_M, BLOCK_N=block_n, BLOCK_D=block_d, HELD=held),
         dict(num_warps=8, num_stages=2 if held else 3),
-    )
-
-
-def collect_launch(
-    half: torch.Tensor,
-    square: torch.Tensor,
-    undecided: tuple[torch.Tensor, ...],
-    table: torch.Tensor,
-    first: int,
-    n: int,
-    programs: int,
-) -> Launch:
-    """Into the table the columns of the listed rows with c up to their limit; see `certify.py`."""
-    batch, padded_n, padded_d = half.shape
-    listed, count, limit, found = undecided
-    return Launch(
-        _collect_kernel,
-        batch * programs,
-        dict(half_ptr=half, square_ptr=square, listed_ptr=listed, count_ptr=count)
-        | dict(limit_ptr=limit, found_ptr=found, table_ptr=table, first=first)
-        | dict(rows_per_image=table.shape[1], N=n, padded_n=padded_n, padded_d=padded_d)
-        | dict(programs=programs),
-        dict(BLOCK_M=64, BLOCK_N=64, BLOCK_D=128 if padded_d % 128 == 0 else 64),
-        dict(num_warps=8, num_stages=3),
     )
 
 
@@ -253,6 +182,6 @@ def block_columns(n: int, d: int, hopper: bool) -> int:
     return 128 if d <= 256 else 256
 
 
-def tile_mask(columns: int) -> int:
-    """The low bits of a key that hold the number of one of the tiles of so many columns."""
-    return triton.next_power_of_2(columns // TILE.value) - 1
+def tile_bits(columns: int) -> int:
+    """The number of low bits of a key that hold the number of one of the tiles of the columns."""
+    return (columns // TILE.value - 1).bit_length()

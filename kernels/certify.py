@@ -2,7 +2,8 @@
 
 bins of `candidates.py`, a^2 and r (B, padded N), u (B,) float32
 -> table (B, rows, 64) int32 of columns that hold the k nearest others of each row, those to be
-measured first; or the row in a list of those that the bins do not decide.
+measured first. Rows that the bins do not decide have an empty table and are in one of two lists:
+with the bound W, for `collect`; without a bound, for the search over measured distances (`knn.py`).
 
 In the scaled units, d is the true distance, h = ||y_i - y_j||, and r_j <= u a_j + eta for all j.
 With a_j <= a_i + h and e_i = r_i + u a_i + eta,
@@ -28,29 +29,29 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch
-from .candidates import CAPACITY, DEPTH, NO_KEY, tile_mask
+from .candidates import CAPACITY, DEPTH, NO_KEY, append, tile_bits
 from .rounding import FARTHEST, TILE, eta, token_at
 
 SURE: tl.constexpr = tl.constexpr(1 << 30)  # flags a column that need not be measured
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
-# A row a warp, so that its sums need no shared memory; the interpreter pays by the program.
-ROWS = 16 if triton.knobs.runtime.interpret else 1
+# A row a warp or two, whose sums hardly need shared memory. The interpreter pays by the program.
+ROWS = 64 if triton.knobs.runtime.interpret else 1
 SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
 
 
 @triton.jit
-def _kth_smallest(order, K, BITS: tl.constexpr):
-    """Row by row, the largest number that fewer than K are below, its lowest BITS zero."""
+def _kth_smallest(order, K, bits):
+    """Row by row, the largest number that fewer than K are below, its lowest bits zero."""
     kth = tl.zeros([order.shape[0]], tl.int32)
-    for step in range(0, 31 - BITS):
+    for step in range(0, 31 - bits):
         trial = kth | (1 << (30 - step))
         fewer = tl.sum((order < trial[:, None]).to(tl.int32), axis=1) < K
         kth = tl.where(fewer, trial, kth)
     return kth
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "N", "splits", "tiles", "tile_bits", "K"])
 def _certify_kernel(
     # tensors
     bins_ptr,
@@ -62,17 +63,19 @@ def _certify_kernel(
     count_ptr,
     limit_ptr,
     found_ptr,
+    rest_ptr,
+    rest_count_ptr,
     # sizes
     first,
     rows_per_image,
     N,
     padded_n,
+    splits,
     tiles,
+    tile_bits,
     K,
     gamma,
     eta,
-    WIDTH: tl.constexpr,
-    TILE_BITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     KEYS: tl.constexpr,
 ):
@@ -84,15 +87,16 @@ def _certify_kernel(
     exists = token_at(row) < N
     position = tl.arange(0, KEYS)[None, :]
     entry_row = image * rows_per_image + local
+    width = splits * (DEPTH * TILE)
     keys = tl.load(
-        bins_ptr + entry_row[:, None] * WIDTH + position, mask=position < WIDTH, other=NO_KEY
+        bins_ptr + entry_row[:, None] * width + position, mask=position < width, other=NO_KEY
     )  # [BLOCK_R, KEYS]
     # The k-th key up to its number of a tile, of which nothing below depends.
-    kth = _kth_smallest(tl.maximum(keys, 0), K, TILE_BITS)
-    TILE_MASK: tl.constexpr = (1 << TILE_BITS) - 1
+    kth = _kth_smallest(tl.maximum(keys, 0), K, tile_bits)
+    tile_mask = (1 << tile_bits) - 1
     held = tl.minimum(kth, INFINITE_KEY - 1)
-    at_most = (held | TILE_MASK).to(tl.float32, bitcast=True)
-    at_least = (held & ~TILE_MASK).to(tl.float32, bitcast=True)
+    at_most = (held | tile_mask).to(tl.float32, bitcast=True)
+    at_least = (held & ~tile_mask).to(tl.float32, bitcast=True)
 
     a = tl.sqrt(tl.load(square_ptr + image * padded_n + row))
     u = tl.load(ratio_ptr + image)
@@ -107,18 +111,19 @@ def _certify_kernel(
     # u >= 1/2: half precision says nothing of this image. Not finite: nor of this row.
     limit = tl.where(u < 0.5, limit, float("inf"))
     bounded = (kth < INFINITE_KEY) & (limit <= FARTHEST)
-    limit_key = tl.where(bounded, limit, 0.0).to(tl.int32, bitcast=True)
+    # The number of the tile stands in the low bits of a key, which c <= W may exceed W by.
+    limit_key = tl.where(bounded, limit, 0.0).to(tl.int32, bitcast=True) | tile_mask
     sure_key = tl.where((s > 0.0) & (sure_limit > 0.0), sure_limit, 0.0).to(tl.int32, bitcast=True)
 
     candidate = keys <= limit_key[:, None]
     candidates = tl.sum(candidate.to(tl.int32), axis=1)
-    full = candidate & (position // TILE % 3 == 2)  # who came fourth to this bin is not known
+    full = candidate & (position // TILE % DEPTH == DEPTH - 1)  # it may have dropped a fourth
     complete = (candidates <= CAPACITY) & (tl.sum(full.to(tl.int32), axis=1) == 0)
     decided = bounded & complete & exists
 
-    tile = (position // (3 * TILE)) * tiles + (keys & TILE_MASK)
+    tile = (position // (DEPTH * TILE)) * tiles + (keys & tile_mask)
     column = token_at(tile * TILE + position % TILE)
-    sure = candidate & ((keys | TILE_MASK) < sure_key[:, None]) & (sure_key > 0)[:, None]
+    sure = candidate & ((keys | tile_mask) < sure_key[:, None]) & (sure_key > 0)[:, None]
     measured = (candidate & (sure == 0)).to(tl.int32)
     slot = tl.cumsum(measured, axis=1) - 1
     after = tl.sum(measured, axis=1)[:, None] + tl.cumsum(sure.to(tl.int32), axis=1) - 1
@@ -129,11 +134,12 @@ def _certify_kernel(
     rest = tl.zeros([BLOCK_R, CAPACITY], tl.int32) + NO_COLUMN
     tl.store(out + slots, rest, mask=(slots >= candidates[:, None]) | (decided == 0)[:, None])
     undecided = exists & (decided == 0)
-    place = tl.atomic_add(count_ptr + image + local * 0, 1, mask=undecided)
-    item = image * rows_per_image + place
-    tl.store(listed_ptr + item, row, mask=undecided)
-    tl.store(limit_ptr + item, tl.where(bounded, limit, -1.0), mask=undecided)
-    tl.store(found_ptr + item, tl.where(bounded, 0, CAPACITY + 1), mask=undecided)
+    listed = undecided & bounded
+    item = image * rows_per_image
+    place = append(listed_ptr + item, count_ptr + image, row, listed)
+    tl.store(limit_ptr + item + place, limit, mask=listed)
+    tl.store(found_ptr + item + place, 0, mask=listed)
+    append(rest_ptr + item, rest_count_ptr + image, token_at(row), undecided & (bounded == 0))
 
 
 def certify_launch(
@@ -148,26 +154,26 @@ def certify_launch(
     d: int,
     k: int,
 ) -> Launch:
-    """error and ratio are r and u; undecided rows are listed with W, or -1 where nothing bounds it.
+    """Fills the table and the lists of one pass; error and ratio are r and u.
 
-    undecided: rows (B, rows) int32, how many they are (B,), zeros, W (B, rows) float32, and how
-    many candidates `collect` has found (B, rows) int32: over 64 for rows that it need not try.
+    undecided: `nearest.Undecided`, of which the two counts must be zeros.
     """
     batch, rows, splits = bins.shape[:3]
     padded_n = square.shape[1]
     assert table.shape == (batch, rows, CAPACITY.value) and table.is_contiguous()
-    listed, count, limit, found = undecided
-    width = DEPTH * TILE.value * splits
+    listed, count, limit, found, rest, rest_count = undecided
+    keys = triton.next_power_of_2(DEPTH.value * TILE.value * splits)
     return Launch(
         _certify_kernel,
         batch * (rows // ROWS),
         dict(bins_ptr=bins, square_ptr=square, error_ptr=error, ratio_ptr=ratio, table_ptr=table)
         | dict(listed_ptr=listed, count_ptr=count, limit_ptr=limit, found_ptr=found)
-        | dict(first=first, rows_per_image=rows, N=n, padded_n=padded_n, K=k)
-        | dict(tiles=padded_n // TILE.value // splits, gamma=gamma(d), eta=eta(d)),
-        dict(WIDTH=width, TILE_BITS=tile_mask(padded_n // splits).bit_length())
-        | dict(BLOCK_R=ROWS, KEYS=triton.next_power_of_2(width)),
-        dict(num_warps=1),
+        | dict(rest_ptr=rest, rest_count_ptr=rest_count)
+        | dict(first=first, rows_per_image=rows, N=n, padded_n=padded_n, splits=splits, K=k)
+        | dict(tiles=padded_n // TILE.value // splits, tile_bits=tile_bits(padded_n // splits))
+        | dict(gamma=gamma(d), eta=eta(d)),
+        dict(BLOCK_R=ROWS, KEYS=keys),
+        dict(num_warps=max(1, keys // 1024)),  # more keys a warp spill
     )
 
 

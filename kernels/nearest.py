@@ -1,10 +1,12 @@
 """The k nearest neighbours as a chain of launches: which search for which shape, and its workspace.
 
-    centre -> round -> [ bins -> certify -> collect -> search -> merge -> settle ]  half precision
-    centre -> search -> merge -> settle                                           single precision
+    centre -> round -> [ bins -> certify -> collect -> settle -> search -> merge ]  half precision
+    search -> merge                                                           measured distances
 
-The half-precision chain runs a bounded number of rows at a time. `collect` and `search` see to the
-rows that `certify` leaves undecided. Nothing waits for the GPU.
+The half-precision chain runs a bounded number of rows at a time. `collect` finds the candidates of
+rows that `certify` leaves undecided. Rows with too many of them or without a bound go through the
+search over measured distances, which runs last and overwrites what `settle` wrote. Nothing waits
+for the GPU.
 """
 
 from __future__ import annotations
@@ -16,16 +18,16 @@ import torch
 import triton
 
 from . import candidates, certify, knn
-from ._launch import Launch, dot_precision, on_hopper, power_of_two, strides
+from ._launch import Launch, multiprocessors, on_hopper, power_of_two, strides
+from .collect import collect_launch
 from .rounding import TILE, centre_launch, round_launch
 from .settle import settle_launch
 
 LEAST_TOKENS_FOR_HALF = 128  # fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
 MAX_K = 128
-BAND = 4  # single-precision candidates on either side of the k-th place that are measured
-MOST_SPLITS = 32  # programs that share the columns of one block of rows in single precision
-PROGRAMS = 264  # that listed rows of all images are shared out to: 132 SMs, two each
+MOST_SPLITS = 32  # programs that share the columns of one block of rows in the measured search
+PROGRAMS = 1024  # at most, that listed rows of all images are shared out to: two a multiprocessor
 BINS_BYTES = 32 * 2**20
 
 
@@ -35,7 +37,8 @@ def nearest_triton(x: torch.Tensor, k: int, measure_all: bool) -> tuple[torch.Te
     Returns:
         Squared distances float32, (B, N, k), or without measure_all of the k-th alone, (B, N, 1),
         and indices (B, N, k) int64: nearest first, or without measure_all those first that are
-        sure, by column.
+        sure, by column. A distance is +inf where it overflows, and NaN where one of its two tokens
+        holds a NaN or an infinity.
     """
     batch, n, _ = x.shape
     indices = torch.empty(batch, n, k, dtype=torch.int64, device=x.device)
@@ -43,9 +46,7 @@ def nearest_triton(x: torch.Tensor, k: int, measure_all: bool) -> tuple[torch.Te
     if n >= LEAST_TOKENS_FOR_HALF and k <= MOST_NEIGHBORS_FOR_HALF:
         _nearest_half(x, indices, distances)
     else:
-        table = torch.empty(batch, n, _block_k(k, n), dtype=torch.int32, device=x.device)
-        _search(x, _centre(x)[0], k, table)
-        settle_launch(x, table, indices, distances).run()
+        _search(x, indices, distances)
     return distances, indices
 
 
@@ -59,20 +60,32 @@ class Rounded(NamedTuple):
 
 
 class Undecided(NamedTuple):
-    """The list of `certify.py`: rows, how many, their limits W, candidates that `collect` found."""
+    """The rows of one pass that `certify` leaves, R of them at most, in two lists an image.
+
+    Attributes:
+        rows: (B, R) int32, the positions of the rows that `collect` searches.
+        count: (B,) int32, how many they are.
+        limit: (B, R) float32, their bounds W.
+        found: (B, R) int32, how many candidates `collect` has found.
+        rest: (B, R) int32, the tokens for the search over measured distances: those without a
+            bound, and those with more candidates than the table holds.
+        rest_count: (B,) int32, how many they are.
+    """
 
     rows: torch.Tensor
     count: torch.Tensor
     limit: torch.Tensor
     found: torch.Tensor
+    rest: torch.Tensor
+    rest_count: torch.Tensor
 
 
 def _nearest_half(x: torch.Tensor, indices: torch.Tensor, distances: torch.Tensor) -> None:
     batch, n, d = x.shape
     k = indices.shape[-1]
-    shares = splits(batch, n)
-    mean, whole = rounded(x, shares)
-    fitting = BINS_BYTES // (shares * candidates.DEPTH * TILE.value * 4)
+    shares = splits(batch, n, multiprocessors(x.device))
+    _, whole = rounded(x, shares)
+    fitting = BINS_BYTES // (shares * candidates.DEPTH.value * TILE.value * 4)
     rows = max(1, fitting // candidates.BLOCK_M) * candidates.BLOCK_M
     rows = min(rows, _whole_blocks(n))
     images = max(1, fitting // rows)
@@ -82,8 +95,8 @@ def _nearest_half(x: torch.Tensor, indices: torch.Tensor, distances: torch.Tenso
         for first in range(0, n, rows):
             table, undecided = decide(tokens, shares, first, min(rows, n - first), n, d, k)
             collect(tokens, undecided, table, first, n)
-            _search(x[part], mean[part], k, table, first, undecided)
             settle_launch(x[part], table, indices[part], distances[part], first).run()
+            _search(x[part], indices[part], distances[part], undecided)
 
 
 def decide(
@@ -95,14 +108,12 @@ def decide(
     """
     size, rows = len(tokens.half), _whole_blocks(rows)
     new, integer = tokens.half.new_empty, torch.int32
-    bins = new(size, rows, shares, candidates.DEPTH, TILE.value, dtype=integer)
+    bins = new(size, rows, shares, candidates.DEPTH.value, TILE.value, dtype=integer)
     table = new(size, rows, candidates.CAPACITY.value, dtype=integer)
-    undecided = Undecided(
-        new(size, rows, dtype=integer),
-        torch.zeros(size, dtype=integer, device=table.device),
-        new(size, rows, dtype=torch.float32),
-        new(size, rows, dtype=integer),
-    )
+    count, rest_count = torch.zeros(2, size, dtype=integer, device=table.device)
+    listed, found, rest = new(3, size, rows, dtype=integer)
+    limit = new(size, rows, dtype=torch.float32)
+    undecided = Undecided(listed, count, limit, found, rest, rest_count)
     block_n = candidates.block_columns(n, d, on_hopper(table.device))
     candidates.bins_launch(tokens.half, tokens.square, bins, first, block_n).run()
     certify.certify_launch(bins, *tokens[1:], table, undecided, first, n, d, k).run()
@@ -110,11 +121,13 @@ def decide(
 
 
 def collect(tokens: Rounded, undecided: Undecided, table: torch.Tensor, first: int, n: int) -> None:
-    """All candidates of the undecided rows, where they are at most 64."""
-    programs = max(PROGRAMS // len(table), triton.cdiv(table.shape[1], 64))
-    candidates.collect_launch(
-        tokens.half, tokens.square, undecided, table, first, n, programs
-    ).run()
+    """Writes all candidates of the undecided rows into the table; lists rows with over 64."""
+    programs = max(_shared_out(table.device) // len(table), triton.cdiv(table.shape[1], 64))
+    collect_launch(tokens.half, tokens.square, undecided, table, first, n, programs).run()
+
+
+def _shared_out(device: torch.device) -> int:
+    return min(PROGRAMS, 2 * multiprocessors(device))
 
 
 def _whole_blocks(rows: int) -> int:
@@ -142,78 +155,63 @@ def _centre(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, spread
 
 
-def splits(batch: int, n: int) -> int:
-    """How many programs share the columns of a block of rows: enough for 132 SMs, and for bins."""
+def splits(batch: int, n: int, processors: int = 132) -> int:
+    """How many programs share the columns of a block of rows: enough for the GPU, and for bins."""
     blocks = batch * triton.cdiv(n, candidates.BLOCK_M)
-    least = 4 if n <= 1024 or blocks > 132 else 3
-    return max(least, min(8, 132 // blocks))
+    least = 4 if n <= 1024 or blocks > processors else 3
+    return max(least, min(8, processors // blocks))
 
 
 def _search(
     x: torch.Tensor,
-    mean: torch.Tensor,
-    k: int,
-    table: torch.Tensor,
-    first: int = 0,
+    indices: torch.Tensor,
+    distances: torch.Tensor,
     undecided: Undecided | None = None,
 ) -> None:
-    """Fill rows of the table by the search in single precision: undecided ones, or all."""
-    launch = search_launch(x, mean, k, undecided)
-    launch.run()
-    merge_launch(launch, k, table, first).run()
+    """The search over measured distances, of the rows in the second list or of all."""
+    search = search_launch(x, indices.shape[-1], undecided)
+    search.run()
+    merge_launch(search, indices, distances).run()
 
 
-def search_launch(
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    k: int,
-    undecided: Undecided | None = None,
-    precision: str | None = None,
-) -> Launch:
-    """mean (B, D) float32; of the undecided rows, those with more than 64 candidates."""
+def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -> Launch:
+    """The k smallest keys of each row and share of the columns, of the listed tokens or of all."""
     batch, n, d = x.shape
-    limit = min(k + BAND, n - 1, MAX_K)
-    block_k = _block_k(k, n)
-    # 64 rows are what Hopper's wgmma takes; a list of more than 64 keys, two registers each, leaves
-    # room for 16. With these stages neither spills on Triton 3.8 and 3.9.
-    block_m, warps, stages = (64, 8, 4) if block_k <= 64 else (16, 4, 1)
-    listed, count, _, found = undecided or (None, None, None, None)
+    listed, count = (None, None) if undecided is None else undecided[4:]
     rows = n if listed is None else listed.shape[1]
-    blocks = triton.cdiv(rows, block_m)
+    blocks = triton.cdiv(rows, knn.ROWS)
+    processors = multiprocessors(x.device)
     if listed is None:  # as many programs as fill a GPU, in whole blocks
-        share = max(1, min(MOST_SPLITS, triton.cdiv(n, 128), 132 // (batch * blocks)))
-        programs = blocks * share
+        share = min(MOST_SPLITS, triton.cdiv(n, 128), processors // (batch * blocks))
+        programs = blocks * max(1, share)
     else:
-        programs = max(PROGRAMS // batch, blocks)
-    keys = torch.empty(batch * programs, block_m, block_k, dtype=torch.int64, device=x.device)
+        programs = max(_shared_out(x.device) // batch, blocks)
+    block_k = power_of_two(k, 2, MAX_K)
+    block_d = power_of_two(d, 16, 64)
+    keys = torch.empty(batch * programs, knn.ROWS, block_k, dtype=torch.int64, device=x.device)
     return Launch(
         knn._search_kernel,
         batch * programs,
-        dict(x_ptr=x, mean_ptr=mean, listed_ptr=listed, count_ptr=count, found_ptr=found)
-        | dict(keys_ptr=keys, N=n, D=d, K=limit, rows_per_image=rows, programs=programs)
-        | strides("x", x, "bnd"),
-        dict(LISTED=listed is not None, BLOCK_M=block_m, BLOCK_N=32, BLOCK_D=16, BLOCK_K=block_k)
-        | dict(MOST_SPLITS=MOST_SPLITS, PRECISION=precision or dot_precision()),
-        dict(num_warps=warps, num_stages=stages),
+        dict(x_ptr=x, listed_ptr=listed, count_ptr=count, keys_ptr=keys)
+        | dict(N=n, D=d, K=k, rows_per_image=rows, programs=programs, **strides("x", x, "bnd")),
+        dict(LISTED=listed is not None, BLOCK_M=knn.ROWS, BLOCK_N=knn.PAIRS // block_d)
+        | dict(BLOCK_D=block_d, BLOCK_K=block_k, MOST_SPLITS=MOST_SPLITS),
+        dict(num_warps=4),
     )
 
 
-def merge_launch(search: Launch, k: int, table: torch.Tensor, first: int = 0) -> Launch:
-    """The lists of a search into rows of the table (B, R, C) int32, those from `first` on."""
-    batch, rows, width = table.shape
-    assert table.is_contiguous() and width >= search.constants["BLOCK_K"]
+def merge_launch(search: Launch, indices: torch.Tensor, distances: torch.Tensor) -> Launch:
+    """Indices (B, N, k) and distances (B, N, k or 1) of the rows of a search."""
+    assert indices.is_contiguous() and distances.is_contiguous()
     block_r, warps = (16, 8) if search.constants["BLOCK_K"] <= 64 else (4, 4)
-    shared = ("listed_ptr", "count_ptr", "found_ptr", "keys_ptr", "N", "K", "programs")
+    shared = ("listed_ptr", "count_ptr", "keys_ptr", "N", "K", "rows_per_image", "programs")
     same = ("LISTED", "BLOCK_M", "BLOCK_K", "MOST_SPLITS")
     return Launch(
         knn._merge_kernel,
-        batch * triton.cdiv(rows, block_r),
+        len(indices) * triton.cdiv(search.args["rows_per_image"], block_r),
         {name: search.args[name] for name in shared}
-        | dict(table_ptr=table, sure=max(0, k - BAND), first=first, rows_per_image=rows),
-        {name: search.constants[name] for name in same} | dict(BLOCK_R=block_r, BLOCK_C=width),
+        | dict(indices_ptr=indices, distances_ptr=distances),
+        {name: search.constants[name] for name in same}
+        | dict(ALL=distances.shape[-1] == indices.shape[-1], BLOCK_R=block_r),
         dict(num_warps=warps),
     )
-
-
-def _block_k(k: int, n: int) -> int:
-    return power_of_two(min(k + BAND, n - 1, MAX_K), 2, MAX_K)

@@ -24,6 +24,7 @@ TILE: tl.constexpr = tl.constexpr(64)
 LARGEST_HALF: tl.constexpr = tl.constexpr(65504.0)
 FARTHEST: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # the largest float32
 SAMPLE = 128  # tokens whose mean m is
+ROWS = 64 if triton.knobs.runtime.interpret else 16  # of a program of `round`
 
 
 @triton.jit
@@ -45,7 +46,7 @@ def token_at(position):
     return tile * TILE + ((position % TILE - _rotation(tile)) & (TILE - 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "step"])
 def _centre_kernel(
     # tensors
     x_ptr,
@@ -87,7 +88,7 @@ def _centre_kernel(
     tl.store(spread_ptr + image * D + dims, spread, mask=dims < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _round_kernel(
     # tensors
     x_ptr,
@@ -118,9 +119,12 @@ def _round_kernel(
     rows = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     row_ptrs = x_ptr + image * stride_xb + rows.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
     token = image * padded_n + position_of(rows)
-    channels = tl.arange(0, WIDTH)
-    spread = tl.load(spread_ptr + image * D + channels, mask=channels < D, other=0.0)
-    size = tl.sqrt(tl.sum(spread * spread, axis=0) / D)
+    squares = tl.zeros([WIDTH], tl.float32)
+    for d in range(0, D, WIDTH):
+        channels = d + tl.arange(0, WIDTH)
+        spread = tl.load(spread_ptr + image * D + channels, mask=channels < D, other=0.0)
+        squares += spread * spread
+    size = tl.sqrt(tl.sum(squares, axis=0) / D)
     size = tl.minimum(tl.maximum(size, 7.9e-31), 1.2e30)  # 2^-100 and 2^100
     # To a mean of 2^-6: elements 4 million times as large fit, and ones of 1/256 are normal.
     scale = tl.exp2(-6.0 - tl.floor(tl.log2(size) + 0.5))
@@ -179,17 +183,17 @@ def round_launch(
     assert padded_n % TILE.value == 0 and padded_d % 64 == 0 and half.is_contiguous()
     return Launch(
         _round_kernel,
-        batch * (padded_n // 16),
+        batch * (padded_n // ROWS),
         dict(x_ptr=x, mean_ptr=mean, spread_ptr=spread, half_ptr=half, square_ptr=square)
         | dict(error_ptr=error, ratio_ptr=ratio.view(torch.int32), N=n, D=d, eta=eta(d))
         | dict(padded_n=padded_n, padded_d=padded_d, **strides("x", x, "bnd")),
-        dict(BLOCK_R=16, BLOCK_D=64, WIDTH=power_of_two(d, 16, 2**20)),
+        dict(BLOCK_R=ROWS, BLOCK_D=64, WIDTH=power_of_two(d, 16, 2048)),
         dict(num_warps=4),
     )
 
 
 def positions(n: int) -> torch.Tensor:
-    """`position_of` the tokens 0, ..., n - 1, on the host, for who reads tables by token."""
+    """Host copy of `position_of` for the tokens 0, ..., n - 1, for tests and benchmarks."""
     token = torch.arange(n)
     tile = token // TILE.value
     return tile * TILE.value + (token + (tile * 2654435769 % 2**32 >> 26)) % TILE.value

@@ -2,7 +2,8 @@
 
     d2(i, j) = sum (x_i - x_j)^2        exactly 0 for duplicates
 
-table (B, R, C) int32 of `certify.py` or `knn.py` -> indices (B, N, k) int64 and squared distances.
+table (B, R, 64) int32 of `certify.py` and `collect`, whose rows are stored as by `rounding.py`
+-> indices (B, N, k) int64 and squared distances. Rows with an empty table are left as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import triton.language as tl
 
 from ._launch import Launch, power_of_two, strides
 from .certify import NO_COLUMN, ROWS, SURE
-from .knn import NO_KEY
+from .knn import NO_KEY, distance_bits, infinities_to_nan
 from .rounding import token_at
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "K", "first"])
 def _settle_kernel(
     # tensors
     x_ptr,
@@ -34,7 +35,6 @@ def _settle_kernel(
     stride_xb,
     stride_xn,
     stride_xd,
-    ROTATED: tl.constexpr,
     ALL: tl.constexpr,
     # tile
     BLOCK_R: tl.constexpr,
@@ -46,9 +46,7 @@ def _settle_kernel(
     blocks = tl.cdiv(rows_per_image, BLOCK_R)
     image = (pid // blocks).to(tl.int64)
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = first + local
-    if ROTATED:
-        row = token_at(row)
+    row = token_at(first + local)
     inside = (local < rows_per_image) & (row < N)
     x_ptr += image * stride_xb
     row_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
@@ -80,11 +78,9 @@ def _settle_kernel(
                 mask=measured[:, :, None] & has[None, None, :],
                 other=0.0,
             )  # [BLOCK_R, CHUNK, BLOCK_D]
-            difference = xi.to(tl.float32)[:, None, :] - xj.to(tl.float32)
+            difference = infinities_to_nan(xi)[:, None, :] - infinities_to_nan(xj)
             total += difference * difference
-        distance = tl.sum(total, axis=2)
-        distance = tl.where(distance == distance, distance, float("inf"))
-        found = tl.where(measured, distance.to(tl.int32, bitcast=True), -1)
+        found = tl.where(measured, distance_bits(tl.sum(total, axis=2)), -1)
         here = tl.arange(0, BLOCK_C // CHUNK)[None, :, None] == chunk
         bits = tl.where(here, found[:, None, :], bits)
 
@@ -108,12 +104,9 @@ def settle_launch(
     table: torch.Tensor,
     indices: torch.Tensor,
     distances: torch.Tensor,
-    first: int | None = None,
+    first: int,
 ) -> Launch:
-    """Indices (B, N, k) and distances (B, N, k or 1) of the rows of a table.
-
-    first: the position of the first row, for a table whose rows are stored as by `rounding.py`.
-    """
+    """Indices (B, N, k) and distances (B, N, k or 1) of the table's rows, from position `first`."""
     batch, rows, width = table.shape
     _, n, d = x.shape
     assert indices.is_contiguous() and distances.is_contiguous()
@@ -121,10 +114,10 @@ def settle_launch(
         _settle_kernel,
         batch * triton.cdiv(rows, ROWS),
         dict(x_ptr=x, table_ptr=table, indices_ptr=indices, distances_ptr=distances)
-        | dict(N=n, D=d, K=indices.shape[-1], first=first or 0, rows_per_image=rows)
+        | dict(N=n, D=d, K=indices.shape[-1], first=first, rows_per_image=rows)
         | strides("x", x, "bnd"),
-        dict(ROTATED=first is not None, ALL=distances.shape[-1] == indices.shape[-1])
+        dict(ALL=distances.shape[-1] == indices.shape[-1])
         | dict(BLOCK_R=ROWS, BLOCK_C=width, BLOCK_D=power_of_two(d, 16, 128))
-        | dict(CHUNK=min(8, width)),
-        dict(num_warps=1 if width <= 64 else 4),
+        | dict(CHUNK=8),
+        dict(num_warps=1),
     )

@@ -57,7 +57,8 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
     limits = torch.finfo(k_distance.dtype)
     kappa = k_distance.clamp(min=limits.tiny, max=limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    scores = ratios.mean(dim=-1).clamp(max=limits.max)
+    share = 2.0 ** -neighbors.shape[-1].bit_length()  # a sum may overflow where the mean does not
+    scores = ((ratios * share).mean(dim=-1) / share).clamp(max=limits.max)
     return torch.where(kappa[:, rows].isnan(), torch.nan, scores)
 
 

@@ -24,8 +24,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels._launch import Launch, dot_precision
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_launch
+from scclip_fast.kernels.candidates import bins_launch, block_columns
 from scclip_fast.kernels.certify import certify_launch
+from scclip_fast.kernels.collect import collect_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
 from scclip_fast.kernels.panel import Operand, product_launch, weights_launch
@@ -64,18 +65,18 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
     for name, dtype in DTYPES.items():
         x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
         for k in (1, 30, 60, 128):
-            search = search_launch(x, mean, k, precision=precision)
+            search, indices = search_launch(x, k), meta(1, 5184, k, dtype=torch.int64)
             yield f"search-{name}-k{k}", search
-            width = search.constants["BLOCK_K"]
-            table, indices = integers(1, 5184, width), meta(1, 5184, k, dtype=torch.int64)
-            yield f"merge-{name}-k{k}", merge_launch(search, k, table)
-            yield f"settle-{name}-k{k}", settle_launch(x, table, indices, meta(1, 5184, 1))
-        listed = search_launch(x, mean, 30, undecided(5184), precision)
+            yield f"merge-{name}-k{k}", merge_launch(search, indices, meta(1, 5184, 1))
+        for d in (16, 32):
+            yield f"search-{name}-d{d}", search_launch(meta(1, 5184, d, dtype=dtype), 30)
+        listed = search_launch(x, 30, undecided(5184))
         table, indices = integers(1, 5184, 64), meta(1, 5184, 30, dtype=torch.int64)
         yield f"search-listed-{name}", listed
-        yield f"merge-listed-{name}", merge_launch(listed, 30, table)
-        yield f"settle-all-{name}", settle_launch(x, table, indices, meta(1, 5184, 30))
-        yield f"settle-rotated-{name}", settle_launch(x, table, indices, meta(1, 5184, 1), 0)
+        for kind, places in (("all", 30), ("last", 1)):
+            out = indices, meta(1, 5184, places)
+            yield f"merge-listed-{kind}-{name}", merge_launch(listed, *out)
+            yield f"settle-{kind}-{name}", settle_launch(x, table, *out, 0)
         half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376), meta(1, 5376)
         yield f"centre-{name}", centre_launch(x, mean, mean)
         yield f"round-{name}", round_launch(x, mean, mean, *half, meta(1))
@@ -87,7 +88,7 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
                 attention_launch(q, q, q, q, 0.5, 0.125, q, precision, hopper),
             )
         yield from aggregations(name, dtype, hopper)
-    for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (82944, 256, 4)):
+    for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4)):
         half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
         bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
         block_n = block_columns(n, d, hopper)
@@ -99,11 +100,11 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
             collect_launch(half, square, undecided(1024), table, 0, n, 264),
         )
     neighbors = meta(1, 5184, 30, dtype=torch.int64)
-    yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1), meta(1, 5184))
+    yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1, 5184))
     far = (
         meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
     )  # image stride over 2^31
-    yield "search-fp32-far", search_launch(far, meta(2, 2), 30, precision=precision)
+    yield "search-fp32-far", search_launch(far, 30)
 
 
 def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -120,7 +121,8 @@ def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 
 def undecided(rows: int) -> Undecided:
-    return Undecided(integers(1, rows), integers(1), meta(1, rows), integers(1, rows))
+    lists = integers(1, rows), integers(1), meta(1, rows), integers(1, rows)
+    return Undecided(*lists, integers(1, rows), integers(1))
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:
@@ -166,6 +168,8 @@ def source(launch: Launch) -> ASTSource:
             )
         elif isinstance(value, float):
             signature[name], divisible = "fp32", False
+        elif launch.kernel.params[position].do_not_specialize:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", False
         elif value == 1:
             signature[name], constants[name], divisible = "constexpr", 1, False
         else:

@@ -85,10 +85,8 @@ def test_the_kernels_are_what_runs(monkeypatch):
 
     launched = []
     for module, name in (
-        (nearest, "centre_launch"),
         (nearest, "search_launch"),
         (nearest, "merge_launch"),
-        (nearest, "settle_launch"),
         (aggregate, "weights_launch"),
         (aggregate, "product_launch"),
         (attention, "attention_launch"),
@@ -112,10 +110,8 @@ def test_the_kernels_are_what_runs(monkeypatch):
     sf.blended_attention(q, q, q, x, backend="triton")
     sf.repair(x, mask, (2, 2), backend="triton")
     assert launched == [
-        "centre_launch",
         "search_launch",
         "merge_launch",
-        "settle_launch",
         "weights_launch",
         "product_launch",
         "attention_launch",

@@ -19,7 +19,7 @@ good_code = pytest.mark.skipif(
     TRITON < (3, 8), reason="older compilers make less of some float32 kernels"
 )
 
-WITHOUT_PRODUCTS = ("round", "certify", "merge", "settle", "centre", "lof", "repair")
+WITHOUT_PRODUCTS = ("round", "certify", "search", "merge", "settle", "centre", "lof", "repair")
 
 
 def has_products(row):
@@ -71,8 +71,7 @@ def test_products_run_on_matrix_cores(rows, target):
 def test_hopper_uses_its_own_instruction(rows):
     """wgmma, where 64 rows allow it."""
     mine = [row for row in rows if row["target"] == "sm_90" and has_products(row)]
-    other = [row["launch"] for row in mine if "wgmma" not in row["matrix"]]
-    assert all(name.endswith("-k128") for name in other), other
+    assert not [row["launch"] for row in mine if "wgmma" not in row["matrix"]]
 
 
 def test_shared_memory_fits(rows):

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from cases import FEATURES, GPU
-from tolerance import assert_neighbors
+from cases import FEATURES, GPU, clusters
+from tolerance import assert_nearest, assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
 from scclip_fast.kernels import nearest
+from scclip_fast.kernels.candidates import bins_launch
+from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.rounding import positions
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -33,35 +35,46 @@ KINDS = FEATURES | {"flat": flat, "giants": giants}
 
 @pytest.fixture
 def half(monkeypatch):
-    """The half-precision chain for short inputs too; how many rows each pass leaves to float32."""
+    """The half-precision chain for short inputs too; returns how many rows each pass leaves."""
     monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
     left = []
     search = nearest._search
 
-    def counting(*args):
-        if isinstance(args[-1], nearest.Undecided):
-            _, count, _, found = args[-1]
-            left.extend((f[:c] > 64).sum().item() for f, c in zip(found, count, strict=True))
-        return search(*args)
+    def counting(x, indices, distances, undecided=None):
+        if undecided is not None:
+            left.extend(undecided.rest_count.tolist())
+        return search(x, indices, distances, undecided)
 
     monkeypatch.setattr(nearest, "_search", counting)
     return left
 
 
 def table_of(x, k):
-    """The certificate's table (N, 64) of one image, and its undecided rows."""
+    """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
     _, tokens = nearest.rounded(x, splits=4)
     table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
-    listed = undecided.rows[0, : undecided.count.item()].cpu()
     order = positions(n)
-    return table[0].cpu()[order], torch.tensor([order.tolist().index(row) for row in listed]).long()
+    listed = undecided.rows[0, : undecided.count.item()].tolist()
+    unbounded = undecided.rest[0, : undecided.rest_count.item()].tolist()
+    left = [order.tolist().index(row) for row in listed] + unbounded
+    return table[0].cpu()[order], torch.tensor(left).long()
+
+
+def check_table(entries, true):
+    """All neighbours are in a row of the table, and only neighbours are sure; returns how many."""
+    entries = entries[entries >= 0]
+    columns, sure = entries & (2**30 - 1), entries >= 2**30
+    assert set(true.tolist()) <= set(columns.tolist())
+    assert set(columns[sure].tolist()) <= set(true.tolist())
+    assert len(columns.unique()) == len(columns)
+    return sure.sum().item()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certificate_holds(kind):
-    """In the table are all neighbours, and what is sure is one; float64 says who is."""
+    """In the table are all neighbours, and a sure column is one, by float64."""
     x = KINDS[kind](1, 350, 72)[0]
     table, undecided = table_of(x, K)
     true = reference.knn(x.double()[None], K)[1][0]
@@ -69,18 +82,27 @@ def test_the_certificate_holds(kind):
     decided[undecided] = False
     # A third of the tokens beyond fp16 may be left; of the others a few.
     assert decided.float().mean() > (0.6 if kind == "flat" else 0.9)
-    sure_columns = 0
-    for row in decided.nonzero()[:, 0].tolist():
-        entries = table[row][table[row] >= 0]
-        columns, sure = entries & (2**30 - 1), entries >= 2**30
-        assert set(true[row].tolist()) <= set(columns.tolist())
-        assert set(columns[sure].tolist()) <= set(true[row].tolist())
-        assert len(columns.unique()) == len(columns)
-        sure_columns += sure.sum().item()
-    assert sure_columns > 15 * decided.sum()  # it spares most of the measuring
+    sure = sum(check_table(table[row], true[row]) for row in decided.nonzero()[:, 0])
+    assert sure > 15 * decided.sum()  # it spares most of the measuring
 
 
-def test_data_that_fp16_cannot_hold_are_left_to_float32(half):
+def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
+    """128 rows of 5184 x 1024, the features of SAM3's trunk."""
+    x = clusters(1, 5184, 1024)[0].to(DEVICE)
+    n, d = x.shape
+    splits = nearest.splits(1, n)
+    _, tokens = nearest.rounded(x[None], splits)
+    table, undecided = nearest.decide(tokens, splits, first, rows, n, d, K)
+    left = undecided.rows[0, : undecided.count.item()].tolist()
+    assert not undecided.rest_count.item() and len(left) < rows
+    token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
+    d2 = torch.cdist(x[token_at].double(), x.double()).square()
+    true = d2.scatter(1, token_at[:, None], torch.inf).topk(K, largest=False).indices.cpu()
+    for row in set(range(rows)) - {position - first for position in left}:
+        check_table(table[0, row].cpu(), true[row])
+
+
+def test_data_that_fp16_cannot_hold_are_measured(half):
     """Two clusters of 100, each finer than fp16's step at that distance: 99 candidates a row."""
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1
@@ -100,6 +122,13 @@ def test_neighbours(kind):
     expected = reference.squared_distances(x.double()).gather(-1, indices.cpu())
     assert torch.allclose(distances.cpu().double(), expected, rtol=2e-6, atol=1e-30)
     assert (distances.diff(dim=-1) >= 0).all()
+
+
+def test_an_image_of_a_batch_of_64():
+    """One image of 196 x 768, which the chain takes as it takes 64 of them."""
+    x = clusters(1, 196, 768)
+    _, indices = sf.knn(x.to(DEVICE), K, backend="triton")
+    assert_nearest(indices[0], x=x[0], k=K)
 
 
 @pytest.mark.usefixtures("half")
@@ -130,6 +159,29 @@ def test_many_tokens_on_the_gpu(width):
     assert_neighbors(indices, x=x, k=K)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 5184, 1024), (64, 196, 768)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_that_people_have(shape, kind):
+    """The kernels agree with the torch path but for ties, of which images have few."""
+    x = KINDS[kind](*shape).cuda()
+    found, expected = (sf.knn(x, K, backend=backend) for backend in ("triton", "torch"))
+    same = found[1].sort(dim=-1).values == expected[1].sort(dim=-1).values
+    assert same.all(dim=-1).double().mean() > 0.999
+    assert torch.allclose(found[0], expected[0], rtol=1e-5)
+    assert_nearest(found[1][0, :64], x=x[0], k=K, rows=slice(64))
+
+
+@pytest.mark.gpu
+def test_a_mask_head_on_the_gpu(shape=(1, 82_944, 256)):
+    x = clusters(*shape).cuda()
+    distances, indices = sf.knn(x, K, backend="triton")
+    rows = slice(0, shape[1], 1000)
+    _, d2 = assert_nearest(indices[0, rows], x=x[0], k=K, rows=rows)
+    expected = d2.gather(1, indices[0, rows].cpu())
+    assert torch.allclose(distances[0, rows].cpu().double(), expected, rtol=1e-5)
+
+
 def test_tokens_that_are_not_finite(half):
     x = torch.randn(1, 140, 12)
     clean = sf.knn(x[:, 3:].to(DEVICE), 9, backend="triton")[1]
@@ -149,3 +201,21 @@ def test_passes_and_images_agree(half, monkeypatch):
     parts = sf.knn(x, 9, backend="triton")
     assert len(half) == 4  # two images of two blocks of rows
     assert all(map(torch.equal, whole, parts))
+
+
+def test_few_variants_of_a_kernel():
+    """A new number of tokens compiles nothing anew, except where it asks for another tile."""
+    constants = set()
+    for n in (1025, 1500, 2304, 3600, 5184, 10_000):
+        splits = nearest.splits(1, n)
+        half = torch.empty(1, splits * 64 * -(-n // (splits * 64)), 1024, device="meta").half()
+        bins = torch.empty(1, 128, splits, 3, 64, dtype=torch.int32, device="meta")
+        square = torch.empty(half.shape[:2], device="meta")
+        table = torch.empty(1, 128, 64, dtype=torch.int32, device="meta")
+        undecided = nearest.Undecided(*[table] * 6)
+        launches = (
+            bins_launch(half, square, bins, 0, 64),
+            certify_launch(bins, square, square, square, table, undecided, 0, n, 1024, 30),
+        )
+        constants |= {(launch.kernel, *sorted(launch.constants.items())) for launch in launches}
+    assert len(constants) <= 3

@@ -53,6 +53,26 @@ def assert_neighbors(indices: Tensor, *, x: Tensor, k: int) -> None:
     assert near.all(), f"{(~near).any(dim=-1).sum()} rows have a neighbour that is too far"
 
 
+def assert_nearest(
+    indices: Tensor, *, x: Tensor, k: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """The sets are float64's, but for ties of the distance itself within its float32 rounding.
+
+    indices are (M, k), of the given rows of x (N, D). Returns which of the rows (M,) have the same
+    set, and float64's squared distances (M, N).
+    """
+    x, indices = x.detach().double().cpu(), indices.cpu()
+    d2 = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    own = torch.arange(len(x))[rows, None]
+    true = d2.scatter(1, own, torch.inf).sort(dim=1, stable=True)
+    assert (indices != own).all(), "a token among its own neighbours"
+    assert (indices.sort(dim=1).values.diff(dim=1) > 0).all(), "a neighbour twice"
+    beyond = d2.gather(1, indices) / true.values[:, k - 1 : k].clamp(min=1e-300)
+    assert (beyond <= 1 + 1e-5).all(), f"a neighbour {beyond.max().item():.6f} times too far"
+    same = indices.sort(dim=1).values == true.indices[:, :k].sort(dim=1).values
+    return same.all(dim=1), d2
+
+
 def decided(indices: Tensor, *, x: Tensor) -> Tensor:
     """(B, N) tokens whose LOF no tie can move: theirs and their neighbours' sets are float64's.
 
