@@ -30,26 +30,41 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
 
-    def compile_options(self, hopper: bool, hip: bool) -> dict[str, int]:
-        """The options for Hopper, other NVIDIA GPUs, or AMD's (hip).
+    def compile_options(self, gpu: Architecture) -> dict[str, int]:
+        """The options on a GPU.
 
-        Others have less shared memory, AMD's 64 KiB, and spill what four warps hold on Hopper.
+        Others than Hopper have less shared memory, AMD's 64 KiB, and spill what four warps hold on
+        Hopper.
         """
-        if hopper or "num_stages" not in self.options:
+        if gpu.hopper or "num_stages" not in self.options:
             return self.options
         warps, stages = self.options["num_warps"], self.options["num_stages"]
         if stages > 1:
             warps = max(8, warps)
-        return dict(num_warps=warps, num_stages=1 if hip else min(2, stages))
+        return dict(num_warps=warps, num_stages=min(2, stages) if gpu.capability else 1)
 
     def run(self) -> None:
-        """Enqueue the kernel on the device of its tensors."""
+        """Enqueue the kernel on the device of its tensors.
+
+        Raises:
+            RuntimeError: the kernel was not loaded yet and its stream is being captured into a
+                CUDA graph, during which the driver loads no code.
+        """
         if self.programs == 0:
             return
         device = next(a.device for a in self.args.values() if isinstance(a, torch.Tensor))
-        options = self.compile_options(on_hopper(device), torch.version.hip is not None)
+        options = self.compile_options(architecture(device))
         with _on_device(device), _widened(self.args) as args:
-            self.kernel[(self.programs,)](**args, **self.constants, **options)
+            try:
+                self.kernel[(self.programs,)](**args, **self.constants, **options)
+            except RuntimeError as error:
+                # Asking for the state of the stream before each launch would cost host time.
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(_CAPTURED.format(self.kernel.__name__)) from error
+                raise
+
+
+_CAPTURED = "{} is not compiled and loaded yet: call the op once before capturing a CUDA graph"
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,14 @@ class Architecture:
     def hopper(self) -> bool:
         """Whether it has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
         return self.capability // 10 == 9
+
+    @property
+    def dot_precision(self) -> str:
+        """How float32 operands are multiplied, to nearly float32 accuracy.
+
+        NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
+        """
+        return "tf32x3" if self.capability else "ieee"
 
 
 #: An A100: the plan of Triton's interpreter and of tensors without a device.
@@ -99,13 +122,9 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
-def dot_precision(hip: bool | None = None) -> str:
-    """How float32 operands are multiplied, to nearly float32 accuracy.
-
-    NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
-    """
-    hip = torch.version.hip is not None if hip is None else hip
-    return "ieee" if hip else "tf32x3"
+def dot_precision() -> str:
+    """`Architecture.dot_precision` of the GPUs that this torch is built for."""
+    return "ieee" if torch.version.hip is not None else "tf32x3"
 
 
 def on_hopper(device: torch.device) -> bool:

@@ -47,8 +47,9 @@ def aggregate_triton(
     unit = None
     if torch.float32 in (values.dtype, features.dtype):
         f = _split(features.float() * (scale * FEATURE_SCALE).unsqueeze(-1))
-        scale = torch.full_like(scale, 1 / FEATURE_SCALE)
-        v, unit = _split_values(values.float())
+        has_direction = (scale > 0) & scale.isfinite()
+        scale = torch.where(has_direction, 1 / FEATURE_SCALE, torch.nan)
+        v, unit = _split_values(values.float().where(has_direction.unsqueeze(-1), 0))
     else:
         f, v = Operand(_in_rows(features), None), Operand(_in_rows(values), None)
     weight = dict(scale=scale.contiguous(), floor=floor.contiguous(), gamma=gamma)
@@ -87,7 +88,7 @@ def _by_panels(
             weights_launch(fs, **some, panel=panel, sums=sums, first=first).run()
             last = min(n, first + rows)
             torch.sum(sums[..., : last - first], dim=1, out=total[part, first:last])
-            product_launch(panel, vs, total[part], eps, out[part], first).run()
+            product_launch(panel, vs, some["scale"], total[part], eps, out[part], first).run()
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, strides
+from ._launch import Architecture, Launch, architecture, strides
 
 TILE = 128  # rows and columns of a program of `weights`
 
@@ -35,11 +35,29 @@ def weight_of(s, floor, gamma, SOFTMAX: tl.constexpr):
 
 
 @triton.jit
+def has_direction(scale):
+    """Whether an inverse norm is that of a token with a direction: finite and above 0."""
+    return (scale > 0.0) & (scale < float("inf"))
+
+
+@triton.jit
+def any_not_finite(x):
+    """Whether a block [., .] holds a NaN or an infinity."""
+    return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0) > 0
+
+
+@triton.jit
 def split_dot(a, a2, b, b2, acc, SPLIT: tl.constexpr):
-    """acc + a b, or with SPLIT (a + a2) (b + b2) without the least of the four products."""
+    """acc + a b, or with SPLIT (a + a2) (b + b2) without the least of the four products.
+
+    Tensor cores truncate their sums, so that the error of a long one grows with its length. With
+    SPLIT, the products of one step are summed by themselves and added to acc in float32, which
+    rounds to nearest.
+    """
     if SPLIT:
-        acc = tl.dot(a2, b, acc)
-        acc = tl.dot(a, b2, acc)
+        step = tl.dot(a2, b, tl.zeros(acc.shape, tl.float32))
+        step = tl.dot(a, b2, step)
+        return acc + tl.dot(a, b, step)
     return tl.dot(a, b, acc)
 
 
@@ -134,20 +152,23 @@ def _weights_kernel(
             fj2 = _load(f2_ptr + col_offsets + depth[:, None], (dims < D)[:, None], WHOLE)
         s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
     scale_ptr += image * N
-    s = s * tl.load(scale_ptr + row)[:, None] * tl.load(scale_ptr + col)[None, :]
+    row_scale, col_scale = tl.load(scale_ptr + row), tl.load(scale_ptr + col)
+    s = s * row_scale[:, None] * col_scale[None, :]
     weight = weight_of(s, tl.load(floor_ptr + image), gamma, SOFTMAX)
-    weight = tl.where((cols < N)[None, :], weight, 0.0)
+    # A token without a direction has no weight for others, and its own sum is NaN.
+    row_has, col_has = has_direction(row_scale), has_direction(col_scale)
+    weight = tl.where(((cols < N) & col_has)[None, :], weight, 0.0)
 
     w_ptr += image * R * columns
     if SPLIT:
         w2_ptr += image * R * columns
     sums_ptr += image * across * R
-    sum_ = tl.sum(weight, axis=1)
+    sum_ = tl.where(row_has, tl.sum(weight, axis=1), float("nan"))
     _store_weights(w_ptr, w2_ptr, sums_ptr + j * R, weight, sum_, local, cols, R, columns, SPLIT)
     if SYMMETRIC:
         if i != j:
-            weight = tl.where((rows < N)[:, None], weight, 0.0)
-            sum_ = tl.sum(weight, axis=0)
+            weight = tl.where(((rows < N) & row_has)[:, None], weight, 0.0)
+            sum_ = tl.where(col_has, tl.sum(weight, axis=0), float("nan"))
             weight = tl.trans(weight)
             _store_weights(
                 w_ptr, w2_ptr, sums_ptr + i * R, weight, sum_, cols, local, R, columns, SPLIT
@@ -166,6 +187,7 @@ def _product_kernel(
     w2_ptr,
     v_ptr,
     v2_ptr,
+    scale_ptr,
     total_ptr,
     out_ptr,
     # sizes
@@ -196,17 +218,29 @@ def _product_kernel(
     channels = j * BLOCK_V + tl.arange(0, BLOCK_V)
     row_offsets = (image * R + tl.minimum(local, R - 1)).to(tl.int64)[:, None] * columns
     v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
+    has = (channels < DV)[None, :]
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, columns, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col = tl.minimum(cols, N - 1).to(tl.int64)[:, None] * stride_vn
         w = tl.load(w_ptr + row_offsets + cols[None, :])  # [BLOCK_M, BLOCK_N]
-        v = _load(v_ptr + v_offsets + col, (channels < DV)[None, :], WHOLE)  # [BLOCK_N, BLOCK_V]
+        v = _load(v_ptr + v_offsets + col, has, WHOLE)  # [BLOCK_N, BLOCK_V]
         w2, v2 = w, v
         if SPLIT:
             w2 = tl.load(w2_ptr + row_offsets + cols[None, :])
-            v2 = _load(v2_ptr + v_offsets + col, (channels < DV)[None, :], WHOLE)
+            v2 = _load(v2_ptr + v_offsets + col, has, WHOLE)
         average = split_dot(w, w2, v, v2, average, SPLIT)
+    if not SPLIT:
+        # 0 times NaN is NaN. A mask in the loop above would cost every call what few need.
+        if any_not_finite(average):
+            average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for start in range(0, columns, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                col = tl.minimum(cols, N - 1)
+                col_has = has_direction(tl.load(scale_ptr + image * N + col))[:, None]
+                w = tl.load(w_ptr + row_offsets + cols[None, :])
+                v_ptrs = v_ptr + v_offsets + col.to(tl.int64)[:, None] * stride_vn
+                average = tl.dot(w, tl.load(v_ptrs, mask=has & col_has, other=0.0), average)
     token = image * N + first + local
     exists = (local < R) & (first + local < N)
     total = tl.load(total_ptr + token, mask=exists, other=1.0)
@@ -214,7 +248,7 @@ def _product_kernel(
     tl.store(
         out_ptr + token[:, None] * DV + channels[None, :],
         average.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & (channels < DV)[None, :],
+        mask=exists[:, None] & has,
     )
 
 
@@ -226,6 +260,7 @@ def weights_launch(
     panel: Operand,
     sums: torch.Tensor,
     first: int,
+    gpu: Architecture | None = None,
 ) -> Launch:
     """Rows from `first` on of the weights (B, R, columns), and their sums (B, columns / 128, R)."""
     batch, n, d = f.first.shape
@@ -234,6 +269,8 @@ def weights_launch(
     split, across = f.second is not None, columns // TILE
     symmetric = rows == columns
     tiles = across * (across + 1) // 2 if symmetric else rows // TILE * across
+    gpu = gpu or architecture(f.first.device)
+    deep = 32 if split and not gpu.hopper else 64  # 64 spilled 464 bytes on sm_80 (Triton 3.8)
     return Launch(
         _weights_kernel,
         batch * tiles,
@@ -243,27 +280,35 @@ def weights_launch(
         | strides("f", f.first, "bnd")
         | dict(gamma=0.0 if gamma is None else gamma),
         dict(SOFTMAX=gamma is not None, SYMMETRIC=symmetric, SPLIT=split, WHOLE=d % 64 == 0)
-        | dict(TILE=TILE, BLOCK_D=64 if d % 64 == 0 else 16, GROUP=8),
+        | dict(TILE=TILE, BLOCK_D=deep if d % 64 == 0 else 16, GROUP=8),
         dict(num_warps=4 if d % 64 == 0 and not split else 8, num_stages=3),
     )
 
 
 def product_launch(
-    panel: Operand, v: Operand, total: torch.Tensor, eps: float, out: torch.Tensor, first: int
+    panel: Operand,
+    v: Operand,
+    scale: torch.Tensor,
+    total: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    first: int,
+    gpu: Architecture | None = None,
 ) -> Launch:
-    """out (B, N, DV) of the rows of a panel; total and out contiguous within an image."""
+    """out (B, N, DV) of the rows of a panel; scale, total, out contiguous within an image."""
     batch, n, dv = v.first.shape
     rows, columns = panel.first.shape[1:]
     split = v.second is not None
     block_v = 128 if dv > 64 else 64
+    gpu = gpu or architecture(out.device)
     return Launch(
         _product_kernel,
         batch * triton.cdiv(rows, 128) * triton.cdiv(dv, block_v),
         dict(w_ptr=panel.first, w2_ptr=panel.second)
-        | dict(v_ptr=v.first, v2_ptr=v.second, total_ptr=total, out_ptr=out)
+        | dict(v_ptr=v.first, v2_ptr=v.second, scale_ptr=scale, total_ptr=total, out_ptr=out)
         | dict(N=n, DV=dv, R=rows, columns=columns, first=first)
         | dict(**strides("v", v.first, "bnd"), eps=eps),
         dict(SPLIT=split, WHOLE=dv % block_v == 0, BLOCK_M=128, BLOCK_V=block_v)
-        | dict(BLOCK_N=32 if split else 64, GROUP=8),
-        dict(num_warps=4, num_stages=3 if split else 4),
+        | dict(BLOCK_N=32 if split and not gpu.hopper else 64, GROUP=8),
+        dict(num_warps=8 if split else 4, num_stages=3 if split else 4),
     )

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scclip_fast.kernels._launch import Launch, dot_precision
+from scclip_fast.kernels._launch import Architecture, Launch
 from scclip_fast.kernels.attention import attention_launch
 from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_launch
 from scclip_fast.kernels.certify import certify_launch
@@ -35,10 +35,13 @@ from scclip_fast.kernels.settle import settle_launch
 from scclip_fast.kernels.stream import stream_launch
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
+    "sm_86": (GPUTarget("cuda", 86, 32), Architecture(86, 99 * 1024)),
+    "sm_89": (GPUTarget("cuda", 89, 32), Architecture(89, 99 * 1024)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(90, 227 * 1024)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(100, 227 * 1024)),
+    "sm_120": (GPUTarget("cuda", 120, 32), Architecture(120, 99 * 1024)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(0, 64 * 1024)),
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SIGNATURE = {
@@ -59,8 +62,9 @@ def integers(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch]]:
+def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
+    precision = gpu.dot_precision
     for name, dtype in DTYPES.items():
         x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
         for k in (1, 30, 60, 128):
@@ -84,13 +88,13 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
                 f"attention-{name}-d{d}",
-                attention_launch(q, q, q, q, 0.5, 0.125, q, precision, hopper),
+                attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
-        yield from aggregations(name, dtype, hopper)
+        yield from aggregations(name, dtype, gpu)
     for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (82944, 256, 4)):
         half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
         bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
-        block_n = block_columns(n, d, hopper)
+        block_n = block_columns(n, d, gpu.hopper)
         yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0, block_n)
         certified = square, square, meta(1), table, undecided(1024)
         yield f"certify-{n}x{d}", certify_launch(bins, *certified, 0, n, d, 30)
@@ -130,7 +134,7 @@ def operand(dtype: torch.dtype, *shape: int) -> Operand:
     return Operand(meta(*shape, dtype=dtype), None)
 
 
-def aggregations(name: str, dtype: torch.dtype, hopper: bool) -> Iterator[tuple[str, Launch]]:
+def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
     for width in (17, 256, 1024):
         f = operand(dtype, 1, 5184, width)
@@ -138,10 +142,11 @@ def aggregations(name: str, dtype: torch.dtype, hopper: bool) -> Iterator[tuple[
             panel = operand(dtype, 1, rows, 5248)
             for gamma in (None, 3.0) if width == 1024 else (3.0,):
                 kind = f"{name}-d{width}-r{rows}" + ("" if gamma else "-threshold")
-                launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0)
+                launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0, gpu)
                 yield f"weights-{kind}", launch
-        yield f"product-{name}-v{width}", product_launch(panel, f, sums[0], 1e-6, out, 0)
-        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), hopper)
+        product = product_launch(panel, f, sums[0], sums[0], 1e-6, out, 0, gpu)
+        yield f"product-{name}-v{width}", product
+        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-v{width}", launch
 
 
@@ -199,16 +204,11 @@ def resources(compiled, target: GPUTarget) -> dict[str, int]:
 MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v_smfma"}
 
 
-def all_launches(target: GPUTarget) -> list[tuple[str, Launch]]:
-    precision = dot_precision(hip=target.backend == "hip")
-    return list(launches(precision, hopper=target.arch == 90))
-
-
 def compile_row(job: tuple[int, str]) -> dict:
     index, target_name = job
-    target = TARGETS[target_name]
-    name, launch = all_launches(target)[index]
-    options = launch.compile_options(target.arch == 90, target.backend == "hip")
+    target, gpu = TARGETS[target_name]
+    name, launch = list(launches(gpu))[index]
+    options = launch.compile_options(gpu)
     compiled = triton.compile(source(launch), target=target, options=options)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     instructions = sorted(set(re.findall(MATRIX_INSTRUCTION[target.backend], text)))
