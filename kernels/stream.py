@@ -153,7 +153,7 @@ def stream_launch(
     # Split, 256 channels spill elsewhere; held, they take 104 KiB beside the rows.
     narrow = not gpu.hopper if split else held and gpu.shared < 128 * 1024
     block_m, block_v = 64 if split else 128, power_of_two(dv, 16, 128 if narrow else 256)
-    block_n = 32 if held or (split and not gpu.hopper) else 64
+    block_n = 64 if gpu.hopper and not held else 32
     return Launch(
         _stream_kernel,
         batch * triton.cdiv(n, block_m) * triton.cdiv(dv, block_v),
