@@ -47,24 +47,27 @@ class Launch:
         """Enqueue the kernel on the device of its tensors.
 
         Raises:
-            RuntimeError: the kernel was not loaded yet and its stream is being captured into a
-                CUDA graph, during which the driver loads no code.
+            RuntimeError: the kernel is not loaded yet and a CUDA graph is being captured.
         """
         if self.programs == 0:
             return
+        assert self.programs < 2**31, "more programs than a grid may have"
         device = next(a.device for a in self.args.values() if isinstance(a, torch.Tensor))
         options = self.compile_options(architecture(device))
         with _on_device(device), _widened(self.args) as args:
-            try:
-                self.kernel[(self.programs,)](**args, **self.constants, **options)
-            except RuntimeError as error:
-                # Asking for the state of the stream before each launch would cost host time.
-                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(_CAPTURED.format(self.kernel.__name__)) from error
-                raise
+            if _capturing(device):
+                self._require_loaded(args, options)
+            self.kernel[(self.programs,)](**args, **self.constants, **options)
 
-
-_CAPTURED = "{} is not compiled and loaded yet: call the op once before capturing a CUDA graph"
+    def _require_loaded(self, args: dict[str, Any], options: dict[str, int]) -> None:
+        # The driver loads no code while it captures; its refusal would end the capture with an
+        # error that names neither. `warmup` compiles and does not load.
+        compiled = self.kernel.warmup(**args, **self.constants, **options, grid=(self.programs,))
+        if compiled.module is None:
+            raise RuntimeError(
+                f"{self.kernel.__name__} cannot be loaded while a CUDA graph is captured: call the "
+                "op once with these shapes and dtypes before capturing"
+            )
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,10 @@ def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     return {
         f"stride_{name}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)
     }
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(device: torch.device):

@@ -8,6 +8,9 @@
 f (B, N, D), v (B, N, DV) any strides, r (B, N) and floor (B,) float32
 -> out (B, N, DV), total (B, N) float32, the sums of the weights.
 
+A token j has no direction where r_j is not a finite number above 0: w_ij = 0 for all other i,
+whatever v_j, and out_j and total_j are NaN.
+
 - A panel of the weights, as many rows as the workspace holds, is written by one product and read by
   another (`panel.py`): no similarity is computed twice, however wide the values are, and of a panel
   that holds all rows only one triangle is computed.

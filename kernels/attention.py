@@ -27,7 +27,11 @@ MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 @triton.jit
 def _attend(s, v, average, total, largest, PRECISION: tl.constexpr):
-    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .]."""
+    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .].
+
+    Triton sums the three tf32 products of a float32 step from zero and adds them to `average` in
+    float32, so that what tensor cores truncate does not grow with the number of tokens.
+    """
     above = tl.maximum(largest, tl.max(s, axis=1))
     weight = tl.exp2(s - above[:, None])
     shrink = tl.exp2(largest - above)

@@ -1,4 +1,4 @@
-"""The kernels of the aggregation: precision on many tokens, tokens without a direction, offsets.
+"""The kernels of the aggregation: precision on many tokens, tokens without a direction.
 
 Mutations that were seen to fail, each by the test named: `split_dot` summing into `acc` throughout
 (`test_compile_only.py::test_float32_sums_leave_the_tensor_cores`); steps of 512 tokens
@@ -118,18 +118,6 @@ def test_rows_of_a_large_image(device):
     assert (weight > 0).sum() > 500
     ref = weight @ (16 * x[..., :128]) / (weight.sum(dim=-1, keepdim=True) + EPS)
     assert_close(out[:, first : first + 128].cpu(), ref=ref)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("path", ["triangle", "stream"], indirect=True)
-def test_tokens_far_apart_in_memory(device, path):
-    """Offsets beyond 2^31 elements: 70 tokens of 2^25 elements, of memory that is not touched."""
-    memory = torch.empty(70 * 2**25, dtype=torch.float16, device=device)
-    x = memory.as_strided((1, 70, 16), (0, 2**25, 1))
-    x.copy_(torch.randn(1, 70, 16).abs())
-    floor = torch.tensor([0.4], device=device)
-    near = x.clone()
-    assert torch.equal(by_kernels(x, x, floor, None)[0], by_kernels(near, near, floor, None)[0])
 
 
 def truncated(x, unit):
