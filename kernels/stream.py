@@ -14,7 +14,15 @@ import triton
 import triton.language as tl
 
 from ._launch import Architecture, Launch, architecture, power_of_two, strides
-from .panel import Operand, any_not_finite, has_direction, split_dot, weight_of
+from .panel import (
+    CHANNELS,
+    Operand,
+    any_not_finite,
+    has_direction,
+    similarities,
+    split_dot,
+    weight_of,
+)
 
 
 @triton.jit
@@ -45,6 +53,7 @@ def _stream_kernel(
     SOFTMAX: tl.constexpr,
     SPLIT: tl.constexpr,
     HELD: tl.constexpr,
+    DEEP: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,12 +71,12 @@ def _stream_kernel(
     # Loads beyond the tokens read the last: their weights are not used.
     row = tl.minimum(rows, N - 1)
     row_offsets = image * stride_fb + row.to(tl.int64)[:, None] * stride_fn  # [BLOCK_M, 1]
-    dims = tl.arange(0, BLOCK_D)
-    depth = dims.to(tl.int64) * stride_fd
     scale_ptr += image * N
     row_scale = tl.load(scale_ptr + row)
     floor = tl.load(floor_ptr + image)
     if HELD:  # the features of the rows, not split, fit one block of channels
+        dims = tl.arange(0, BLOCK_D)
+        depth = dims.to(tl.int64) * stride_fd
         fi = tl.load(f_ptr + row_offsets + depth[None, :], mask=(dims < D)[None, :], other=0.0)
 
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -82,27 +91,26 @@ def _stream_kernel(
             for start in range(0, N, BLOCK_N):
                 cols = start + tl.arange(0, BLOCK_N)
                 col = tl.minimum(cols, N - 1)
-                col_offsets = (
-                    image * stride_fb + col.to(tl.int64)[None, :] * stride_fn + depth[:, None]
-                )
-                s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                col_offsets = image * stride_fb + col.to(tl.int64)[None, :] * stride_fn
                 if HELD:
-                    fj = tl.load(f_ptr + col_offsets, mask=(dims < D)[:, None], other=0.0)
-                    s = tl.dot(fi, fj, s)
+                    fj_ptrs = f_ptr + col_offsets + depth[:, None]
+                    fj = tl.load(fj_ptrs, mask=(dims < D)[:, None], other=0.0)
+                    s = tl.dot(fi, fj, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
                 else:
-                    for d in range(0, D, BLOCK_D):
-                        deep = d + dims < D
-                        step = tl.cast(d, tl.int64) * stride_fd
-                        left = row_offsets + depth[None, :] + step
-                        fi = tl.load(f_ptr + left, mask=deep[None, :], other=0.0)
-                        fj = tl.load(f_ptr + col_offsets + step, mask=deep[:, None], other=0.0)
-                        fi2, fj2 = fi, fj
-                        if SPLIT:
-                            fi2 = tl.load(f2_ptr + left, mask=deep[None, :], other=0.0)
-                            fj2 = tl.load(
-                                f2_ptr + col_offsets + step, mask=deep[:, None], other=0.0
-                            )
-                        s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
+                    s = similarities(
+                        f_ptr,
+                        f2_ptr,
+                        row_offsets,
+                        col_offsets,
+                        D,
+                        stride_fd,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                        SPLIT,
+                        False,
+                        DEEP,
+                    )
                 col_scale = tl.load(scale_ptr + col)
                 col_has = has_direction(col_scale)
                 s = s * row_scale[:, None] * col_scale[None, :]
@@ -164,6 +172,7 @@ def stream_launch(
         | strides("v", v.first, "bnd")
         | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
         dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=block_m)
+        | dict(DEEP=d > CHANNELS and not split)
         | dict(BLOCK_N=block_n, BLOCK_V=block_v)
         | dict(BLOCK_D=power_of_two(d, 16, 256) if held else power_of_two(d, 16, 64)),
         dict(num_warps=8, num_stages=2 if split else 3),

@@ -161,6 +161,12 @@ def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[t
         yield f"product-{name}-v{width}", product
         launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-v{width}", launch
+    if dtype != torch.float32:
+        f = operand(dtype, 1, 5184, 4096)
+        launch = weights_launch(f, *sums, 3.0, panel, meta(1, 41, rows), 0, gpu)
+        yield f"weights-{name}-d4096", launch
+        launch = stream_launch(panel, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        yield f"stream-{name}-d4096", launch
 
 
 def source(launch: Launch) -> ASTSource:
@@ -218,12 +224,13 @@ MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v
 
 
 def sums_carried_by_tensor_cores(ttgir: str) -> bool:
-    """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next."""
-    carried = {
-        name
-        for names in re.findall(r"iter_args\(([^)]*)\)", ttgir)
-        for name in re.findall(r"(%[\w#]+) = ", names)
-    }
+    """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next.
+
+    It does as it is, or times what attention's running maximum shrinks it by.
+    """
+    carried = set(re.findall(r"(%[\w#]+) = arith\.mulf ", ttgir))
+    for names in re.findall(r"iter_args\(([^)]*)\)", ttgir):
+        carried.update(re.findall(r"(%[\w#]+) = ", names))
     product = r"(?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%[\w#]+)"
     return bool(carried.intersection(re.findall(product, ttgir)))
 
