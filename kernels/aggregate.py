@@ -26,7 +26,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from .panel import Operand, product_launch, weights_launch
+from .panel import product_launch, weights_launch
+from .products import Operand
 from .stream import stream_launch
 
 WORKSPACE_BYTES = 64 * 2**20

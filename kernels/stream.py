@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Architecture, Launch, architecture, power_of_two, strides
-from .panel import (
+from .products import (
     CHANNELS,
     Operand,
     any_not_finite,

@@ -29,7 +29,8 @@ from scclip_fast.kernels.candidates import bins_launch, block_columns, collect_l
 from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
-from scclip_fast.kernels.panel import Operand, product_launch, weights_launch
+from scclip_fast.kernels.panel import product_launch, weights_launch
+from scclip_fast.kernels.products import Operand
 from scclip_fast.kernels.repair import repair_launch
 from scclip_fast.kernels.rounding import centre_launch, round_launch
 from scclip_fast.kernels.settle import settle_launch

@@ -17,7 +17,8 @@ import scclip_fast as sf
 from scclip_fast import chunked, reference
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels._launch import Architecture
-from scclip_fast.kernels.panel import CHANNELS, Operand, product_launch, weights_launch
+from scclip_fast.kernels.panel import product_launch, weights_launch
+from scclip_fast.kernels.products import CHANNELS, Operand
 from scclip_fast.kernels.stream import stream_launch
 
 DEVICES = [
