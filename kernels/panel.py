@@ -266,6 +266,7 @@ def product_launch(
     """out (B, N, DV) of the rows of a panel; scale, total, out contiguous within an image."""
     batch, n, dv = v.first.shape
     rows, columns = panel.first.shape[1:]
+    assert scale.is_contiguous() and total.is_contiguous()
     split = v.second is not None
     block_v = 128 if dv > 64 else 64
     gpu = gpu or architecture(out.device)
