@@ -139,7 +139,7 @@ def _weights_kernel(
     if SYMMETRIC:
         if i != j:
             weight = tl.where(((rows < N) & row_has)[:, None], weight, 0.0)
-            sum_ = tl.where(col_has, tl.sum(weight, axis=0), float("nan"))
+            sum_ = tl.sum(weight, axis=0)
             weight = tl.trans(weight)
             _store_weights(
                 w_ptr, w2_ptr, sums_ptr + i * R, weight, sum_, cols, local, R, columns, SPLIT
