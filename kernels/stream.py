@@ -158,20 +158,20 @@ def stream_launch(
     split = f.second is not None
     held = d <= 256 and not split  # both halves would leave no room
     gpu = gpu or architecture(out.device)
-    # Split, 256 channels spill elsewhere; held, they take 104 KiB beside the rows.
-    narrow = not gpu.hopper if split else held and gpu.shared < 128 * 1024
-    block_m, block_v = 64 if split else 128, power_of_two(dv, 16, 128 if narrow else 256)
+    # Split, there are two accumulators in registers; held, 256 channels take 104 KiB with the rows.
+    narrow = split or (held and gpu.shared < 128 * 1024)
+    block_v = power_of_two(dv, 16, 128 if narrow else 256)
     block_n = 64 if gpu.hopper and not held else 32
     return Launch(
         _stream_kernel,
-        batch * triton.cdiv(n, block_m) * triton.cdiv(dv, block_v),
+        batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
         dict(f_ptr=f.first, f2_ptr=f.second)
         | dict(v_ptr=v.first, v2_ptr=v.second)
         | dict(scale_ptr=scale, floor_ptr=floor, out_ptr=out, total_ptr=total, N=n, D=d, DV=dv)
         | strides("f", f.first, "bnd")
         | strides("v", v.first, "bnd")
         | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
-        dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=block_m)
+        dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=128)
         | dict(DEEP=d > CHANNELS and not split)
         | dict(BLOCK_N=block_n, BLOCK_V=block_v)
         | dict(BLOCK_D=power_of_two(d, 16, 256) if held else power_of_two(d, 16, 64)),

@@ -227,11 +227,13 @@ MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v
 def sums_carried_by_tensor_cores(ttgir: str) -> bool:
     """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next.
 
-    It does as it is, or times what attention's running maximum shrinks it by.
+    It does as it is, in another layout, or times what attention's running maximum shrinks it by.
     """
     carried = set(re.findall(r"(%[\w#]+) = arith\.mulf ", ttgir))
     for names in re.findall(r"iter_args\(([^)]*)\)", ttgir):
         carried.update(re.findall(r"(%[\w#]+) = ", names))
+    layouts = re.findall(r"(%[\w#]+) = ttg\.convert_layout (%[\w#]+) ", ttgir)
+    carried.update(new for new, old in layouts if old in carried)
     product = r"(?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%[\w#]+)"
     return bool(carried.intersection(re.findall(product, ttgir)))
 
