@@ -4,7 +4,8 @@ Mutations that were seen to fail, each by the test named: `split_dot` summing in
 (`test_compile_only.py::test_float32_sums_leave_the_tensor_cores`); steps of 512 tokens
 (`test_float32_sums_on_tensor_cores_that_truncate`); no mask of `has_direction` in `weights`, in its
 transposed tiles or in `stream`, no NaN in their sums, no second pass in `product` or `stream`
-(`test_tokens_without_a_direction`); values of float32 unmasked (the same).
+(`test_tokens_without_a_direction`); values of float32 unmasked (the same); all channels in one
+accumulator (`test_similarity_with_itself_on_tensor_cores_that_truncate`).
 """
 
 import numpy as np
