@@ -52,11 +52,11 @@ def split_dot(a, a2, b, b2, acc, SPLIT: tl.constexpr):
 
     Tensor cores truncate their sums, so that the error of a sum grows with its length: in one
     accumulator throughout, it is 3e-5 of a float32 mean over 5184 tokens, 5e-4 over 82,944. With
-    SPLIT, the products of one step, at most 64 tokens or channels, are summed by themselves and added to
-    acc in float32, which rounds to nearest: below 1e-6 for any number of tokens. In half precision
-    the same error is 4e-4 over 82,944 tokens on H100, 7e-4 on A100, about what rounding the result
-    costs, and a second accumulator has no room beside tiles of 256 channels. (All by the emulation
-    in tests/test_aggregate_kernels.py.)
+    SPLIT, the products of one step, at most 64 tokens or channels, are summed by themselves and
+    added to acc in float32, which rounds to nearest: below 1e-6 for any number of tokens. In half
+    precision the same error is 4e-4 over 82,944 tokens on H100, 7e-4 on A100, about what rounding
+    the result costs, and a second accumulator has no room beside tiles of 256 channels. (All by the
+    emulation in tests/test_aggregate_kernels.py.)
     """
     if SPLIT:
         step = tl.dot(a2, b, tl.zeros(acc.shape, tl.float32))
