@@ -30,26 +30,94 @@ class Launch:
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
 
-    def compile_options(self, hopper: bool, hip: bool) -> dict[str, int]:
-        """The options for Hopper, other NVIDIA GPUs, or AMD's (hip).
+    def compile_options(self, gpu: Architecture) -> dict[str, int]:
+        """The options on a GPU.
 
-        Others have less shared memory, AMD's 64 KiB, and spill what four warps hold on Hopper.
+        Others than Hopper have less shared memory, AMD's 64 KiB, and spill what four warps hold on
+        Hopper.
         """
-        if hopper or "num_stages" not in self.options:
+        if gpu.hopper or "num_stages" not in self.options:
             return self.options
         warps, stages = self.options["num_warps"], self.options["num_stages"]
         if stages > 1:
             warps = max(8, warps)
-        return dict(num_warps=warps, num_stages=1 if hip else min(2, stages))
+        return dict(num_warps=warps, num_stages=min(2, stages) if gpu.capability else 1)
 
     def run(self) -> None:
-        """Enqueue the kernel on the device of its tensors."""
+        """Enqueue the kernel on the device of its tensors.
+
+        Raises:
+            RuntimeError: the kernel is not loaded yet and a CUDA graph is being captured.
+        """
         if self.programs == 0:
             return
+        assert self.programs < 2**31, "more programs than a grid may have"
         device = next(a.device for a in self.args.values() if isinstance(a, torch.Tensor))
-        options = self.compile_options(on_hopper(device), torch.version.hip is not None)
+        options = self.compile_options(architecture(device))
         with _on_device(device), _widened(self.args) as args:
+            if _capturing(device):
+                self._require_loaded(args, options)
             self.kernel[(self.programs,)](**args, **self.constants, **options)
+
+    def _require_loaded(self, args: dict[str, Any], options: dict[str, int]) -> None:
+        # The driver loads no code while it captures; its refusal would end the capture with an
+        # error that names neither. `warmup` compiles and does not load.
+        compiled = self.kernel.warmup(**args, **self.constants, **options, grid=(self.programs,))
+        if compiled.module is None:
+            raise RuntimeError(
+                f"{self.kernel.__name__} cannot be loaded while a CUDA graph is captured: call the "
+                "op once with these shapes and dtypes before capturing"
+            )
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The properties of a GPU that decide the tile of a launch.
+
+    Attributes:
+        capability: NVIDIA's compute capability, 90 for sm_90; 0 for the GPUs of others.
+        shared: bytes of shared memory that a block may use.
+    """
+
+    capability: int
+    shared: int
+
+    @property
+    def hopper(self) -> bool:
+        """Whether it has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
+        return self.capability // 10 == 9
+
+    @property
+    def dot_precision(self) -> str:
+        """How float32 operands are multiplied, to nearly float32 accuracy.
+
+        NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
+        """
+        return "tf32x3" if self.capability else "ieee"
+
+
+#: An A100: the plan of Triton's interpreter and of tensors without a device.
+ELSEWHERE = Architecture(80, 163 * 1024)
+
+
+@functools.cache
+def architecture(device: torch.device) -> Architecture:
+    """The architecture of a GPU, or `ELSEWHERE` where the device is none."""
+    if device.type not in ("cuda", "xpu"):
+        return ELSEWHERE
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu" or torch.version.hip is not None:
+        return Architecture(0, getattr(properties, "shared_memory_per_block", 64 * 1024))
+    capability = 10 * properties.major + properties.minor
+    return Architecture(capability, properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The multiprocessors (NVIDIA) or compute units (AMD) of a GPU; 132, an H100's, elsewhere."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @dataclass(frozen=True)
@@ -99,25 +167,15 @@ def power_of_two(n: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
-def dot_precision(hip: bool | None = None) -> str:
-    """How float32 operands are multiplied, to nearly float32 accuracy.
-
-    NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
-    """
-    hip = torch.version.hip is not None if hip is None else hip
-    return "ieee" if hip else "tf32x3"
-
-
-def on_hopper(device: torch.device) -> bool:
-    """Whether the GPU has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
-    return architecture(device).hopper
-
-
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     """{"stride_<name><dim>": stride} for each letter of `dims`."""
     return {
         f"stride_{name}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)
     }
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _on_device(device: torch.device):

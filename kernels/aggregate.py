@@ -8,6 +8,9 @@
 f (B, N, D), v (B, N, DV) any strides, r (B, N) and floor (B,) float32
 -> out (B, N, DV), total (B, N) float32, the sums of the weights.
 
+A token j has no direction where r_j is not a finite number above 0: w_ij = 0 for all other i,
+whatever v_j, and out_j and total_j are NaN.
+
 - A panel of the weights, as many rows as the workspace holds, is written by one product and read by
   another (`panel.py`): no similarity is computed twice, however wide the values are, and of a panel
   that holds all rows only one triangle is computed.
@@ -23,7 +26,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from .panel import Operand, product_launch, weights_launch
+from .panel import product_launch, weights_launch
+from .products import Operand
 from .stream import stream_launch
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -47,8 +51,9 @@ def aggregate_triton(
     unit = None
     if torch.float32 in (values.dtype, features.dtype):
         f = _split(features.float() * (scale * FEATURE_SCALE).unsqueeze(-1))
-        scale = torch.full_like(scale, 1 / FEATURE_SCALE)
-        v, unit = _split_values(values.float())
+        has_direction = (scale > 0) & scale.isfinite()
+        scale = torch.where(has_direction, 1 / FEATURE_SCALE, torch.nan)
+        v, unit = _split_values(values.float().where(has_direction.unsqueeze(-1), 0))
     else:
         f, v = Operand(_in_rows(features), None), Operand(_in_rows(values), None)
     weight = dict(scale=scale.contiguous(), floor=floor.contiguous(), gamma=gamma)
@@ -87,7 +92,7 @@ def _by_panels(
             weights_launch(fs, **some, panel=panel, sums=sums, first=first).run()
             last = min(n, first + rows)
             torch.sum(sums[..., : last - first], dim=1, out=total[part, first:last])
-            product_launch(panel, vs, total[part], eps, out[part], first).run()
+            product_launch(panel, vs, some["scale"], total[part], eps, out[part], first).run()
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

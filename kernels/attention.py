@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, dot_precision, on_hopper, power_of_two, strides
+from ._launch import Architecture, Launch, architecture, power_of_two, strides
 
 # Of a head: what fits registers and shared memory beside the others' keys and values.
 MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
@@ -27,7 +27,11 @@ MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 @triton.jit
 def _attend(s, v, average, total, largest, PRECISION: tl.constexpr):
-    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .]."""
+    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .].
+
+    Triton sums the three tf32 products of a float32 step from zero and adds them to `average` in
+    float32, so that what tensor cores truncate does not grow with the number of tokens.
+    """
     above = tl.maximum(largest, tl.max(s, axis=1))
     weight = tl.exp2(s - above[:, None])
     shrink = tl.exp2(largest - above)
@@ -106,14 +110,16 @@ def _attention_kernel(
     cols = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + cols.to(tl.int64)[None, :] * stride_kn + k_offsets  # [BLOCK_D, BLOCK_N]
     v_ptrs = v_ptr + cols.to(tl.int64)[:, None] * stride_vn + v_offsets  # [BLOCK_N, BLOCK_V]
+    k_step = tl.cast(stride_kn, tl.int64) * BLOCK_N
+    v_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     whole = N // BLOCK_N * BLOCK_N
     for _ in range(0, whole, BLOCK_N):
         k = tl.load(k_ptrs) if WHOLE else tl.load(k_ptrs, mask=has[:, None], other=0.0)
         s = tl.dot(q, k, input_precision=PRECISION) * log2_scale
         v = tl.load(v_ptrs) if WHOLE else tl.load(v_ptrs, mask=has_v[None, :], other=0.0)
         average, total, largest = _attend(s, v, average, total, largest, PRECISION)
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
+        k_ptrs += k_step
+        v_ptrs += v_step
     if whole < N:
         exists = whole + cols < N
         k = tl.load(k_ptrs, mask=exists[None, :] & has[:, None], other=0.0)
@@ -140,8 +146,7 @@ def attention_launch(
     alpha: float,
     scale: float,
     out: torch.Tensor,
-    precision: str | None = None,
-    hopper: bool | None = None,
+    gpu: Architecture | None = None,
 ) -> Launch:
     """The module's shapes; one dtype for q, k and v; out contiguous."""
     batch, heads, n, d = q.shape
@@ -149,9 +154,9 @@ def attention_launch(
     assert out.is_contiguous() and max(d, dv) <= MAX_WIDTH[q.dtype]
     single = q.dtype == torch.float32
     block_d, block_v = power_of_two(d, 16, 128), power_of_two(dv, 16, 128)
-    hopper = on_hopper(q.device) if hopper is None else hopper
+    gpu = gpu or architecture(q.device)
     # Elsewhere there is less shared memory, and 128 rows of float32 spilled 264 bytes (Triton 3.9).
-    block_m, block_n = (64, 32) if single and not hopper else (128, 64)
+    block_m, block_n = (64, 32) if single and not gpu.hopper else (128, 64)
     return Launch(
         _attention_kernel,
         batch * heads * triton.cdiv(n, block_m),
@@ -163,7 +168,7 @@ def attention_launch(
         | dict(log2_scale=scale * math.log2(math.e), alpha=alpha),
         dict(WHOLE=(d, dv) == (block_d, block_v), BLOCK_M=block_m)
         | dict(BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v)
-        | dict(PRECISION=precision or dot_precision()),
+        | dict(PRECISION=gpu.dot_precision),
         dict(num_warps=8, num_stages=3),
     )
 

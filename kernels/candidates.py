@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._launch import Launch
+from ._launch import Architecture, Launch
 from .rounding import TILE
 
 BLOCK_M = 128
@@ -171,13 +171,13 @@ def bins_launch(
     )
 
 
-def block_columns(n: int, d: int, hopper: bool) -> int:
+def block_columns(n: int, d: int, gpu: Architecture) -> int:
     """Columns a step of `bins`: what kept an H200's tensor cores busiest (bench/NOTES.md).
 
     128 columns go with rows that are held. Elsewhere than on Hopper more than 64 spill registers,
     and of few tokens more would share a bin.
     """
-    if n <= 1024 or not hopper:
+    if n <= 1024 or not gpu.hopper:
         return 64
     return 128 if d <= 256 else 256
 

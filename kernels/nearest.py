@@ -18,7 +18,7 @@ import torch
 import triton
 
 from . import candidates, certify, knn
-from ._launch import Launch, multiprocessors, on_hopper, power_of_two, strides
+from ._launch import Launch, architecture, multiprocessors, power_of_two, strides
 from .collect import collect_launch
 from .rounding import TILE, centre_launch, round_launch
 from .settle import settle_launch
@@ -114,7 +114,7 @@ def decide(
     listed, found, rest = new(3, size, rows, dtype=integer)
     limit = new(size, rows, dtype=torch.float32)
     undecided = Undecided(listed, count, limit, found, rest, rest_count)
-    block_n = candidates.block_columns(n, d, on_hopper(table.device))
+    block_n = candidates.block_columns(n, d, architecture(table.device))
     candidates.bins_launch(tokens.half, tokens.square, bins, first, block_n).run()
     certify.certify_launch(bins, *tokens[1:], table, undecided, first, n, d, k).run()
     return table, undecided
@@ -137,7 +137,7 @@ def _whole_blocks(rows: int) -> int:
 def rounded(x: torch.Tensor, splits: int) -> tuple[torch.Tensor, Rounded]:
     """The mean and x (B, N, D) less it, padded to whole blocks of rows, equal shares of columns."""
     batch, n, d = x.shape
-    block_n = candidates.block_columns(n, d, on_hopper(x.device))
+    block_n = candidates.block_columns(n, d, architecture(x.device))
     multiple = math.lcm(splits * block_n, candidates.BLOCK_M)
     padded_n = triton.cdiv(n, multiple) * multiple
     padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64

@@ -9,38 +9,23 @@ and writes each a second time, transposed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, strides
+from ._launch import Architecture, Launch, architecture, strides
+from .products import (
+    CHANNELS,
+    Operand,
+    any_not_finite,
+    has_direction,
+    load,
+    similarities,
+    split_dot,
+    weight_of,
+)
 
 TILE = 128  # rows and columns of a program of `weights`
-
-
-class Operand(NamedTuple):
-    """A tensor as the products read it: itself, or two float16 ones whose sum it is."""
-
-    first: torch.Tensor
-    second: torch.Tensor | None
-
-
-@triton.jit
-def weight_of(s, floor, gamma, SOFTMAX: tl.constexpr):
-    """The weight of similarities, 0 below the floor; NaN stays NaN."""
-    weight = tl.exp(gamma * (s - 1.0)) if SOFTMAX else s
-    return tl.where(s < floor, 0.0, weight)
-
-
-@triton.jit
-def split_dot(a, a2, b, b2, acc, SPLIT: tl.constexpr):
-    """acc + a b, or with SPLIT (a + a2) (b + b2) without the least of the four products."""
-    if SPLIT:
-        acc = tl.dot(a2, b, acc)
-        acc = tl.dot(a, b2, acc)
-    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -100,6 +85,7 @@ def _weights_kernel(
     SYMMETRIC: tl.constexpr,
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
+    DEEP: tl.constexpr,
     # tile
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -122,41 +108,42 @@ def _weights_kernel(
         f2_ptr += image * stride_fb
     row_offsets = row.to(tl.int64)[:, None] * stride_fn  # [TILE, 1]
     col_offsets = col.to(tl.int64)[None, :] * stride_fn  # [1, TILE]
-    s = tl.zeros([TILE, TILE], tl.float32)
-    for d in range(0, D, BLOCK_D):
-        dims = d + tl.arange(0, BLOCK_D)
-        depth = dims.to(tl.int64) * stride_fd
-        fi = _load(f_ptr + row_offsets + depth[None, :], (dims < D)[None, :], WHOLE)
-        fj = _load(f_ptr + col_offsets + depth[:, None], (dims < D)[:, None], WHOLE)
-        fi2, fj2 = fi, fj
-        if SPLIT:
-            fi2 = _load(f2_ptr + row_offsets + depth[None, :], (dims < D)[None, :], WHOLE)
-            fj2 = _load(f2_ptr + col_offsets + depth[:, None], (dims < D)[:, None], WHOLE)
-        s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
+    s = similarities(
+        f_ptr,
+        f2_ptr,
+        row_offsets,
+        col_offsets,
+        D,
+        stride_fd,
+        TILE,
+        TILE,
+        BLOCK_D,
+        SPLIT,
+        WHOLE,
+        DEEP,
+    )
     scale_ptr += image * N
-    s = s * tl.load(scale_ptr + row)[:, None] * tl.load(scale_ptr + col)[None, :]
+    row_scale, col_scale = tl.load(scale_ptr + row), tl.load(scale_ptr + col)
+    s = s * row_scale[:, None] * col_scale[None, :]
     weight = weight_of(s, tl.load(floor_ptr + image), gamma, SOFTMAX)
-    weight = tl.where((cols < N)[None, :], weight, 0.0)
+    # A token without a direction has no weight for others, and its own sum is NaN.
+    row_has, col_has = has_direction(row_scale), has_direction(col_scale)
+    weight = tl.where(((cols < N) & col_has)[None, :], weight, 0.0)
 
     w_ptr += image * R * columns
     if SPLIT:
         w2_ptr += image * R * columns
     sums_ptr += image * across * R
-    sum_ = tl.sum(weight, axis=1)
+    sum_ = tl.where(row_has, tl.sum(weight, axis=1), float("nan"))
     _store_weights(w_ptr, w2_ptr, sums_ptr + j * R, weight, sum_, local, cols, R, columns, SPLIT)
     if SYMMETRIC:
         if i != j:
-            weight = tl.where((rows < N)[:, None], weight, 0.0)
+            weight = tl.where(((rows < N) & row_has)[:, None], weight, 0.0)
             sum_ = tl.sum(weight, axis=0)
             weight = tl.trans(weight)
             _store_weights(
                 w_ptr, w2_ptr, sums_ptr + i * R, weight, sum_, cols, local, R, columns, SPLIT
             )
-
-
-@triton.jit
-def _load(ptrs, inside, WHOLE: tl.constexpr):
-    return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -166,6 +153,7 @@ def _product_kernel(
     w2_ptr,
     v_ptr,
     v2_ptr,
+    scale_ptr,
     total_ptr,
     out_ptr,
     # sizes
@@ -196,17 +184,29 @@ def _product_kernel(
     channels = j * BLOCK_V + tl.arange(0, BLOCK_V)
     row_offsets = (image * R + tl.minimum(local, R - 1)).to(tl.int64)[:, None] * columns
     v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
+    has = (channels < DV)[None, :]
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, columns, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col = tl.minimum(cols, N - 1).to(tl.int64)[:, None] * stride_vn
         w = tl.load(w_ptr + row_offsets + cols[None, :])  # [BLOCK_M, BLOCK_N]
-        v = _load(v_ptr + v_offsets + col, (channels < DV)[None, :], WHOLE)  # [BLOCK_N, BLOCK_V]
+        v = load(v_ptr + v_offsets + col, has, WHOLE)  # [BLOCK_N, BLOCK_V]
         w2, v2 = w, v
         if SPLIT:
             w2 = tl.load(w2_ptr + row_offsets + cols[None, :])
-            v2 = _load(v2_ptr + v_offsets + col, (channels < DV)[None, :], WHOLE)
+            v2 = load(v2_ptr + v_offsets + col, has, WHOLE)
         average = split_dot(w, w2, v, v2, average, SPLIT)
+    if not SPLIT:
+        # 0 times NaN is NaN. A mask in the loop above would cost every call what few need.
+        if any_not_finite(average):
+            average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            for start in range(0, columns, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                col = tl.minimum(cols, N - 1)
+                col_has = has_direction(tl.load(scale_ptr + image * N + col))[:, None]
+                w = tl.load(w_ptr + row_offsets + cols[None, :])
+                v_ptrs = v_ptr + v_offsets + col.to(tl.int64)[:, None] * stride_vn
+                average = tl.dot(w, tl.load(v_ptrs, mask=has & col_has, other=0.0), average)
     token = image * N + first + local
     exists = (local < R) & (first + local < N)
     total = tl.load(total_ptr + token, mask=exists, other=1.0)
@@ -214,7 +214,7 @@ def _product_kernel(
     tl.store(
         out_ptr + token[:, None] * DV + channels[None, :],
         average.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & (channels < DV)[None, :],
+        mask=exists[:, None] & has,
     )
 
 
@@ -226,6 +226,7 @@ def weights_launch(
     panel: Operand,
     sums: torch.Tensor,
     first: int,
+    gpu: Architecture | None = None,
 ) -> Launch:
     """Rows from `first` on of the weights (B, R, columns), and their sums (B, columns / 128, R)."""
     batch, n, d = f.first.shape
@@ -234,6 +235,10 @@ def weights_launch(
     split, across = f.second is not None, columns // TILE
     symmetric = rows == columns
     tiles = across * (across + 1) // 2 if symmetric else rows // TILE * across
+    gpu = gpu or architecture(f.first.device)
+    whole, deep = d % 64 == 0, d > CHANNELS and not split
+    # Elsewhere, 64 split channels a step spill 464 bytes (sm_80, Triton 3.8).
+    block_d = 16 if not whole else 64 if gpu.hopper or not split else 32
     return Launch(
         _weights_kernel,
         batch * tiles,
@@ -242,28 +247,37 @@ def weights_launch(
         | dict(sums_ptr=sums, N=n, D=d, R=rows, columns=columns, first=first, tiles=tiles)
         | strides("f", f.first, "bnd")
         | dict(gamma=0.0 if gamma is None else gamma),
-        dict(SOFTMAX=gamma is not None, SYMMETRIC=symmetric, SPLIT=split, WHOLE=d % 64 == 0)
-        | dict(TILE=TILE, BLOCK_D=64 if d % 64 == 0 else 16, GROUP=8),
-        dict(num_warps=4 if d % 64 == 0 and not split else 8, num_stages=3),
+        dict(SOFTMAX=gamma is not None, SYMMETRIC=symmetric, SPLIT=split, WHOLE=whole)
+        | dict(DEEP=deep, TILE=TILE, BLOCK_D=block_d, GROUP=8),
+        dict(num_warps=4 if whole and not split and not deep else 8, num_stages=3),
     )
 
 
 def product_launch(
-    panel: Operand, v: Operand, total: torch.Tensor, eps: float, out: torch.Tensor, first: int
+    panel: Operand,
+    v: Operand,
+    scale: torch.Tensor,
+    total: torch.Tensor,
+    eps: float,
+    out: torch.Tensor,
+    first: int,
+    gpu: Architecture | None = None,
 ) -> Launch:
-    """out (B, N, DV) of the rows of a panel; total and out contiguous within an image."""
+    """out (B, N, DV) of the rows of a panel; scale, total, out contiguous within an image."""
     batch, n, dv = v.first.shape
     rows, columns = panel.first.shape[1:]
+    assert scale.is_contiguous() and total.is_contiguous()
     split = v.second is not None
     block_v = 128 if dv > 64 else 64
+    gpu = gpu or architecture(out.device)
     return Launch(
         _product_kernel,
         batch * triton.cdiv(rows, 128) * triton.cdiv(dv, block_v),
         dict(w_ptr=panel.first, w2_ptr=panel.second)
-        | dict(v_ptr=v.first, v2_ptr=v.second, total_ptr=total, out_ptr=out)
+        | dict(v_ptr=v.first, v2_ptr=v.second, scale_ptr=scale, total_ptr=total, out_ptr=out)
         | dict(N=n, DV=dv, R=rows, columns=columns, first=first)
         | dict(**strides("v", v.first, "bnd"), eps=eps),
         dict(SPLIT=split, WHOLE=dv % block_v == 0, BLOCK_M=128, BLOCK_V=block_v)
-        | dict(BLOCK_N=32 if split else 64, GROUP=8),
-        dict(num_warps=4, num_stages=3 if split else 4),
+        | dict(BLOCK_N=32 if split and not gpu.hopper else 64, GROUP=8),
+        dict(num_warps=8 if split else 4, num_stages=3 if split else 4),
     )

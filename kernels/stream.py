@@ -13,8 +13,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, on_hopper, power_of_two, strides
-from .panel import Operand, split_dot, weight_of
+from ._launch import Architecture, Launch, architecture, power_of_two, strides
+from .products import (
+    CHANNELS,
+    Operand,
+    any_not_finite,
+    has_direction,
+    similarities,
+    split_dot,
+    weight_of,
+)
 
 
 @triton.jit
@@ -45,6 +53,7 @@ def _stream_kernel(
     SOFTMAX: tl.constexpr,
     SPLIT: tl.constexpr,
     HELD: tl.constexpr,
+    DEEP: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -62,49 +71,64 @@ def _stream_kernel(
     # Loads beyond the tokens read the last: their weights are not used.
     row = tl.minimum(rows, N - 1)
     row_offsets = image * stride_fb + row.to(tl.int64)[:, None] * stride_fn  # [BLOCK_M, 1]
-    dims = tl.arange(0, BLOCK_D)
-    depth = dims.to(tl.int64) * stride_fd
     scale_ptr += image * N
     row_scale = tl.load(scale_ptr + row)
     floor = tl.load(floor_ptr + image)
     if HELD:  # the features of the rows, not split, fit one block of channels
+        dims = tl.arange(0, BLOCK_D)
+        depth = dims.to(tl.int64) * stride_fd
         fi = tl.load(f_ptr + row_offsets + depth[None, :], mask=(dims < D)[None, :], other=0.0)
 
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col = tl.minimum(cols, N - 1)
-        col_offsets = image * stride_fb + col.to(tl.int64)[None, :] * stride_fn + depth[:, None]
-        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        if HELD:
-            fj = tl.load(f_ptr + col_offsets, mask=(dims < D)[:, None], other=0.0)
-            s = tl.dot(fi, fj, s)
-        else:
-            for d in range(0, D, BLOCK_D):
-                deep = d + dims < D
-                step = tl.cast(d, tl.int64) * stride_fd
-                left = row_offsets + depth[None, :] + step
-                fi = tl.load(f_ptr + left, mask=deep[None, :], other=0.0)
-                fj = tl.load(f_ptr + col_offsets + step, mask=deep[:, None], other=0.0)
-                fi2, fj2 = fi, fj
+    # 0 times NaN is NaN, so an average that is not finite is computed again, without the values of
+    # tokens that have no weight. To mask them in the first place would cost every call.
+    wanted = True
+    for MASKED in tl.static_range(1 if SPLIT else 2):
+        if wanted:
+            average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            total = tl.zeros([BLOCK_M], tl.float32)
+            for start in range(0, N, BLOCK_N):
+                cols = start + tl.arange(0, BLOCK_N)
+                col = tl.minimum(cols, N - 1)
+                col_offsets = image * stride_fb + col.to(tl.int64)[None, :] * stride_fn
+                if HELD:
+                    fj_ptrs = f_ptr + col_offsets + depth[:, None]
+                    fj = tl.load(fj_ptrs, mask=(dims < D)[:, None], other=0.0)
+                    s = tl.dot(fi, fj, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+                else:
+                    s = similarities(
+                        f_ptr,
+                        f2_ptr,
+                        row_offsets,
+                        col_offsets,
+                        D,
+                        stride_fd,
+                        BLOCK_M,
+                        BLOCK_N,
+                        BLOCK_D,
+                        SPLIT,
+                        False,
+                        DEEP,
+                    )
+                col_scale = tl.load(scale_ptr + col)
+                col_has = has_direction(col_scale)
+                s = s * row_scale[:, None] * col_scale[None, :]
+                weight = weight_of(s, floor, gamma, SOFTMAX)
+                weight = tl.where(((cols < N) & col_has)[None, :], weight, 0.0)
+                total += tl.sum(weight, axis=1)
+                offsets = v_offsets + col.to(tl.int64)[:, None] * stride_vn
+                some = has & col_has[:, None] if MASKED else has
+                v = tl.load(v_ptr + offsets, mask=some, other=0.0)  # [BLOCK_N, BLOCK_V]
+                w = weight.to(v.dtype)
+                w2, v2 = w, v
                 if SPLIT:
-                    fi2 = tl.load(f2_ptr + left, mask=deep[None, :], other=0.0)
-                    fj2 = tl.load(f2_ptr + col_offsets + step, mask=deep[:, None], other=0.0)
-                s = split_dot(fi, fi2, fj, fj2, s, SPLIT)
-        s = s * row_scale[:, None] * tl.load(scale_ptr + col)[None, :]
-        weight = weight_of(s, floor, gamma, SOFTMAX)
-        weight = tl.where((cols < N)[None, :], weight, 0.0)
-        total += tl.sum(weight, axis=1)
-        offsets = v_offsets + col.to(tl.int64)[:, None] * stride_vn
-        v = tl.load(v_ptr + offsets, mask=has, other=0.0)  # [BLOCK_N, BLOCK_V]
-        w = weight.to(v.dtype)
-        w2, v2 = w, v
-        if SPLIT:
-            v2 = tl.load(v2_ptr + offsets, mask=has, other=0.0)
-            w2 = (weight - w).to(v.dtype)
-        average = split_dot(w, w2, v, v2, average, SPLIT)
+                    v2 = tl.load(v2_ptr + offsets, mask=has, other=0.0)
+                    w2 = (weight - w).to(v.dtype)
+                average = split_dot(w, w2, v, v2, average, SPLIT)
+        wanted = any_not_finite(average)
 
+    total = tl.where(has_direction(row_scale), total, float("nan"))
     average = average / (total + eps)[:, None]
     token = image * N + rows
     if pid % slices == 0:
@@ -125,7 +149,7 @@ def stream_launch(
     eps: float,
     out: torch.Tensor,
     total: torch.Tensor,
-    hopper: bool | None = None,
+    gpu: Architecture | None = None,
 ) -> Launch:
     """The shapes of `aggregate.py`; all but values and features contiguous."""
     batch, n, dv = v.first.shape
@@ -133,9 +157,11 @@ def stream_launch(
     assert all(t.is_contiguous() for t in (scale, floor, out, total))
     split = f.second is not None
     held = d <= 256 and not split  # both halves would leave no room
-    hopper = on_hopper(out.device) if hopper is None else hopper
-    # Two halves of 256 channels outgrow what others have; Triton 3.8 then compiles to nothing.
-    block_v = power_of_two(dv, 16, 256 if hopper or not split else 128)
+    gpu = gpu or architecture(out.device)
+    # Split, there are two accumulators in registers; held, 256 channels take 104 KiB with the rows.
+    narrow = split or (held and gpu.shared < 128 * 1024)
+    block_v = power_of_two(dv, 16, 128 if narrow else 256)
+    block_n = 64 if gpu.hopper and not held else 32
     return Launch(
         _stream_kernel,
         batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
@@ -146,7 +172,8 @@ def stream_launch(
         | strides("v", v.first, "bnd")
         | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
         dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=128)
-        | dict(BLOCK_N=32 if held else 64, BLOCK_V=block_v)
+        | dict(DEEP=d > CHANNELS and not split)
+        | dict(BLOCK_N=block_n, BLOCK_V=block_v)
         | dict(BLOCK_D=power_of_two(d, 16, 256) if held else power_of_two(d, 16, 64)),
         dict(num_warps=8, num_stages=2 if split else 3),
     )

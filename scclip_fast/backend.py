@@ -75,6 +75,12 @@ def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
         return "the kernels take float16, bfloat16 and float32, not float64"
     if not _HAS_TRITON:
         return "the triton package is not installed"
+    if tensors[0].is_cuda and torch.version.hip is None:
+        # torch.compile traces this call, but not get_device_capability.
+        properties = torch.cuda.get_device_properties(tensors[0].device)
+        if properties.major < 8:
+            found = f"{properties.major}.{properties.minor}"
+            return f"the kernels need compute capability 8.0 or newer, and this GPU has {found}"
     if not _on_gpu(tensors[0]) and os.environ.get("TRITON_INTERPRET") != "1":
         where = tensors[0].device
         return f"the tensors are on {where}, and Triton's interpreter is off (TRITON_INTERPRET=1)"

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -22,25 +23,41 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scclip_fast.kernels._launch import Launch, dot_precision
+from scclip_fast.kernels._launch import Architecture, Launch
 from scclip_fast.kernels.attention import attention_launch
 from scclip_fast.kernels.candidates import bins_launch, block_columns
 from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.collect import collect_launch
 from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
-from scclip_fast.kernels.panel import Operand, product_launch, weights_launch
+from scclip_fast.kernels.panel import product_launch, weights_launch
+from scclip_fast.kernels.products import Operand
 from scclip_fast.kernels.repair import repair_launch
 from scclip_fast.kernels.rounding import centre_launch, round_launch
 from scclip_fast.kernels.settle import settle_launch
 from scclip_fast.kernels.stream import stream_launch
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
+    "sm_86": (GPUTarget("cuda", 86, 32), Architecture(86, 99 * 1024)),
+    "sm_89": (GPUTarget("cuda", 89, 32), Architecture(89, 99 * 1024)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Architecture(90, 227 * 1024)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Architecture(100, 227 * 1024)),
+    "sm_120": (GPUTarget("cuda", 120, 32), Architecture(120, 99 * 1024)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(0, 64 * 1024)),
 }
+# Targets with tiles of their own compile everything, others only the launches that take the most
+# shared memory and registers of each kernel: sm_89 and sm_120 have the tiles and limits of sm_86,
+# sm_100 has the tiles of sm_80, and gfx942 mostly, in fewer stages.
+WHOLE = ("sm_80", "sm_86", "sm_90")
+LARGEST = (
+    *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
+    *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
+    *("repair-wide-fp32", "attention-fp16-d128", "attention-fp32-d64"),
+    *("weights-fp16-d1024-r5248", "weights-fp32-d1024-r5248"),
+    *("product-fp16-v1024", "product-fp32-v1024"),
+    *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
+)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SIGNATURE = {
     torch.float16: "*fp16",
@@ -60,7 +77,7 @@ def integers(*shape: int) -> torch.Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch]]:
+def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
     for name, dtype in DTYPES.items():
         x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
@@ -85,13 +102,13 @@ def launches(precision: str, hopper: bool = False) -> Iterator[tuple[str, Launch
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
                 f"attention-{name}-d{d}",
-                attention_launch(q, q, q, q, 0.5, 0.125, q, precision, hopper),
+                attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
-        yield from aggregations(name, dtype, hopper)
+        yield from aggregations(name, dtype, gpu)
     for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4)):
         half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
         bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
-        block_n = block_columns(n, d, hopper)
+        block_n = block_columns(n, d, gpu)
         yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0, block_n)
         certified = square, square, meta(1), table, undecided(1024)
         yield f"certify-{n}x{d}", certify_launch(bins, *certified, 0, n, d, 30)
@@ -132,7 +149,7 @@ def operand(dtype: torch.dtype, *shape: int) -> Operand:
     return Operand(meta(*shape, dtype=dtype), None)
 
 
-def aggregations(name: str, dtype: torch.dtype, hopper: bool) -> Iterator[tuple[str, Launch]]:
+def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
     for width in (17, 256, 1024):
         f = operand(dtype, 1, 5184, width)
@@ -140,11 +157,18 @@ def aggregations(name: str, dtype: torch.dtype, hopper: bool) -> Iterator[tuple[
             panel = operand(dtype, 1, rows, 5248)
             for gamma in (None, 3.0) if width == 1024 else (3.0,):
                 kind = f"{name}-d{width}-r{rows}" + ("" if gamma else "-threshold")
-                launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0)
+                launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0, gpu)
                 yield f"weights-{kind}", launch
-        yield f"product-{name}-v{width}", product_launch(panel, f, sums[0], 1e-6, out, 0)
-        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), hopper)
+        product = product_launch(panel, f, sums[0], sums[0], 1e-6, out, 0, gpu)
+        yield f"product-{name}-v{width}", product
+        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-v{width}", launch
+    if dtype != torch.float32:
+        f = operand(dtype, 1, 5184, 4096)
+        launch = weights_launch(f, *sums, 3.0, panel, meta(1, 41, rows), 0, gpu)
+        yield f"weights-{name}-d4096", launch
+        launch = stream_launch(panel, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        yield f"stream-{name}-d4096", launch
 
 
 def source(launch: Launch) -> ASTSource:
@@ -203,29 +227,48 @@ def resources(compiled, target: GPUTarget) -> dict[str, int]:
 MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v_smfma"}
 
 
-def all_launches(target: GPUTarget) -> list[tuple[str, Launch]]:
-    precision = dot_precision(hip=target.backend == "hip")
-    return list(launches(precision, hopper=target.arch == 90))
+def sums_carried_by_tensor_cores(ttgir: str) -> bool:
+    """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next.
+
+    It does as it is, in another layout, or times what attention's running maximum shrinks it by.
+    """
+    carried = set(re.findall(r"(%[\w#]+) = arith\.mulf ", ttgir))
+    for names in re.findall(r"iter_args\(([^)]*)\)", ttgir):
+        carried.update(re.findall(r"(%[\w#]+) = ", names))
+    layouts = re.findall(r"(%[\w#]+) = ttg\.convert_layout (%[\w#]+) ", ttgir)
+    carried.update(new for new, old in layouts if old in carried)
+    product = r"(?:tt\.dot|ttng\.warp_group_dot) %[\w#]+, %[\w#]+, (%[\w#]+)"
+    return bool(carried.intersection(re.findall(product, ttgir)))
 
 
 def compile_row(job: tuple[int, str]) -> dict:
     index, target_name = job
-    target = TARGETS[target_name]
-    name, launch = all_launches(target)[index]
-    options = launch.compile_options(target.arch == 90, target.backend == "hip")
+    target, gpu = TARGETS[target_name]
+    name, launch = list(launches(gpu))[index]
+    options = launch.compile_options(gpu)
     compiled = triton.compile(source(launch), target=target, options=options)
     text = compiled.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     instructions = sorted(set(re.findall(MATRIX_INSTRUCTION[target.backend], text)))
     row = dict(
-        launch=name, target=target_name, shared=compiled.metadata.shared, matrix=instructions
+        launch=name,
+        target=target_name,
+        shared=compiled.metadata.shared,
+        allowed=gpu.shared,
+        matrix=instructions,
+        carried=sums_carried_by_tensor_cores(compiled.asm["ttgir"]),
     )
     return row | resources(compiled, target)
 
 
+def jobs(target: str) -> list[tuple[int, str]]:
+    names = [name for name, _ in launches(TARGETS[target][1])]
+    assert set(LARGEST) <= set(names)
+    return [(i, target) for i, n in enumerate(names) if target in WHOLE or n in LARGEST]
+
+
 def main(path: str, *targets: str) -> None:
-    jobs = [(i, target) for target in targets for i, _ in enumerate(launches("ieee"))]
     with ProcessPoolExecutor(2) as pool:
-        rows = list(pool.map(compile_row, jobs, chunksize=4))
+        rows = list(pool.map(compile_row, chain.from_iterable(map(jobs, targets)), chunksize=4))
     Path(path).write_text(json.dumps(rows, indent=1))
 
 

@@ -7,6 +7,7 @@ from torch.autograd import gradcheck
 
 import scclip_fast as sf
 from scclip_fast import chunked
+from scclip_fast.kernels.attention import attention_triton
 
 
 def published_attention(q, k, v, features, gamma=3.0, alpha=0.5, scale=None, room=0.0):
@@ -184,3 +185,34 @@ def test_tiles_agree(monkeypatch):
     for bytes_ in (2**18, 2**14, 2**11):
         monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
         assert_close(sf.blended_attention(*tensors), ref=expected)
+
+
+def grouped(b, n, width):
+    """Features alike by 0.9 or not at all: no similarity is near the mean."""
+    groups = torch.eye(5, width)[torch.randint(5, (b, n))]
+    return 3 * groups + torch.randn(b, n, width) / width**0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b, h, n", [(1, 16, 5184), (64, 12, 196)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_of_towers(b, h, n, dtype):
+    """The kernels against the torch path in float64, in full."""
+    q, k, v = torch.randn(3, b, h, n, 64).to("cuda", dtype)
+    features = grouped(b, n, 64 * h).to("cuda", dtype)
+    out = sf.blended_attention(q, k, v + 1, features, backend="triton")
+    exact = (t.double() for t in (q, k, v + 1, features))
+    assert_close(out, ref=sf.blended_attention(*exact, backend="torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [5184, 20_000, 82_944])
+def test_float32_on_many_tokens(n):
+    """Sums of one sign over all tokens; 64 rows in float64."""
+    q, k, v = torch.randn(3, 1, 1, n, 64, device="cuda")
+    v = v + 3
+    content = torch.zeros_like(v)
+    out = attention_triton(q, k, v, content, 0.0, 0.125)
+    rows = torch.randint(n, (64,), device="cuda")
+    scores = 0.125 * q[0, 0, rows].double() @ k[0, 0].double().T
+    assert_close(out[0, 0, rows], ref=scores.softmax(dim=-1) @ v[0, 0].double())

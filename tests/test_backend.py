@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import GPU
@@ -77,6 +79,21 @@ def test_every_op_takes_every_backend():
         sf.aggregate(X, X, backend=name)
         sf.adaptive_aggregate(X, sf.similarity(X), backend=name)
         sf.blended_attention(q, q, q, X, backend=name)
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "torch"), ((8, 0), "triton")])
+def test_gpus_before_ampere(capability, expected, monkeypatch):
+    """Triton multiplies matrices there without tensor cores, in registers that do not suffice."""
+    major, minor = capability
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor)
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    tensor = SimpleNamespace(dtype=torch.float16, is_cuda=True, device=torch.device("cuda:0"))
+    assert resolve(None, tensor) == expected
+    if expected == "torch":
+        with pytest.raises(ValueError, match=r"capability 8\.0 or newer.* has 7\.5"):
+            resolve("triton", tensor)
 
 
 def test_the_kernels_are_what_runs(monkeypatch):

@@ -1,5 +1,10 @@
 """CUDA graphs: nothing in the ops or the calibrated forward waits for the GPU."""
 
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_clip import tiny_clip
@@ -7,9 +12,69 @@ from tiny_sam3 import ALL, SIDE, tiny_sam3
 
 import scclip_fast as sf
 from scclip_fast.clip import SCCLIP
+from scclip_fast.kernels import _launch
 from scclip_fast.sam3 import calibrate
 
-pytestmark = pytest.mark.gpu
+on_gpu = pytest.mark.gpu
+
+FIRST_CALL = """
+import torch
+import scclip_fast as sf
+x = torch.randn(1, 300, 64, device="cuda")
+graph = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(graph):
+        sf.aggregate(x, x)
+except RuntimeError as error:
+    print(error)
+expected, graph = sf.aggregate(x, x), torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out = sf.aggregate(x, x)
+graph.replay()
+print(torch.equal(out, expected))
+"""
+
+
+@on_gpu
+def test_first_call_in_a_capture_is_refused():
+    """In a process of its own, which has loaded no kernel; the next capture works."""
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], env=os.environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    refusal, equal = done.stdout.splitlines()
+    assert "before capturing" in refusal and equal == "True"
+
+
+class Kernel:
+    """Of Triton's jit functions, what `Launch.run` calls."""
+
+    def __init__(self, module):
+        self.__name__ = "_kernel"
+        self.module, self.runs = module, 0
+
+    def warmup(self, **_):
+        return SimpleNamespace(module=self.module)
+
+    def __getitem__(self, grid):
+        def run(**_):
+            self.runs += 1
+
+        return run
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("module", [None, "loaded"])
+def test_only_what_is_loaded_is_captured(capturing, module, monkeypatch):
+    monkeypatch.setattr(_launch, "_capturing", lambda device: capturing)
+    kernel = Kernel(module)
+    launch = _launch.Launch(kernel, 1, dict(x=torch.zeros(1)), {})
+    if capturing and module is None:
+        with pytest.raises(RuntimeError, match=r"_kernel .* before capturing"):
+            launch.run()
+    else:
+        launch.run()
+    assert kernel.runs == (not capturing or module is not None)
 
 
 def replayed(call, first, second):
@@ -29,12 +94,14 @@ def replayed(call, first, second):
     return out
 
 
+@on_gpu
 @pytest.mark.parametrize("tokens", [196, 2304])  # either search
 def test_lof_scores(tokens):
     x = torch.randn(2, 1, tokens, 64, device="cuda")
     assert torch.equal(replayed(sf.lof_scores, *x), sf.lof_scores(x[1]))
 
 
+@on_gpu
 def test_aggregate():
     x = torch.randn(2, 1, 300, 64, device="cuda")
     features = torch.randn(1, 300, 48, device="cuda")
@@ -45,6 +112,7 @@ def test_aggregate():
     assert torch.equal(replayed(call, *x), call(x[1]))
 
 
+@on_gpu
 def test_blended_attention():
     q = torch.randn(2, 1, 4, 300, 16, device="cuda")
     features = torch.randn(1, 300, 48, device="cuda")
@@ -55,6 +123,7 @@ def test_blended_attention():
     assert torch.equal(replayed(call, *q), call(q[1]))
 
 
+@on_gpu
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_repair(backend):
     tokens = torch.randn(2, 1, 300, 64, device="cuda")
@@ -66,6 +135,7 @@ def test_repair(backend):
     assert torch.equal(replayed(call, *tokens), call(tokens[1]))
 
 
+@on_gpu
 def test_calibrated_forward():
     encoder = SCCLIP(tiny_clip().cuda()).eval()
     images = torch.randn(2, 2, 3, 96, 96, device="cuda")
@@ -73,6 +143,7 @@ def test_calibrated_forward():
         assert torch.equal(replayed(encoder, *images), encoder(images[1]))
 
 
+@on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_calibrated_trunk_of_sam3(dtype):
     model = tiny_sam3().to("cuda", dtype)

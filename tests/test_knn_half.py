@@ -8,6 +8,7 @@ from tolerance import assert_nearest, assert_neighbors
 import scclip_fast as sf
 from scclip_fast import reference
 from scclip_fast.kernels import nearest
+from scclip_fast.kernels._launch import Architecture
 from scclip_fast.kernels.candidates import bins_launch
 from scclip_fast.kernels.certify import certify_launch
 from scclip_fast.kernels.rounding import positions
@@ -145,7 +146,7 @@ def test_short_types_and_strides(dtype):
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_tiles_for_hopper(width, monkeypatch):
     """128 columns beside rows that are held, 256 for more channels."""
-    monkeypatch.setattr(nearest, "on_hopper", lambda device: True)
+    monkeypatch.setattr(nearest, "architecture", lambda device: Architecture(90, 227 * 1024))
     x = torch.randn(1, 1030, width)
     _, indices = sf.knn(x, 5, backend="triton")
     assert_neighbors(indices, x=x, k=5)

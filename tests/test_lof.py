@@ -173,7 +173,7 @@ def torch_quantile(scores, contamination):
 @pytest.mark.parametrize("variant", ["scclip", "breunig"])
 @pytest.mark.parametrize("far", [1e4, 1e8, 1e18, 1e20, 3e38])
 def test_a_giant_token_hides_no_other(device, backend, variant, far):
-    """The floor of the k-distances had been a share of the largest, which hid all other outliers."""
+    """The floor of the k-distances had been a share of the largest, which hid all others."""
     x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0))
     x[1] = torch.tensor([40.0, 0])
     x[0] = torch.tensor([far, 0])

@@ -156,6 +156,10 @@ def aggregate(
     of the features. Differentiable by values and features (once); the backward pass recomputes S
     and is chunked torch code.
 
+    A token whose features are not finite has no direction: its row is NaN, its weight for every
+    other row 0, and its values do not count. Values of the other tokens must be finite: 0 times
+    NaN is NaN, which may reach rows that have no weight for that token.
+
     Args:
         values: (N, Dv) or (B, N, Dv), floating.
         features: (N, D) or (B, N, D), floating; its dtype may differ.
