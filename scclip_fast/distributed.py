@@ -33,12 +33,14 @@ from torch import Tensor
 from . import chunked, reference
 from .ops import _check
 from .ops.outliers import BAND, check_variant, settle_last
+from .precision import true_float32
 from .search import Search, finite_mean, mean_step, pair_distances, tile_of
 from .shards import Shards, meet, rows_of
 
 PAIRS = 4096  # are measured at once, if the workspace has room
 
 
+@true_float32
 def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest other tokens of every token of this rank; see `scclip_fast.knn`.
 
@@ -63,6 +65,7 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
     return _nearest(shards, x, k, measured=k)
 
 
+@true_float32
 def lof_scores(
     features: Tensor,
     n_neighbors: int = 30,
@@ -102,6 +105,7 @@ def lof_scores(
     return torch.where(k_distance[:, shards.own].isfinite(), scores, torch.nan)[0]
 
 
+@true_float32
 def aggregate(
     values: Tensor,
     features: Tensor,

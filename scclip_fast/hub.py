@@ -22,6 +22,7 @@ CORE = (
     "__init__.py",
     "backend.py",
     "chunked.py",
+    "precision.py",
     "progress.py",
     "reference.py",
     "search.py",

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .ops import knn
 from .ops.outliers import BAND, settle
+from .precision import true_float32
 from .search import neighbors, pair_distances
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
+@true_float32
 def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distances and indices (M, k) of the rows of x (N, D) nearest to queries (M, D), ascending.
 

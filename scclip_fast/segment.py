@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunked import compute_dtype
 from .clip import SCCLIP
 from .clip.prompts import text_features
 from .pamr import pamr
@@ -23,7 +24,8 @@ class Segmenter(nn.Module):
 
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
-    its best synonym.
+    its best synonym. `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder
+    and of the text features; cosines and probabilities are float32 at least.
 
     Args:
         encoder: see `scclip_fast.clip.create_model`; of transformers, around a CLIPModel.
@@ -100,7 +102,7 @@ class Segmenter(nn.Module):
         mean = getattr(stated, "image_mean", None) or _MEAN
         std = getattr(stated, "image_std", None) or _STD
         constants = dict(
-            text_features=text.float(),  # (names, E)
+            text_features=text.to(compute_dtype(text)),  # (names, E)
             owners=torch.tensor(owners),  # (names,), the class of each name
             mean=torch.tensor(mean)[:, None, None],
             std=torch.tensor(std)[:, None, None],
@@ -126,7 +128,9 @@ class Segmenter(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, image: Picture) -> Tensor:
-        """The probability of each class, (classes, H, W), float32, on the CPU; see `forward`.
+        """The probability of each class, (classes, H, W), on the CPU; see `forward`.
+
+        The dtype is float32, or float64 of a model in float64.
 
         Classes that `area_thd` takes out have 0; they do not go to the others.
         """
@@ -139,7 +143,9 @@ class Segmenter(nn.Module):
         In bands, as all probabilities at the size of a large photo are many gigabytes. On the
         model's device; see `forward` and `probabilities`.
         """
-        pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
+        # float32 at least, also for the maps: only the encoder computes in a short type.
+        dtype = compute_dtype(self.text_features, self.encoder.tower.patch_embedding.weight)
+        pixels = to_tensor(image).to(self.mean.device, dtype)[None] / 255
         pixels = (pixels - self.mean) / self.std
         size = (pixels.shape[2], pixels.shape[3])
         seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
@@ -175,9 +181,9 @@ class Segmenter(nn.Module):
         return total / count
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
-        dense = self.encoder.encode_dense(images).float()
-        return (dense @ self.text_features.T).permute(0, 3, 1, 2)
+        """Cosines (B, names, h, w), in their dtype, of the patches of images (B, 3, H, W)."""
+        dense = self.encoder.encode_dense(images).to(images.dtype)
+        return (dense @ self.text_features.T.to(images.dtype)).permute(0, 3, 1, 2)
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Of classes (classes, ...), from the cosines of names (names, ...)."""

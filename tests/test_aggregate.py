@@ -92,13 +92,6 @@ def test_zero_features_see_nothing(device, backend):
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
-def test_nan_spreads_as_in_the_matrix_product(device, backend):
-    values, features = torch.randn(40, 8, device=device), torch.randn(40, 8, device=device)
-    features[3, 0] = torch.nan
-    assert sf.aggregate(values, features, backend=backend).isnan().all()
-
-
-@pytest.mark.parametrize("device, backend", RUNS)
 def test_unbatched_and_empty(device, backend):
     x = torch.randn(3, 40, 8, device=device)
     batch = sf.aggregate(x, x, backend=backend)

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from .. import chunked, reference
 from ..backend import NAMESPACE, resolve
+from ..precision import true_float32
 from . import _check
-from .aggregation import weighted_mean
+from .aggregation import dtype_of_sums, weighted_mean
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+@true_float32
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
 ) -> Tensor:
@@ -24,10 +26,8 @@ def _attention(
         if max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH[q.dtype]:
             return attention_triton(q, k, v, content, alpha, scale)
     if backend == "reference":
-        dtype = chunked.compute_dtype(q)
-        return reference.attention(
-            q.to(dtype), k.to(dtype), v.to(dtype), content.to(dtype), alpha, scale
-        ).to(v.dtype)
+        queries, keys, values, blended = (t.double() for t in (q, k, v, content))
+        return reference.attention(queries, keys, values, blended, alpha, scale).to(v.dtype)
     return chunked.attention(q, k, v, content, alpha, scale)
 
 
@@ -39,6 +39,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+@true_float32
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,14 +52,19 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, _, ctx.alpha, ctx.scale, _ = inputs
+    q, k, v, content, ctx.alpha, ctx.scale, ctx.backend = inputs
+    ctx.content_dtype = content.dtype
     ctx.save_for_backward(q, k, v)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v = ctx.saved_tensors
-    grad_q, grad_k, grad_v = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
-    return grad_q, grad_k, grad_v, grad * ctx.alpha, None, None, None
+    dtype, operands = grad.dtype, (grad, *ctx.saved_tensors)
+    if ctx.backend == "reference":
+        operands = tuple(t.double() for t in operands)
+    grad, q, k, v = operands
+    grads = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
+    by_content = (grad * ctx.alpha).to(ctx.content_dtype)
+    return *(g.to(dtype) for g in grads), by_content, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -80,8 +86,9 @@ def blended_attention(
     out = [(1 - alpha) softmax(scale q k^T) + alpha C] v, where C_ij is the softmax over {j : S_ij
     >= mu} of gamma (S_ij - mu), S the cosine similarity of the features and mu its mean over the
     image. C is the same for all heads. SC-CLIP itself passes its keys as q as well. Differentiable
-    by q, k, v and features (once); the backward pass recomputes both halves in chunked torch code.
-    The self half of heads wider than 128, in float32 than 64, is torch's own on every backend.
+    by q, k, v and features (once, in reverse mode); the backward pass recomputes both halves in
+    chunked torch code. The self half of heads wider than 128, in float32 than 64, is torch's own on
+    every backend.
 
     Args:
         q, k: (H, N, d) or (B, H, N, d), floating, any strides.
@@ -99,8 +106,10 @@ def blended_attention(
         TypeError: not floating, or q, k and v of different dtypes.
         ValueError: shapes or devices that do not fit, a number out of range, a backend that cannot
             run.
+        NotImplementedError: a tangent of forward-mode differentiation.
     """
     queries, keys, values, f = _checked(q, k, v, features)
+    _check.no_tangent("blended_attention", queries, keys, values, f)
     gamma = _check.number("gamma", gamma, low=0)
     alpha = _check.number("alpha", alpha, low=0, high=1)
     scale = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
@@ -111,8 +120,10 @@ def blended_attention(
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
     """C v for all heads at once: one product of width H dv."""
-    mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
+    dtype = dtype_of_sums(backend, values, features)
+    mu = reference.mean_similarity(features.detach().to(dtype))
     merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
+    merged = merged.double() if backend == "reference" else merged  # rounded after the blend, once
     out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
     return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
 

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import chunked, reference
+from .. import reference
 from ..backend import NAMESPACE, resolve
 from . import _check
+from .aggregation import dtype_of_sums
 
 
 @torch.library.custom_op(f"{NAMESPACE}::repair", mutates_args=())
@@ -24,7 +25,7 @@ def _repair(tokens: Tensor, mask: Tensor, height: int, width: int, backend: str)
     # Listing the few outliers is the least work, but a GPU would be waited for to count them.
     listed = backend == "reference" or tokens.device.type == "cpu"
     rule = reference.repair if listed else _pooled
-    repaired = rule(tokens.to(chunked.compute_dtype(tokens)), mask, (height, width))
+    repaired = rule(tokens.to(dtype_of_sums(backend, tokens)), mask, (height, width))
     return repaired.to(tokens.dtype).contiguous()
 
 
@@ -34,7 +35,7 @@ def _(tokens: Tensor, mask: Tensor, height: int, width: int, backend: str) -> Te
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask, height, width, _ = inputs
+    _, mask, height, width, ctx.backend = inputs
     ctx.grid = height, width
     ctx.save_for_backward(mask)
 
@@ -42,7 +43,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """A replaced token gives its gradient to the good ones around it, in equal shares."""
     (mask,) = ctx.saved_tensors
-    dtype, bad = chunked.compute_dtype(grad), mask.unsqueeze(-1)
+    dtype, bad = dtype_of_sums(ctx.backend, grad), mask.unsqueeze(-1)
     count = _good_around(mask, ctx.grid, dtype)
     shares = (grad / count).masked_fill_(~bad, 0)  # of none around: reaches no good token
     received = _window_sums(shares, ctx.grid).masked_fill_(bad, 0)
@@ -58,8 +59,9 @@ def repair(
 ) -> Tensor:
     """Replace each outlier token by the mean of its 8 neighbours that are no outliers.
 
-    An outlier without such a neighbour keeps its value (SC-CLIP's rule). Differentiable by
-    `tokens`.
+    An outlier without such a neighbour keeps its value (SC-CLIP's rule). Differentiable by `tokens`
+    in reverse mode. A token that is not finite is replaced like any other if the mask has it, and
+    otherwise enters the means of its neighbours: include such tokens in the mask.
 
     Args:
         tokens: (N, D) or (B, N, D), floating, any strides, row by row: token i is patch
@@ -75,6 +77,7 @@ def repair(
     Raises:
         TypeError: tokens is not floating or mask not bool.
         ValueError: shapes or devices that do not fit, H W other than N, a backend that cannot run.
+        NotImplementedError: a tangent of forward-mode differentiation.
     """
     batch = _check.tokens("tokens", tokens)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -82,6 +85,7 @@ def repair(
         raise TypeError(f"mask must be a bool tensor, True for outliers, got {found}")
     _check.shape("mask", mask, tuple(tokens.shape[:-1]), "(that of tokens without the last dim)")
     _check.same_device(tokens=tokens, mask=mask)
+    _check.no_tangent("repair", batch)
     height, width = _check_grid(grid, batch.shape[1])
     outliers = mask.reshape(batch.shape[:2])
     return _repair(batch, outliers, height, width, resolve(backend, tokens)).view_as(tokens)
