@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chunked import compute_dtype
 from .clip import SCCLIP
 from .clip.prompts import text_features
 from .pamr import pamr
 from .picture import Picture, seen_size, to_tensor, upsampled, windows
+from .precision import true_float32
 
 _WINDOWS = 128  # in one batch; more, of very large images, take several
 #: OpenAI's, for models that state none
@@ -25,7 +25,7 @@ class Segmenter(nn.Module):
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
     its best synonym. `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder
-    and of the text features; cosines and probabilities are float32 at least.
+    and of the text features; cosines and probabilities are float32.
 
     Args:
         encoder: see `scclip_fast.clip.create_model`; of transformers, around a CLIPModel.
@@ -102,7 +102,7 @@ class Segmenter(nn.Module):
         mean = getattr(stated, "image_mean", None) or _MEAN
         std = getattr(stated, "image_std", None) or _STD
         constants = dict(
-            text_features=text.to(compute_dtype(text)),  # (names, E)
+            text_features=text.float(),  # (names, E)
             owners=torch.tensor(owners),  # (names,), the class of each name
             mean=torch.tensor(mean)[:, None, None],
             std=torch.tensor(std)[:, None, None],
@@ -128,9 +128,7 @@ class Segmenter(nn.Module):
 
     @torch.inference_mode()
     def probabilities(self, image: Picture) -> Tensor:
-        """The probability of each class, (classes, H, W), on the CPU; see `forward`.
-
-        The dtype is float32, or float64 of a model in float64.
+        """The probability of each class, (classes, H, W), float32, on the CPU; see `forward`.
 
         Classes that `area_thd` takes out have 0; they do not go to the others.
         """
@@ -143,10 +141,8 @@ class Segmenter(nn.Module):
         In bands, as all probabilities at the size of a large photo are many gigabytes. On the
         model's device; see `forward` and `probabilities`.
         """
-        # float32 at least, also for the maps: only the encoder computes in a short type.
-        dtype = compute_dtype(self.text_features, self.encoder.tower.patch_embedding.weight)
-        pixels = to_tensor(image).to(self.mean.device, dtype)[None] / 255
-        pixels = (pixels - self.mean) / self.std
+        pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
+        pixels = (pixels - self.mean.float()) / self.std.float()
         size = (pixels.shape[2], pixels.shape[3])
         seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
         maps = (
@@ -181,9 +177,8 @@ class Segmenter(nn.Module):
         return total / count
 
     def _encode(self, images: Tensor) -> Tensor:
-        """Cosines (B, names, h, w), in their dtype, of the patches of images (B, 3, H, W)."""
-        dense = self.encoder.encode_dense(images).to(images.dtype)
-        return (dense @ self.text_features.T.to(images.dtype)).permute(0, 3, 1, 2)
+        """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
+        return _cosines(self.encoder.encode_dense(images), self.text_features)
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Of classes (classes, ...), from the cosines of names (names, ...)."""
@@ -204,6 +199,12 @@ class Segmenter(nn.Module):
         kept = area > least * area.sum()
         kept[self.background] = True
         return kept[:, None, None].to(maps.dtype)
+
+
+@true_float32
+def _cosines(dense: Tensor, text: Tensor) -> Tensor:
+    """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
+    return (dense.float() @ text.float().T).permute(0, 3, 1, 2)
 
 
 def _synonyms(classes: Sequence[str]) -> list[list[str]]:
