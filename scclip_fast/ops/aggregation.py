@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import NAMESPACE, resolve
+from ..backend import NAMESPACE, operands, resolve
 from ..precision import true_float32
 from . import _check
 from .product import product
@@ -28,9 +28,9 @@ def weighted_mean(
             values, features, scale, floor, gamma, reference.normaliser_eps(gamma)
         )
     if backend == "reference":
-        exact = values.double(), features.double(), floor.double()
-        out, total = reference.aggregate(*exact, gamma)
-        return out.to(values.dtype), total.to(chunked.compute_dtype(values, features))
+        dtype = chunked.compute_dtype(values, features)
+        out, total = reference.aggregate(values.to(dtype), features.to(dtype), floor, gamma)
+        return out.to(values.dtype), total
     return chunked.aggregate(values, features, floor, gamma)
 
 
@@ -70,19 +70,15 @@ def _(
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    values, features, floor, ctx.gamma, ctx.backend = inputs
+    values, features, floor, ctx.gamma, _ = inputs
     ctx.save_for_backward(values, features, floor, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     values, features, floor, out, total = ctx.saved_tensors
-    dtypes = values.dtype, features.dtype
-    if ctx.backend == "reference":
-        grad, values, features, floor = (t.double() for t in (grad, values, features, floor))
-        out, total = weighted_mean(values, features, floor, ctx.gamma, ctx.backend)
     grads = _weighted_mean_backward(grad, values, features, floor, ctx.gamma, out, total)
-    return *(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)), None, None, None
+    return *grads, None, None, None
 
 
 weighted_mean.register_autograd(_backward, setup_context=_save_for_backward)
@@ -190,14 +186,10 @@ def aggregate(
     _check.no_tangent("aggregate", v, f)
     beta = _check.number("beta", beta)
     resolved = resolve(backend, v, f)
-    floor = torch.full(v.shape[:1], beta, dtype=dtype_of_sums(resolved, v, f), device=v.device)
+    v, f = operands(resolved, v, f)
+    floor = torch.full(v.shape[:1], beta, dtype=chunked.compute_dtype(v, f), device=v.device)
     out, _ = weighted_mean(v, f, floor, None, resolved)
-    return out.view_as(values)
-
-
-def dtype_of_sums(backend: str, *tensors: Tensor) -> torch.dtype:
-    """float64 on the reference, which is never the least exact, else `chunked.compute_dtype`."""
-    return torch.float64 if backend == "reference" else chunked.compute_dtype(*tensors)
+    return out.to(values.dtype).view_as(values)
 
 
 def value_and_feature_tokens(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import NAMESPACE, resolve
+from ..backend import NAMESPACE, operands, resolve
 from ..precision import true_float32
 from . import _check
-from .aggregation import dtype_of_sums, weighted_mean
+from .aggregation import weighted_mean
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -26,8 +26,10 @@ def _attention(
         if max(q.shape[-1], v.shape[-1]) <= MAX_WIDTH[q.dtype]:
             return attention_triton(q, k, v, content, alpha, scale)
     if backend == "reference":
-        queries, keys, values, blended = (t.double() for t in (q, k, v, content))
-        return reference.attention(queries, keys, values, blended, alpha, scale).to(v.dtype)
+        dtype = chunked.compute_dtype(q)
+        return reference.attention(
+            q.to(dtype), k.to(dtype), v.to(dtype), content.to(dtype), alpha, scale
+        ).to(v.dtype)
     return chunked.attention(q, k, v, content, alpha, scale)
 
 
@@ -52,19 +54,14 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, content, ctx.alpha, ctx.scale, ctx.backend = inputs
-    ctx.content_dtype = content.dtype
+    q, k, v, _, ctx.alpha, ctx.scale, _ = inputs
     ctx.save_for_backward(q, k, v)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dtype, operands = grad.dtype, (grad, *ctx.saved_tensors)
-    if ctx.backend == "reference":
-        operands = tuple(t.double() for t in operands)
-    grad, q, k, v = operands
-    grads = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
-    by_content = (grad * ctx.alpha).to(ctx.content_dtype)
-    return *(g.to(dtype) for g in grads), by_content, None, None, None
+    q, k, v = ctx.saved_tensors
+    grad_q, grad_k, grad_v = _attention_backward(grad * (1 - ctx.alpha), q, k, v, ctx.scale)
+    return grad_q, grad_k, grad_v, grad * ctx.alpha, None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_save_for_backward)
@@ -90,6 +87,9 @@ def blended_attention(
     chunked torch code. The self half of heads wider than 128, in float32 than 64, is torch's own on
     every backend.
 
+    In the content half, a token whose features are not finite counts for no other, and mu is the
+    mean over pairs of the others; see `aggregate`. Its own row of the result is NaN.
+
     Args:
         q, k: (H, N, d) or (B, H, N, d), floating, any strides.
         v: (H, N, dv) or (B, H, N, dv), the dtype of q and k.
@@ -114,16 +114,16 @@ def blended_attention(
     alpha = _check.number("alpha", alpha, low=0, high=1)
     scale = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
     resolved = resolve(backend, queries, f)
+    queries, keys, values, f = operands(resolved, queries, keys, values, f)
     content = _content_attention(values, f, gamma, resolved)
-    return _attention(queries, keys, values, content, alpha, scale, resolved).view_as(v)
+    out = _attention(queries, keys, values, content, alpha, scale, resolved)
+    return out.to(v.dtype).view_as(v)
 
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
     """C v for all heads at once: one product of width H dv."""
-    dtype = dtype_of_sums(backend, values, features)
-    mu = reference.mean_similarity(features.detach().to(dtype))
+    mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
     merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
-    merged = merged.double() if backend == "reference" else merged  # rounded after the blend, once
     out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
     return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
 

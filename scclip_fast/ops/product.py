@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backend import NAMESPACE
 from ..precision import true_float32
+from . import _check
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -17,7 +18,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     A graph holds the product as one opaque op, which has reverse-mode derivatives of any order.
     Outside a graph, forward mode and torch.func work as well.
     """
-    return _product_op(a, b) if torch.compiler.is_compiling() else _Product.apply(a, b)
+    if not torch.compiler.is_compiling():
+        return _Product.apply(a, b)
+    _check.no_tangent("a product in a graph", a, b)
+    return _product_op(a, b)
 
 
 @true_float32

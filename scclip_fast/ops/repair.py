@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..backend import NAMESPACE, resolve
+from .. import chunked, reference
+from ..backend import NAMESPACE, operands, resolve
 from . import _check
-from .aggregation import dtype_of_sums
 
 
 @torch.library.custom_op(f"{NAMESPACE}::repair", mutates_args=())
@@ -25,7 +24,7 @@ def _repair(tokens: Tensor, mask: Tensor, height: int, width: int, backend: str)
     # Listing the few outliers is the least work, but a GPU would be waited for to count them.
     listed = backend == "reference" or tokens.device.type == "cpu"
     rule = reference.repair if listed else _pooled
-    repaired = rule(tokens.to(dtype_of_sums(backend, tokens)), mask, (height, width))
+    repaired = rule(tokens.to(chunked.compute_dtype(tokens)), mask, (height, width))
     return repaired.to(tokens.dtype).contiguous()
 
 
@@ -35,7 +34,7 @@ def _(tokens: Tensor, mask: Tensor, height: int, width: int, backend: str) -> Te
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, mask, height, width, ctx.backend = inputs
+    _, mask, height, width, _ = inputs
     ctx.grid = height, width
     ctx.save_for_backward(mask)
 
@@ -43,7 +42,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """A replaced token gives its gradient to the good ones around it, in equal shares."""
     (mask,) = ctx.saved_tensors
-    dtype, bad = dtype_of_sums(ctx.backend, grad), mask.unsqueeze(-1)
+    dtype, bad = chunked.compute_dtype(grad), mask.unsqueeze(-1)
     count = _good_around(mask, ctx.grid, dtype)
     shares = (grad / count).masked_fill_(~bad, 0)  # of none around: reaches no good token
     received = _window_sums(shares, ctx.grid).masked_fill_(bad, 0)
@@ -88,7 +87,9 @@ def repair(
     _check.no_tangent("repair", batch)
     height, width = _check_grid(grid, batch.shape[1])
     outliers = mask.reshape(batch.shape[:2])
-    return _repair(batch, outliers, height, width, resolve(backend, tokens)).view_as(tokens)
+    resolved = resolve(backend, tokens)
+    (batch,) = operands(resolved, batch)
+    return _repair(batch, outliers, height, width, resolved).to(tokens.dtype).view_as(tokens)
 
 
 def _pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
