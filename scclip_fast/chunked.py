@@ -139,7 +139,7 @@ def aggregate_backward(
                 grad_values[at] += w.mT @ g
                 grad_unit[images, rows] += ds @ keys
                 grad_unit[at] += ds.mT @ queries
-    unit = (features.to(dtype) * scale).masked_fill_(broken, 0)
+    unit = features.to(dtype) * scale
     radial = (unit * grad_unit).sum(dim=-1, keepdim=True) * (scale < 1 / NORM_EPS)
     grad_features = ((grad_unit - unit * radial) * scale).masked_fill_(broken, 0)
     return grad_values.masked_fill_(broken, 0).to(values.dtype), grad_features.to(features.dtype)

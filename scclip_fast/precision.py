@@ -40,16 +40,17 @@ def true_float32(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        device = next((t.device.type for t in tensors), "cpu")
+        device = next((t.device.type for t in tensors), None)
         with _highest_precision, _no_autocast(device):
             return function(*args, **kwargs)
 
     return run
 
 
-def _no_autocast(device: str) -> torch.autocast | nullcontext[None]:
-    active = torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if active else nullcontext()
+def _no_autocast(device: str | None) -> torch.autocast | nullcontext[None]:
+    if device is None or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 class _HighestPrecision:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from coarse_products import NEWER, coarse, coarse_products, reset, settings
+from tolerance import assert_close
 from torch.backends.cuda import matmul
 
 import scclip_fast as sf
@@ -22,6 +23,12 @@ def tight_clusters():
     """(1, 160, 8): TF32 rounds the products by more than the distances within a cluster differ."""
     centers = 10 * torch.randn(4, 8)
     return (centers.repeat_interleave(40, dim=0) + 0.02 * torch.randn(160, 8))[None]
+
+
+def near_queries():
+    """Arguments of `nearest`: clusters, k, the metric, and queries within the clusters."""
+    rows = tight_clusters()[0]
+    return rows, 20, "euclidean", rows + 0.02 * torch.randn_like(rows)
 
 
 def tokens(*widths):
@@ -190,7 +197,7 @@ def group():
         lambda: distributed.lof_scores(tight_clusters()[0], 20),
         lambda: distributed.aggregate(torch.randn(40, 6), torch.randn(40, 8), 0.2),
         lambda: nearest(tight_clusters()[0], 20, "euclidean"),
-        lambda: nearest(tight_clusters()[0], 20, "euclidean", tight_clusters()[0]),
+        lambda: nearest(*near_queries()),
     ],
     ids=["knn", "lof_scores", "aggregate", "nearest", "nearest-queries"],
 )
@@ -280,7 +287,9 @@ class TestReferenceIsExact:
 
     def test_results(self, name, dtype):
         op, inputs = SMOOTH[name][0], [t.to(dtype) for t in SMOOTH[name][1]()]
-        exact = op(*(t.double() for t in inputs), backend="reference")
+        doubles = [t.double() for t in inputs]
+        exact = op(*doubles, backend="reference")
+        assert_close(exact, ref=op(*doubles, backend="torch"))
         assert_equal(op(*inputs, backend="reference"), exact.to(dtype))
 
     def test_gradients(self, name, dtype):
