@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -22,7 +21,7 @@ R = TypeVar("R")
 
 #: Backends with a setting of their own, which decides since torch 2.9, and its values for float32.
 _BACKENDS = ("cuda", "mkldnn") if hasattr(torch._C, "_get_fp32_precision_getter") else ()
-_FULL = ("ieee", "none")
+_FULL = frozenset(("ieee", "none"))
 
 
 def true_float32(function: Callable[P, R]) -> Callable[P, R]:
@@ -41,20 +40,17 @@ def true_float32(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
         device = next((t.device.type for t in tensors), None)
-        with _highest_precision, _no_autocast(device):
-            return function(*args, **kwargs)
+        with _highest_precision:
+            if device is None or not torch.is_autocast_enabled(device):
+                return function(*args, **kwargs)
+            with torch.autocast(device, enabled=False):
+                return function(*args, **kwargs)
 
     return run
 
 
-def _no_autocast(device: str | None) -> torch.autocast | nullcontext[None]:
-    if device is None or not torch.is_autocast_enabled(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
-
-
 class _HighestPrecision:
-    """A context for any number of threads: the first raises the setting, the last restores it."""
+    """A context that any number of threads may be in; the last to leave restores the setting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,8 +59,8 @@ class _HighestPrecision:
 
     def __enter__(self) -> None:
         with self._lock:
-            if self._inside == 0:
-                self._restore = _raise_precision()
+            # Every thread looks, as the caller may have lowered the setting since the first came.
+            self._restore = _raise_precision() or self._restore
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -72,6 +68,7 @@ class _HighestPrecision:
             self._inside -= 1
             if self._inside == 0 and self._restore is not None:
                 self._restore()
+                self._restore = None
 
 
 _highest_precision = _HighestPrecision()
@@ -82,10 +79,10 @@ def _raise_precision() -> Callable[[], None] | None:
 
     Returns None where the precision is the highest already.
     """
-    settings = {b: torch._C._get_fp32_precision_getter(b, "matmul") for b in _BACKENDS}
-    if settings and all(value in _FULL for value in settings.values()):
+    settings = [torch._C._get_fp32_precision_getter(b, "matmul") for b in _BACKENDS]
+    if settings and _FULL.issuperset(settings):
         return None
-    for backend in settings:
+    for backend in _BACKENDS:
         torch._C._set_fp32_precision_setter(backend, "matmul", "ieee")
     # The older setting can be read now: torch refuses while the newer ones contradict it.
     older = torch.get_float32_matmul_precision()
@@ -95,9 +92,9 @@ def _raise_precision() -> Callable[[], None] | None:
     return functools.partial(_restore_precision, older, settings)
 
 
-def _restore_precision(older: str, settings: dict[str, str]) -> None:
+def _restore_precision(older: str, settings: list[str]) -> None:
     torch.set_float32_matmul_precision(older)
-    for backend, value in settings.items():
+    for backend, value in zip(_BACKENDS, settings, strict=True):
         # "none" inherits, and the getter resolves it: a value that was inherited stays so.
         torch._C._set_fp32_precision_setter(backend, "matmul", "none")
         if torch._C._get_fp32_precision_getter(backend, "matmul") != value:

@@ -11,7 +11,7 @@ from tolerance import assert_close
 from torch.backends.cuda import matmul
 
 import scclip_fast as sf
-from scclip_fast import distributed
+from scclip_fast import chunked, distributed
 from scclip_fast.metrics import nearest
 from scclip_fast.precision import true_float32
 
@@ -213,6 +213,16 @@ def test_outside_custom_ops(op, seed):
         assert_equal(run(), expected)
 
 
+@pytest.mark.parametrize("width", [8, 72])
+def test_attention_of_float32_on_a_gpu(width):
+    """The plain form, which the CPU does not take, is torch's attention."""
+    q, k, v = torch.randn(3, 2, 40, width)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double() for t in (q, k, v)), scale=0.3
+    )
+    assert_close(chunked._plain_attention(q, k, v, scale=0.3), ref=expected)
+
+
 class TestTheGuard:
     @pytest.mark.parametrize("setting", SETTINGS)
     def test_settings_are_restored_after_an_exception(self, setting):
@@ -243,26 +253,31 @@ class TestTheGuard:
         assert outer(torch.ones(1)) == [False, False]
         assert settings() == before
 
-    def test_a_thread_that_leaves_does_not_lower_the_precision_of_another(self):
-        entered, left = threading.Event(), threading.Event()
+    @pytest.mark.parametrize("lowered", ["before", "between"])
+    def test_threads(self, lowered):
+        """Neither a thread that leaves first nor one that came first lowers another's precision."""
+        entered, leave = threading.Event(), threading.Event()
 
         @true_float32
         def first(x):
             entered.set()
-            left.wait(10)
+            leave.wait(10)
 
-        torch.set_float32_matmul_precision("high")
+        @true_float32
+        def second(x):
+            before = coarse()
+            leave.set()
+            thread.join(10)
+            return [before, coarse()]
+
+        if lowered == "before":
+            torch.set_float32_matmul_precision("high")
         thread = threading.Thread(target=first, args=(torch.ones(1),))
         thread.start()
         entered.wait(10)
-
-        @true_float32
-        def leave_first(x):
-            left.set()
-            thread.join(10)
-            return coarse()
-
-        assert leave_first(torch.ones(1)) is False
+        if lowered == "between":
+            torch.set_float32_matmul_precision("high")
+        assert second(torch.ones(1)) == [False, False]
         assert coarse()
 
     @pytest.mark.skipif(not NEWER, reason="torch 2.9's settings")
