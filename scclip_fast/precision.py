@@ -39,12 +39,13 @@ def true_float32(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        device = next((t.device.type for t in tensors), None)
+        device = next((t.device.type for t in tensors), "meta")
         with _highest_precision:
-            if device is None or not torch.is_autocast_enabled(device):
-                return function(*args, **kwargs)
-            with torch.autocast(device, enabled=False):
-                return function(*args, **kwargs)
+            # Some devices, such as meta, have no autocast to ask for.
+            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return function(*args, **kwargs)
+            return function(*args, **kwargs)
 
     return run
 

@@ -239,6 +239,11 @@ class TestTheGuard:
         with torch.autocast("cpu", torch.bfloat16), pytest.raises(KeyError):
             fail(x=torch.ones(1))
 
+    def test_a_device_without_autocast(self):
+        """Bad input gets the function's own error."""
+        assert true_float32(lambda x: x.device.type)(torch.ones(1, device="meta")) == "meta"
+        assert true_float32(lambda x: x)("no tensor") == "no tensor"
+
     def test_nested(self):
         @true_float32
         def inner(x):
