@@ -120,48 +120,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The properties of a GPU that decide the tile of a launch.
-
-    Attributes:
-        capability: NVIDIA's compute capability, 90 for sm_90; 0 for the GPUs of others.
-        shared: bytes of shared memory that a block may use.
-    """
-
-    capability: int
-    shared: int
-
-    @property
-    def hopper(self) -> bool:
-        """Whether it has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
-        return self.capability // 10 == 9
-
-
-#: An A100: the plan of Triton's interpreter and of tensors without a device.
-ELSEWHERE = Architecture(80, 163 * 1024)
-
-
-@functools.cache
-def architecture(device: torch.device) -> Architecture:
-    """The architecture of a GPU, or `ELSEWHERE` where the device is none."""
-    if device.type not in ("cuda", "xpu"):
-        return ELSEWHERE
-    properties = torch.get_device_module(device).get_device_properties(device)
-    if device.type == "xpu" or torch.version.hip is not None:
-        return Architecture(0, getattr(properties, "shared_memory_per_block", 64 * 1024))
-    capability = 10 * properties.major + properties.minor
-    return Architecture(capability, properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """The multiprocessors (NVIDIA) or compute units (AMD) of a GPU; 132, an H100's, elsewhere."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def power_of_two(n: int, low: int, high: int) -> int:
     """The power of two at or above n, held between low and high (powers of two)."""
     return max(low, min(high, triton.next_power_of_2(n)))

@@ -63,6 +63,14 @@ def resolve(name: str | None, *tensors: torch.Tensor) -> str:
     return requested
 
 
+def operands(backend: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors that a resolved backend computes on: float64 on the reference, else the same.
+
+    The caller casts the result, so that all in between, in the backward pass too, is rounded once.
+    """
+    return tuple(t.double() for t in tensors) if backend == "reference" else tensors
+
+
 def _check_name(name: str | None, argument: str) -> str | None:
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{argument} must be one of {', '.join(BACKENDS)} or None, got {name!r}")

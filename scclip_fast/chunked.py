@@ -90,11 +90,13 @@ def weighed(
     """Sums (b, r, Dv) of the values (b, c, Dv) by weight, and of the weights (b, r).
 
     Queries (b, r, D) are unit rows in the dtype of the sums, scale (b, c, 1) the features' inverse
-    norms.
+    norms. Both are NaN for a token that is not finite: its column has weight 0, its row sums NaN.
     """
     s = (queries @ features.to(queries.dtype).mT).mul_(scale.mT)
     w = weights(s, floor[:, None, None], gamma)
-    return w @ values.to(queries.dtype), w.sum(dim=-1)
+    total = w.sum(dim=-1).masked_fill_(queries[..., 0].isnan(), torch.nan)
+    # A weight of 0 times an infinity would be NaN.
+    return w @ values.to(queries.dtype).masked_fill(scale.isnan(), 0), total
 
 
 def aggregate_backward(
@@ -110,48 +112,55 @@ def aggregate_backward(
 
     With a_ij = w_ij / z_i: dv_j = sum_i a_ij g_i and dw_ij = (g_i v_j - g_i out_i) / z_i. The floor
     only gates, so its derivative is zero almost everywhere (and the softmax does not depend on the
-    mean it subtracts).
+    mean it subtracts). A token that is not finite has gradients of 0, and its row sends none.
     """
     batch, tokens, _ = values.shape
     dtype = compute_dtype(values, features)
     scale = inverse_norms(features)
+    broken = scale.isnan()
     tile = plan(batch, tokens, 2 * (values.shape[-1] + features.shape[-1]), dtype)
     z = (total + normaliser_eps(gamma)).unsqueeze(-1)
     projected = (grad.to(dtype) * out.to(dtype)).sum(dim=-1, keepdim=True)  # g_i out_i
+    offset = (projected / z).masked_fill_(broken, 0)
     grad_values = torch.zeros_like(values, dtype=dtype, memory_format=torch.contiguous_format)
     grad_unit = torch.zeros_like(features, dtype=dtype, memory_format=torch.contiguous_format)
     for images in spans(batch, tile.images):
         for rows in spans(tokens, tile.rows):
-            g = grad[images, rows].to(dtype) / z[images, rows]
-            queries = features[images, rows].to(dtype) * scale[images, rows]
+            at = images, rows
+            g = (grad[at].to(dtype) / z[at]).masked_fill_(broken[at], 0)
+            queries = (features[at].to(dtype) * scale[at]).masked_fill_(broken[at], 0)
             for columns in spans(tokens, tile.columns):
-                keys = features[images, columns].to(dtype) * scale[images, columns]
+                at = images, columns
+                keys = (features[at].to(dtype) * scale[at]).masked_fill_(broken[at], 0)
                 s = queries @ keys.mT
                 w = weights(s, floor[images, None, None], gamma)
-                dw = (
-                    g @ values[images, columns].to(dtype).mT
-                    - projected[images, rows] / z[images, rows]
-                )
+                dw = g @ values[at].to(dtype).masked_fill(broken[at], 0).mT - offset[images, rows]
                 ds = dw * (w * gamma if gamma is not None else s >= floor[images, None, None])
-                grad_values[images, columns] += w.mT @ g
+                grad_values[at] += w.mT @ g
                 grad_unit[images, rows] += ds @ keys
-                grad_unit[images, columns] += ds.mT @ queries
+                grad_unit[at] += ds.mT @ queries
     unit = features.to(dtype) * scale
     radial = (unit * grad_unit).sum(dim=-1, keepdim=True) * (scale < 1 / NORM_EPS)
-    return grad_values.to(values.dtype), ((grad_unit - unit * radial) * scale).to(features.dtype)
+    grad_features = ((grad_unit - unit * radial) * scale).masked_fill_(broken, 0)
+    return grad_values.masked_fill_(broken, 0).to(values.dtype), grad_features.to(features.dtype)
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float
 ) -> Tensor:
     """`reference.attention` on torch's own, a chunk of queries that its plain form has room for."""
+    # On a GPU, torch's fused attention of float32 multiplies on tensor cores, whose sums truncate.
+    plain = q.dtype == torch.float32 and q.device.type != "cpu"
+    attend = _plain_attention if plain else F.scaled_dot_product_attention
     out = torch.empty_like(content, memory_format=torch.contiguous_format)
     for image, rows in _attention_spans(q, k):
-        self_attention = F.scaled_dot_product_attention(
-            q[image, :, rows], k[image], v[image], scale=scale
-        )
+        self_attention = attend(q[image, :, rows], k[image], v[image], scale=scale)
         out[image, :, rows] = self_attention.lerp(content[image, :, rows], alpha)
     return out
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.softmax((q @ k.mT).mul_(scale), dim=-1) @ v
 
 
 def attention_backward(
@@ -191,6 +200,6 @@ def _attention_spans(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def inverse_norms(features: Tensor) -> Tensor:
-    """1 / ||f||, (B, N, 1); the norm is held above `NORM_EPS` as in F.normalize."""
+    """1 / ||f||, (B, N, 1), with the norm held above `NORM_EPS`; NaN where it is not finite."""
     norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=compute_dtype(features))
-    return norms.clamp(min=NORM_EPS).reciprocal()
+    return norms.clamp(min=NORM_EPS).reciprocal().masked_fill_(~norms.isfinite(), torch.nan)

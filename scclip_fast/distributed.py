@@ -35,6 +35,7 @@ from .certificate import undecided
 from .chunked import Tile
 from .ops import _check
 from .ops.outliers import check_variant
+from .precision import true_float32
 from .search import (
     Search,
     band,
@@ -50,6 +51,7 @@ from .shards import Shards, meet, rows_of
 PAIRS = 4096  # are measured at once, if the workspace has room
 
 
+@true_float32
 def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """The k nearest other tokens of every token of this rank; see `scclip_fast.knn`.
 
@@ -75,6 +77,7 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
     return distances.masked_fill(distances.isnan(), torch.inf), indices
 
 
+@true_float32
 def lof_scores(
     features: Tensor,
     n_neighbors: int = 30,
@@ -114,6 +117,7 @@ def lof_scores(
     return torch.where(k_distance[:, shards.own].isnan(), torch.nan, scores)[0]
 
 
+@true_float32
 def aggregate(
     values: Tensor,
     features: Tensor,

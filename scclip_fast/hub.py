@@ -23,6 +23,7 @@ CORE = (
     "backend.py",
     "chunked.py",
     "dropin.py",
+    "precision.py",
     "progress.py",
     "reference.py",
     "certificate.py",

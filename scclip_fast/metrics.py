@@ -10,10 +10,12 @@ from torch import Tensor
 from . import search
 from .backend import resolve
 from .ops import knn
+from .precision import true_float32
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
 
+@true_float32
 def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Distances and indices (M, k) of the rows of x (N, D) nearest to queries (M, D), ascending.
 

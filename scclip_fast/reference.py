@@ -1,8 +1,9 @@
 """The equations in plain torch: the specification every other implementation is tested against.
 
-Written to be read, on explicit N x N matrices, in whatever floating dtype the arguments have
-(float64 for the tests). Shapes: x, f, v are (B, N, D) tokens, one row of patches after the other;
-scores and masks are (B, N).
+Written to be read, on explicit N x N matrices, in whatever floating dtype the arguments have.
+`backend="reference"` is never the least exact: each op passes its arguments in float64, whatever
+dtype they have, and casts the result and the gradients once. Shapes: x, f, v are (B, N, D) tokens,
+one row of patches after the other; scores and masks are (B, N).
 
 Sources: SC-CLIP (Bai et al., arXiv 2411.15869) for everything but the two LOF variants, which are
 Schubert, Zimek and Kriegel, "Local outlier detection reconsidered", DMKD 2014 ("scclip") and
@@ -12,7 +13,6 @@ Breunig et al., "LOF: identifying density-based local outliers", SIGMOD 2000 ("b
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-12  # F.normalize's own
@@ -126,7 +126,10 @@ def quantile(scores: Tensor, fraction: float) -> Tensor:
 
 
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A masked token becomes the mean of its in-bounds, unmasked 8-neighbours, if it has any."""
+    """A masked token becomes the mean of its in-bounds, unmasked 8-neighbours, if it has any.
+
+    A token that is not finite spreads to the mean of masked neighbours unless it is masked itself.
+    """
     height, width = grid
     image, token = mask.nonzero(as_tuple=True)
     row, column = token // width, token % width
@@ -141,15 +144,29 @@ def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.index_put((image, token), mean)
 
 
+def unit_vectors(f: Tensor) -> Tensor:
+    """f_hat = f / ||f||, (B, N, D); NaN throughout a token that is not finite.
+
+    Not finite is a token that holds a NaN or an infinity, or whose norm overflows its dtype. The
+    norm is held above 1e-12, as in torch.nn.functional.normalize.
+    """
+    norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
+    return f / torch.where(norm.isfinite(), norm.clamp(min=NORM_EPS), torch.nan)
+
+
 def cosine_similarity(f: Tensor) -> Tensor:
-    """S = f_hat f_hat^T with f_hat = f / ||f||, (B, N, N)."""
-    unit = F.normalize(f, dim=-1, eps=NORM_EPS)
+    """S = f_hat f_hat^T, (B, N, N); NaN in the rows and columns of tokens that are not finite."""
+    unit = unit_vectors(f)
     return unit @ unit.mT
 
 
 def similarity(f: Tensor, beta: float, normalize: bool = True) -> Tensor:
-    """S_beta = S * 1[S >= beta], (B, N, N)."""
-    s = cosine_similarity(f) if normalize else f @ f.mT
+    """S_beta = S * 1[S >= beta], (B, N, N), NaN as in S."""
+    return threshold(cosine_similarity(f) if normalize else f @ f.mT, beta)
+
+
+def threshold(s: Tensor, beta: float) -> Tensor:
+    """s * 1[s >= beta], NaN where s is NaN."""
     return torch.where(s < beta, 0, s)
 
 
@@ -160,8 +177,11 @@ def adaptive_aggregate(features: Tensor, similarity_matrix: Tensor) -> Tensor:
 
 
 def mean_similarity(f: Tensor) -> Tensor:
-    """mu = mean of S over all N^2 pairs of an image = ||mean_i f_hat_i||^2, (B,)."""
-    return F.normalize(f, dim=-1, eps=NORM_EPS).mean(dim=1).square().sum(dim=-1)
+    """mu = mean of S over all pairs of finite tokens of an image = ||mean_i f_hat_i||^2, (B,)."""
+    unit = unit_vectors(f)
+    finite = unit[..., :1].isfinite()
+    mean = torch.where(finite, unit, 0).sum(dim=1) / finite.sum(dim=1).clamp(min=1)
+    return mean.square().sum(dim=-1)
 
 
 def content_floor(mu: Tensor) -> Tensor:
@@ -177,10 +197,10 @@ def weights(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
     """The two weight functions: s 1[s >= floor], and with a gamma exp(gamma (s - 1)) 1[s >= floor].
 
     The second is the numerator of softmax(gamma (s - mu)); as s <= 1, it needs no running maximum.
-    Both leave NaN NaN.
+    A similarity that is NaN has weight 0.
     """
     weight = s if gamma is None else torch.exp(gamma * (s - 1))
-    return torch.where(s < floor, 0, weight)
+    return torch.where(s >= floor, weight, 0)
 
 
 def aggregate(
@@ -191,10 +211,17 @@ def aggregate(
     out_i = sum_j w_ij v_j / (sum_j w_ij + eps), w = `weights`(S, floor, gamma), floor (B,).
     gamma=None with floor=beta is SC-CLIP's aggregation; gamma with floor=`content_floor` its
     content attention.
+
+    A token whose features are not finite (`unit_vectors`) has weight 0 for all others, whatever its
+    values are, and its own row of both results is NaN. Values of finite tokens must be finite: they
+    spread as in any product.
     """
-    weight = weights(cosine_similarity(f), floor[:, None, None], gamma)
-    total = weight.sum(dim=-1)
-    return weight @ values / (total + normaliser_eps(gamma)).unsqueeze(-1), total
+    s = cosine_similarity(f)
+    finite = s.diagonal(dim1=-2, dim2=-1).isfinite()
+    weight = weights(s, floor[:, None, None], gamma)
+    total = torch.where(finite, weight.sum(dim=-1), torch.nan)
+    kept = torch.where(finite.unsqueeze(-1), values, 0)
+    return weight @ kept / (total + normaliser_eps(gamma)).unsqueeze(-1), total
 
 
 def normaliser_eps(gamma: float | None) -> float:

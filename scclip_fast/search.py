@@ -82,7 +82,8 @@ class Search:
 
     def see(self, tokens: Tensor, first: int) -> None:
         """Take tokens (B, n, D) into account, whose indices count from `first`."""
-        score_tile = self._differences if self._centre is None else self._products(tokens)
+        centre = self._centre
+        score_tile = self._differences if centre is None else self._products(tokens, centre)
         width = -(-tokens.shape[1] // GROUP) * GROUP
         # One tile for all: an allocator hands out and takes back so large ones at a cost.
         scores = self.scores.new_empty(len(tokens), self._step, width)
@@ -92,11 +93,11 @@ class Search:
             self._leave_out_own(tile, part, first)
             _keep_smallest(self.scores[:, part], self.indices[:, part], tile, first)
 
-    def _products(self, tokens: Tensor) -> Callable[[Tensor, slice, Tensor], None]:
-        candidates, norms = _centred(tokens, self._centre, multiple=GROUP)
+    def _products(self, tokens: Tensor, centre: Tensor) -> Callable[[Tensor, slice, Tensor], None]:
+        candidates, norms = _centred(tokens, centre, multiple=GROUP)
 
         def multiply(_: Tensor, part: slice, tile: Tensor) -> None:
-            centred, squares = _centred(self._rows[:, part], self._centre)
+            centred, squares = _centred(self._rows[:, part], centre)
             self.norms[:, part] = squares.sqrt()
             torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=tile)
 

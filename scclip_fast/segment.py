@@ -12,6 +12,7 @@ from .clip import SCCLIP
 from .clip.prompts import text_features
 from .pamr import pamr
 from .picture import Picture, seen_size, to_tensor, upsampled, windows
+from .precision import true_float32
 
 _WINDOWS = 128  # in one batch; more, of very large images, take several
 #: OpenAI's, for models that state none
@@ -23,7 +24,8 @@ class Segmenter(nn.Module):
 
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
-    its best synonym.
+    its best synonym. `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder
+    and of the text features; cosines and probabilities are float32.
 
     Args:
         encoder: see `scclip_fast.clip.create_model`; of transformers, around a CLIPModel.
@@ -140,7 +142,7 @@ class Segmenter(nn.Module):
         model's device; see `forward` and `probabilities`.
         """
         pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
-        pixels = (pixels - self.mean) / self.std
+        pixels = (pixels - self.mean.float()) / self.std.float()
         size = (pixels.shape[2], pixels.shape[3])
         seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
         maps = (
@@ -176,8 +178,7 @@ class Segmenter(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
-        dense = self.encoder.encode_dense(images).float()
-        return (dense @ self.text_features.T).permute(0, 3, 1, 2)
+        return _cosines(self.encoder.encode_dense(images), self.text_features)
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Of classes (classes, ...), from the cosines of names (names, ...)."""
@@ -198,6 +199,12 @@ class Segmenter(nn.Module):
         kept = area > least * area.sum()
         kept[self.background] = True
         return kept[:, None, None].to(maps.dtype)
+
+
+@true_float32
+def _cosines(dense: Tensor, text: Tensor) -> Tensor:
+    """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
+    return (dense.float() @ text.float().T).permute(0, 3, 1, 2)
 
 
 def _synonyms(classes: Sequence[str]) -> list[list[str]]:

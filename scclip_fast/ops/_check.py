@@ -10,6 +10,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -138,4 +139,16 @@ def all_finite(name: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{name} must be finite: {len(broken)} token(s) hold NaN or infinity, "
             f"the first is token {token} of image {image}"
+        )
+
+
+def no_tangent(op: str, *tensors: Tensor) -> None:
+    """NotImplementedError if a tensor has a tangent: torch would lose it in a custom op."""
+    # The level is private. It is -1 outside forward mode, which spares the unpacking there.
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    ):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad); "
+            "reverse mode (backward, torch.autograd.grad) is available"
         )

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import NAMESPACE, resolve
+from ..backend import NAMESPACE, operands, resolve
+from ..precision import true_float32
 from . import _check
+from .product import product
 
 
 @torch.library.custom_op(f"{NAMESPACE}::aggregate", mutates_args=())
+@true_float32
 def weighted_mean(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -41,6 +44,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::aggregate_backward", mutates_args=())
+@true_float32
 def _weighted_mean_backward(
     grad: Tensor,
     values: Tensor,
@@ -86,14 +90,16 @@ def similarity(
 ) -> Tensor:
     """The explicit matrix S 1[S >= beta], S = f_hat f_hat^T, for small N and for teaching.
 
-    `aggregate` gives what one usually wants it for, without the matrix. Differentiable.
+    `aggregate` gives what one usually wants it for, without the matrix. Differentiable. Rows and
+    columns of tokens that are not finite are NaN.
 
     Args:
         features: (N, D) or (B, N, D), floating.
         beta: threshold, finite or -inf, which keeps every entry; -1 keeps every cosine but for
             rounding, and without `normalize` products lie anywhere.
         normalize: divide the features by their norms first; without it S = f f^T.
-        backend: checked, and otherwise without effect: one matrix product needs no kernel of ours.
+        backend: "reference", in float64, or "torch" and "triton", which both run torch's matrix
+            product.
 
     Returns:
         (N, N) or (B, N, N), in the dtype of `features`.
@@ -103,10 +109,13 @@ def similarity(
     """
     batch = _check.tokens("features", features)
     beta = beta if beta == -math.inf else _check.number("beta", beta)
-    resolve(backend, features)
-    s = reference.similarity(batch.to(chunked.compute_dtype(batch)), beta, normalize).to(
-        features.dtype
-    )
+    if resolve(backend, features) == "reference":
+        s = reference.similarity(batch.double(), beta, normalize)
+    else:
+        f = batch.to(chunked.compute_dtype(batch))
+        f = reference.unit_vectors(f) if normalize else f
+        s = reference.threshold(product(f, f.mT), beta)
+    s = s.to(features.dtype)
     return s if features.dim() == 3 else s[0]
 
 
@@ -121,7 +130,7 @@ def adaptive_aggregate(
     Args:
         features: (N, D) or (B, N, D), floating.
         similarity_matrix: (N, N) or (B, N, N), floating, such as `similarity` returns.
-        backend: "reference", or "torch" and "triton", which both run torch's matrix product.
+        backend: as `similarity`.
 
     Returns:
         Of the shape and dtype of `features`.
@@ -137,13 +146,13 @@ def adaptive_aggregate(
     _check.shape(
         "similarity_matrix", matrix, (batch.shape[0], n, n), "(B, N, N) for features (B, N, D)"
     )
-    dtype = chunked.compute_dtype(batch, matrix)
     if resolve(backend, features, similarity_matrix) == "reference":
-        out = reference.adaptive_aggregate(batch.to(dtype), matrix.to(dtype))
+        out = reference.adaptive_aggregate(batch.double(), matrix.double())
     else:
+        dtype = chunked.compute_dtype(batch, matrix)
         # Dividing D columns afterwards is cheaper than N of the matrix before.
         row_sum = matrix.sum(dim=-1, keepdim=True, dtype=dtype)
-        out = (matrix.to(dtype) @ batch.to(dtype)) / (row_sum + reference.AGGREGATE_EPS)
+        out = product(matrix.to(dtype), batch.to(dtype)) / (row_sum + reference.AGGREGATE_EPS)
     return out.to(features.dtype).view_as(features)
 
 
@@ -153,12 +162,13 @@ def aggregate(
     """SC-CLIP's adaptive aggregation, N x N matrix never made: means of tokens that are alike.
 
     out_i = sum_j S_ij v_j / (sum_j S_ij + 1e-6) over j with S_ij >= beta, S the cosine similarity
-    of the features. Differentiable by values and features (once); the backward pass recomputes S
-    and is chunked torch code.
+    of the features. Differentiable by values and features (once, in reverse mode); the backward
+    pass recomputes S and is chunked torch code.
 
-    A token whose features are not finite has no direction: its row is NaN, its weight for every
-    other row 0, and its values do not count. Values of the other tokens must be finite: 0 times
-    NaN is NaN, which may reach rows that have no weight for that token.
+    A token whose features are not finite, or whose norm overflows float32 (float64 for float64 and
+    on the reference), has weight 0 for all others whatever its values, and its own row is NaN; no
+    gradient goes to or comes from it. Values of all other tokens must be finite: 0 times NaN is
+    NaN, which may reach rows that have no weight for that token.
 
     Args:
         values: (N, Dv) or (B, N, Dv), floating.
@@ -173,12 +183,16 @@ def aggregate(
         TypeError: not floating.
         ValueError: shapes or devices that do not fit, a beta that is not finite, a backend that
             cannot run.
+        NotImplementedError: a tangent of forward-mode differentiation.
     """
     v, f = value_and_feature_tokens(values, features)
+    _check.no_tangent("aggregate", v, f)
     beta = _check.number("beta", beta)
+    resolved = resolve(backend, v, f)
+    v, f = operands(resolved, v, f)
     floor = torch.full(v.shape[:1], beta, dtype=chunked.compute_dtype(v, f), device=v.device)
-    out, _ = weighted_mean(v, f, floor, None, resolve(backend, v, f))
-    return out.view_as(values)
+    out, _ = weighted_mean(v, f, floor, None, resolved)
+    return out.to(values.dtype).view_as(values)
 
 
 def value_and_feature_tokens(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:

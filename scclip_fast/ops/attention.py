@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import NAMESPACE, resolve
+from ..backend import NAMESPACE, operands, resolve
+from ..precision import true_float32
 from . import _check
 from .aggregation import weighted_mean
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+@true_float32
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
 ) -> Tensor:
@@ -39,6 +41,7 @@ def _(
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
+@true_float32
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,8 +83,12 @@ def blended_attention(
     out = [(1 - alpha) softmax(scale q k^T) + alpha C] v, where C_ij is the softmax over {j : S_ij
     >= mu} of gamma (S_ij - mu), S the cosine similarity of the features and mu its mean over the
     image. C is the same for all heads. SC-CLIP itself passes its keys as q as well. Differentiable
-    by q, k, v and features (once); the backward pass recomputes both halves in chunked torch code.
-    The self half of heads wider than 128, in float32 than 64, is torch's own on every backend.
+    by q, k, v and features (once, in reverse mode); the backward pass recomputes both halves in
+    chunked torch code. The self half of heads wider than 128, in float32 than 64, is torch's own on
+    every backend.
+
+    In the content half, a token whose features are not finite counts for no other, and mu is the
+    mean over pairs of the others; see `aggregate`. Its own row of the result is NaN.
 
     Args:
         q, k: (H, N, d) or (B, H, N, d), floating, any strides.
@@ -99,14 +106,18 @@ def blended_attention(
         TypeError: not floating, or q, k and v of different dtypes.
         ValueError: shapes or devices that do not fit, a number out of range, a backend that cannot
             run.
+        NotImplementedError: a tangent of forward-mode differentiation.
     """
     queries, keys, values, f = _checked(q, k, v, features)
+    _check.no_tangent("blended_attention", queries, keys, values, f)
     gamma = _check.number("gamma", gamma, low=0)
     alpha = _check.number("alpha", alpha, low=0, high=1)
     scale = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
     resolved = resolve(backend, queries, f)
+    queries, keys, values, f = operands(resolved, queries, keys, values, f)
     content = _content_attention(values, f, gamma, resolved)
-    return _attention(queries, keys, values, content, alpha, scale, resolved).view_as(v)
+    out = _attention(queries, keys, values, content, alpha, scale, resolved)
+    return out.to(v.dtype).view_as(v)
 
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import chunked, reference, search
 from ..backend import NAMESPACE, resolve
+from ..precision import true_float32
 from . import _check
 
 MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
@@ -14,6 +15,7 @@ VARIANTS = ("scclip", "breunig")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::nearest", mutates_args=())
+@true_float32
 def _nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tensor]:
     """Squared distances and indices (B, N, k) of the nearest others of x (B, N, D), nearest first.
 
@@ -39,6 +41,7 @@ def _(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor, Tenso
 
 
 @torch.library.custom_op(f"{NAMESPACE}::simplified_lof", mutates_args=())
+@true_float32
 def _simplified_lof(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
     """`reference.simplified_lof`: scores (B, N)."""
     if backend == "triton" and k_distance.numel():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunked, reference
-from ..backend import NAMESPACE, resolve
+from ..backend import NAMESPACE, operands, resolve
 from . import _check
 
 
@@ -58,8 +58,9 @@ def repair(
 ) -> Tensor:
     """Replace each outlier token by the mean of its 8 neighbours that are no outliers.
 
-    An outlier without such a neighbour keeps its value (SC-CLIP's rule). Differentiable by
-    `tokens`.
+    An outlier without such a neighbour keeps its value (SC-CLIP's rule). Differentiable by `tokens`
+    in reverse mode. A token that is not finite is replaced like any other if the mask has it, and
+    otherwise enters the means of its neighbours: include such tokens in the mask.
 
     Args:
         tokens: (N, D) or (B, N, D), floating, any strides, row by row: token i is patch
@@ -75,6 +76,7 @@ def repair(
     Raises:
         TypeError: tokens is not floating or mask not bool.
         ValueError: shapes or devices that do not fit, H W other than N, a backend that cannot run.
+        NotImplementedError: a tangent of forward-mode differentiation.
     """
     _check.floating("tokens", tokens)
     batch = _check.batched("tokens", tokens, "B, N, D")  # N = 1 is meant, as the grid says so
@@ -83,9 +85,12 @@ def repair(
         raise TypeError(f"mask must be a bool tensor, True for outliers, got {found}")
     _check.shape("mask", mask, tuple(tokens.shape[:-1]), "(that of tokens without the last dim)")
     _check.same_device(tokens=tokens, mask=mask)
+    _check.no_tangent("repair", batch)
     height, width = _check_grid(grid, batch.shape[1])
     outliers = mask.reshape(batch.shape[:2])
-    return _repair(batch, outliers, height, width, resolve(backend, tokens)).view_as(tokens)
+    resolved = resolve(backend, tokens)
+    (batch,) = operands(resolved, batch)
+    return _repair(batch, outliers, height, width, resolved).to(tokens.dtype).view_as(tokens)
 
 
 def _pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
