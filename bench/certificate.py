@@ -1,10 +1,11 @@
-"""What the half-precision search decides: python bench/certificate.py [TOKENS WIDTH]
+"""What the certificates of the searches decide: python bench/certificate.py [torch] [TOKENS WIDTH]
 
-Runs its kernels (without a GPU in Triton's interpreter, a few minutes a kind) on several kinds of
-features and compares with float64: candidates a row, those that must be measured, rows without a
-certificate, of these the rows that go to the search over measured distances as more than 64 columns
-are candidates or nothing bounds them, and rows of which a neighbour is missing, which there must be
-none of.
+With `torch`, counts the rows that the products of the torch path leave undecided. Without it, runs
+the kernels of the half-precision search (without a GPU in Triton's interpreter, a few minutes a
+kind) on several kinds of features and compares with float64: candidates a row, those that must be
+measured, rows without a certificate, of these the rows that go to the search over measured
+distances as more than 64 columns are candidates or nothing bounds them, and rows of which a
+neighbour is missing, which there must be none of.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import scclip_fast as sf
+from scclip_fast import search
 from scclip_fast.clip import create_model
 from scclip_fast.kernels import nearest
 from scclip_fast.kernels.rounding import positions
 from scclip_fast.scenes.draw import scene
 
 K = 30
+PASSES = ("float64", "differences")  # of the torch path, beyond the products
 HEADER = (
     "| features | candidates p50 / p99 / max | measured p50 / p99 | undecided | searched | wrong |",
     "|---|--:|--:|--:|--:|--:|",
@@ -145,8 +149,24 @@ def line(found: dict) -> str:
     return f"| {found['features']} | {counts} | {measured} | {share} | {found['wrong']} |"
 
 
+def torch_path(n: int, d: int) -> None:
+    """Prints how many rows of each kind the torch path searches in float64 and by differences."""
+    print("| features | float64 | differences |", "|---|--:|--:|", sep="\n")
+    for kind in KINDS:
+        torch.manual_seed(0)
+        x = kind(n, d)
+        search.counts.clear()
+        sf.lof_scores(x, K, backend="torch")
+        shares = (search.counts[name] / search.counts["product"] for name in PASSES)
+        print("|", kind.__name__, *(f"| {share:.2%}" for share in shares), "|", flush=True)
+
+
 if __name__ == "__main__":
-    n, d = map(int, sys.argv[1:3]) if len(sys.argv) > 2 else (5184, 1024)
+    on_torch = sys.argv[1:2] == ["torch"]
+    sizes = sys.argv[1 + on_torch :]
+    n, d = map(int, sizes) if sizes else (5184, 1024)
+    if on_torch:
+        sys.exit(torch_path(n, d))
     print(*HEADER, sep="\n")
     rows = []
     for kind in KINDS:

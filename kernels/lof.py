@@ -2,9 +2,9 @@
 
     LOF_i = mean over j in N_k(i) of kappa_i / kappa_j        `reference.simplified_lof`
 
-kappa (B, N) float32, N_k (B, N, k) int64 -> (B, N) float32. kappa is held between the smallest
-normal and the largest finite float32, so that duplicates score 1, not 0 / 0. A score that overflows
-is held at the largest finite float32, and a NaN of kappa makes the score NaN.
+kappa (B, N) float32, N_k (B, N, k) int64 -> (B, N) float32. The smallest kappa above 0 of the image
+stands for a kappa of 0, so that equal tokens score 1, not 0 / 0. A score that overflows is held at
+the largest finite float32, and a NaN of kappa makes the score NaN.
 """
 
 from __future__ import annotations
@@ -20,9 +20,20 @@ TINY: tl.constexpr = tl.constexpr(2.0**-126)  # the smallest normal float32
 
 
 @triton.jit
-def _held(kappa):
+def _held(kappa, least):
+    kappa = tl.where(kappa == 0.0, least, kappa)
     kappa = tl.where(kappa < TINY, TINY, kappa)  # comparisons leave NaN as it is
     return tl.where(kappa > FARTHEST, FARTHEST, kappa)
+
+
+@triton.jit
+def _least_above_zero(kappa_ptr, N, BLOCK_N: tl.constexpr):
+    least = tl.full([BLOCK_N], float("inf"), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        kappa = tl.load(kappa_ptr + column, mask=column < N, other=float("inf"))
+        least = tl.minimum(least, tl.where(kappa > 0.0, kappa, float("inf")))
+    return tl.min(least, axis=0)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -42,10 +53,14 @@ def _lof_kernel(
     places = tl.arange(0, BLOCK_K)[None, :]
     inside = (rows < N)[:, None] & (places < K)
     token = image * N + rows
-    own = tl.load(kappa_ptr + token, mask=rows < N, other=0.0)
+    own = tl.load(kappa_ptr + token, mask=rows < N, other=1.0)
     neighbor = tl.load(neighbors_ptr + token[:, None] * K + places, mask=inside, other=0)
     others = tl.load(kappa_ptr + image * N + neighbor, mask=inside, other=1.0)
-    ratio = _held(own)[:, None] / _held(others)
+    least = 1.0
+    # Few images have equal tokens, and a program without them reads no other kappa.
+    if tl.min(tl.where((own[:, None] == 0.0) | (others == 0.0), 0, 1)) == 0:
+        least = _least_above_zero(kappa_ptr + image * N, N, 1024)
+    ratio = _held(own, least)[:, None] / _held(others, least)
     # The sum of k ratios may overflow where their mean does not.
     mean = tl.sum(tl.where(inside, ratio * 2.0**-7, 0.0), axis=1) / K * 2.0**7
     tl.store(scores_ptr + token, tl.where(mean > FARTHEST, FARTHEST, mean), mask=rows < N)

@@ -49,13 +49,15 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
 
     SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
     kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
-    neighbour indices. kappa is held between the smallest normal and the largest number of its
-    dtype, and so is the mean: duplicates score 1, not 0 / 0, and a token whose squared distances
-    overflow has the highest score. A token that is not finite, or has fewer than k finite others,
-    has the k-distance NaN and scores NaN.
+    neighbour indices. The kappa of a token among more than k equal ones is 0; the smallest other
+    kappa of the image stands for it, so that equal tokens score 1, not 0 / 0, and those beside them
+    no more than their distances allow. A token whose squared distances overflow has the largest
+    number for kappa, and with it the highest score. A token that is not finite, or has fewer than k
+    finite others, has the k-distance NaN and scores NaN.
     """
     limits = torch.finfo(k_distance.dtype)
-    kappa = k_distance.clamp(min=limits.tiny, max=limits.max)
+    least = torch.where(k_distance > 0, k_distance, torch.inf).amin(dim=-1, keepdim=True)
+    kappa = torch.where(k_distance == 0, least, k_distance).clamp(min=limits.tiny, max=limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
     share = 2.0 ** -neighbors.shape[-1].bit_length()  # a sum may overflow where the mean does not
     scores = ((ratios * share).mean(dim=-1) / share).clamp(max=limits.max)

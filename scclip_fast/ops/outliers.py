@@ -113,9 +113,8 @@ def lof_scores(
             `features[0].flatten(0, 1)` for its first image. Sequence-first tokens (N, B, D) pass
             for N images where B exceeds n_neighbors, and cannot be told from them.
         n_neighbors: k, 1 <= k < N. More than k artefacts that are alike are a cluster of their own,
-            in which LOF finds no outlier; `norm_scores` does. Of more than k equal tokens, the
-            k-distance is 0: they score 1, and a token with a neighbour among them scores up to the
-            largest number of the dtype, as nothing but that keeps the ratio finite.
+            in which LOF finds no outlier; `norm_scores` does. The k-distance of more than k equal
+            tokens is 0, for which the smallest other one of the image stands: they score 1.
         variant: "scclip" or "breunig".
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
             token scores NaN and is nobody's neighbour.
