@@ -143,6 +143,23 @@ def calibrated(features, last, grid, config):
     return y, mask
 
 
+def cross_attended(tokens, prompt, keep, projections, heads, config):
+    """Image tokens (N, C) attend to a prompt (T, C), with weights averaged over tokens alike.
+
+    keep (T,) bool leaves out padding; projections are those of q, k, v and the output.
+    """
+    *inner, outer = projections
+    q, k, v = (
+        projection(x).unflatten(-1, (heads, -1)).transpose(0, 1)
+        for projection, x in zip(inner, (tokens, prompt, prompt), strict=True)
+    )
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -torch.inf)
+    weights = torch.softmax(scores, dim=-1)
+    w, beta = config.residual_weight, config.similarity_beta
+    weights = (1 - w) * weights + w * aggregated(weights, tokens, beta)
+    return outer((weights @ v).transpose(0, 1).flatten(1))
+
+
 def queries(hidden, config):
     """Hidden states (1 + Q, C) of a decoder layer, the presence token first."""
     q = hidden[1:]

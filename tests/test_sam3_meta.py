@@ -1,10 +1,12 @@
 """Every stage of the calibration in the SAM3 of Meta's package, against plain code."""
 
 from dataclasses import replace
+from functools import partial
 
 import plain_sam3
 import pytest
 import torch
+import torch.nn.functional as F
 
 from scclip_fast.sam3 import calibrate
 from scclip_fast.sam3.config import STAGES
@@ -89,6 +91,38 @@ def test_queries(model, batch, layers):
     assert out["query_features"].shape == (3, batch, QUERIES, WIDTH)
     assert torch.equal(out["query_features"][-1], out["queries"])
     assert not torch.equal(out["pred_masks"], frozen["pred_masks"])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_cross_attention(model, batch):
+    config = replace(NONE, cross_attention=True, similarity_beta=0.1, residual_weight=0.4)
+    images, seen = pixels(batch), []
+    frozen = ground(model, images)
+    attentions = [layer.cross_attn_image for layer in model.transformer.encoder.layers]
+    for attention in attentions:
+        attention.register_forward_hook(
+            lambda _, __, given, out: seen.append((given, out[0])), with_kwargs=True
+        )
+    with calibrate(model, config):
+        out = ground(model, images)
+    assert len(seen) == len(attentions) == 2
+    for attention, (given, attended) in zip(attentions, seen, strict=True):
+        inner = [
+            partial(F.linear, weight=weight, bias=bias)
+            for weight, bias in zip(
+                attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True
+            )
+        ]
+        keep = ~given["key_padding_mask"]
+        expected = [
+            plain_sam3.cross_attended(
+                tokens, prompt, kept, [*inner, attention.out_proj], attention.num_heads, config
+            )
+            for tokens, prompt, kept in zip(given["query"], given["key"], keep, strict=True)
+        ]
+        assert torch.allclose(attended, torch.stack(expected), **CLOSE)
+    assert not torch.allclose(out["pred_masks"], frozen["pred_masks"], **CLOSE)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

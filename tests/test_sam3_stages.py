@@ -120,6 +120,40 @@ def test_queries(model, batch, layers):
     assert not torch.equal(out.pred_masks, frozen.pred_masks)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@torch.no_grad()
+def test_cross_attention(model, batch):
+    """Every layer of the DETR encoder, on the tokens that reach it."""
+    config = replace(NONE, cross_attention=True, similarity_beta=0.1, residual_weight=0.4)
+    prompts, seen = inputs(batch), []
+    frozen = model(**prompts)
+    attentions = [layer.cross_attn for layer in model.detr_encoder.layers]
+    hooks = [
+        attention.register_forward_hook(
+            lambda _, __, given, out: seen.append((given, out[0])), with_kwargs=True
+        )
+        for attention in attentions
+    ]
+    with calibrate(model, config):
+        out = model(**prompts)
+    for hook in hooks:
+        hook.remove()
+    assert len(seen) == len(attentions) == 2
+    for attention, (given, attended) in zip(attentions, seen, strict=True):
+        projections = [getattr(attention, f"{name}_proj") for name in "qkvo"]
+        keep = given["attention_mask"].expand(batch, -1, -1, -1)[:, 0, 0]
+        keep = keep if keep.dtype == torch.bool else keep == 0
+        expected = [
+            plain_sam3.cross_attended(tokens, prompt, kept, projections, 4, config)
+            for tokens, prompt, kept in zip(given["query"], given["key"], keep, strict=True)
+        ]
+        assert torch.allclose(attended, torch.stack(expected), **CLOSE)
+        assert not keep.all()
+    assert not torch.allclose(out.pred_masks, frozen.pred_masks, **CLOSE)
+    with calibrate(model, replace(config, residual_weight=0.0)):
+        assert torch.equal(model(**prompts).pred_masks, frozen.pred_masks)
+
+
 @pytest.mark.parametrize("score", ["norm", "either"])
 @pytest.mark.parametrize("stages", [("trunk_repair",), ("mask_repair",)])
 @torch.no_grad()
@@ -207,7 +241,15 @@ def test_mask_repair_on_the_tokens(model):
     assert torch.allclose(found[:1], model.mask_decoder.pixel_decoder([*first, coarsest]), **CLOSE)
 
 
-@pytest.mark.parametrize("switches", list(product([False, True], repeat=len(STAGES))))
+#: All combinations of the stages but cross_attention, which touches other modules than they do and
+#: takes turns; and nothing at all.
+SWITCHES = [
+    (*others[:4], index % 2 == 0, *others[4:])
+    for index, others in enumerate(product([False, True], repeat=len(STAGES) - 1))
+]
+
+
+@pytest.mark.parametrize("switches", [(False,) * len(STAGES), *SWITCHES])
 @torch.no_grad()
 def test_all_switches(model, switches):
     config = replace(NONE, **dict(zip(STAGES, switches, strict=True)))

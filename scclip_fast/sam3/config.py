@@ -8,7 +8,7 @@ from ..ops import _check
 from ..outliers import SCORES
 
 TRUNK_STAGES = ("trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion")
-OTHER_STAGES = ("decoder_calibration", "mask_repair", "mask_threshold")
+OTHER_STAGES = ("cross_attention", "decoder_calibration", "mask_repair", "mask_threshold")
 STAGES = TRUNK_STAGES + OTHER_STAGES
 
 
@@ -33,8 +33,9 @@ class Sam3CalibrationConfig:
         multi_start_idx, multi_end_idx: the layers start, ..., end - 1 make the fused branch.
         similarity_beta: cosine similarity, in [-1, 1], from which on tokens or queries are
             aggregated and, with mask_threshold, a pixel keeps its logit.
-        residual_weight: how far every stage of the trunk moves its tokens, in [0, 1]: what follows
-            was trained on the frozen trunk. At 0 the trunk is the frozen one, bit for bit.
+        residual_weight: how far every stage of the trunk, and cross_attention, moves its tokens,
+            in [0, 1]: what follows was trained on the frozen trunk. At 0 the trunk is the frozen
+            one, bit for bit.
         gamma: sharpness of the content attention.
         decoder_layers: after which layers of the DETR decoder queries are calibrated; -1 is the
             last, whose queries refine no boxes of later layers.
@@ -44,12 +45,15 @@ class Sam3CalibrationConfig:
         trunk_aggregate: aggregate before and after the last layer.
         trunk_attention: blend the content attention into the last layer's.
         trunk_fusion: blend in what the last layer makes of the mean of the middle layers.
+        cross_attention: in every layer of the DETR encoder, average the attention of an image token
+            to the prompt with that of the tokens that look like it.
         decoder_calibration: aggregate object queries, where there are outliers among them. It takes
             from the queries some of their diversity, which a detector without NMS lives on.
         mask_repair: repair outliers of the mask head's features.
-        mask_threshold: a logit becomes 0 where the cosine of query and pixel is below beta, as in
-            the design that this follows. A logit of 0 is a probability of one half: background
-            rises to it and foreground is lost, so it is for experiments only.
+        mask_threshold: a logit becomes 0 where the cosine of query and pixel is below beta. The
+            design document compares the raw dot product with beta, which depends on the lengths of
+            both. A logit of 0 is a probability of one half: background rises to it and foreground
+            is lost, so it is for experiments only.
     """
 
     outlier_n_neighbors: int = 30
@@ -68,6 +72,7 @@ class Sam3CalibrationConfig:
     trunk_aggregate: bool = True
     trunk_attention: bool = True
     trunk_fusion: bool = True
+    cross_attention: bool = False
     decoder_calibration: bool = False
     mask_repair: bool = False
     mask_threshold: bool = False

@@ -84,6 +84,14 @@ class CalibratedVisionModel(sam3.Sam3VisionModel):
             self.scclip.clear()
 
 
+class AggregatedCrossAttention(sam3.Sam3Attention):
+    """The attention of image tokens to the prompt in a layer of the DETR encoder."""
+
+    def forward(self, query: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        attended, weights = super().forward(query, *args, **kwargs)
+        return stages.aggregate_attended(attended, query, self.scclip.config), weights
+
+
 class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
     """A layer of the DETR decoder; its token 0, for presence, is no object query."""
 
@@ -211,6 +219,9 @@ def _chosen(
             own = copy.copy(attention.config)  # all layers of the trunk share one
             own._attn_implementation = ATTENTION
             yield attention, type(attention), {"config": own}
+    if config.cross_attention:
+        for layer in model.detr_encoder.layers:
+            yield layer.cross_attn, AggregatedCrossAttention, {}
     if config.decoder_calibration:
         for layer in {model.detr_decoder.layers[index] for index in config.decoder_layers}:
             yield layer, CalibratedDecoderLayer, {}

@@ -9,7 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sam3.model import decoder, maskformer_segmentation, sam3_image, vitdet, vl_combiner
+from sam3.model import (
+    decoder,
+    maskformer_segmentation,
+    model_misc,
+    sam3_image,
+    vitdet,
+    vl_combiner,
+)
 from torch import Tensor, nn
 
 from ..ops import blended_attention
@@ -68,6 +75,14 @@ class CalibratedBackbone(vl_combiner.SAM3VLBackbone):
             return super().forward_image(samples) | self.scclip.take(*TRUNK_FOUND)
         finally:
             self.scclip.clear()
+
+
+class AggregatedCrossAttention(model_misc.MultiheadAttentionWrapper):
+    """The attention of image tokens to the prompt in a layer of the DETR encoder."""
+
+    def forward(self, query: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        attended, _ = super().forward(query, *args, **kwargs)
+        return stages.aggregate_attended(attended, query, self.scclip.config), None
 
 
 class CalibratedDecoderLayer(decoder.TransformerDecoderLayer):
@@ -136,6 +151,9 @@ def replacements(
         yield blocks[-1], CalibratedLastBlock, {}
         if config.trunk_attention:
             yield blocks[-1].attn, BlendedAttention, {}
+    if config.cross_attention:
+        for layer in model.transformer.encoder.layers:
+            yield layer.cross_attn_image, AggregatedCrossAttention, {}
     if config.decoder_calibration:
         layers = model.transformer.decoder.layers
         for layer in {layers[index] for index in config.decoder_layers}:
@@ -157,6 +175,12 @@ def _check(model: sam3_image.Sam3Image, config: Sam3CalibrationConfig) -> None:
             "the trunk must be SAM3's, without class token or relative positions, its last block's "
             f"attention over all tokens; got window_size={last.window_size}, "
             f"cls_token={last.attn.cls_token}, use_rel_pos={last.attn.use_rel_pos}"
+        )
+    attentions = [layer.cross_attn_image for layer in model.transformer.encoder.layers]
+    if config.cross_attention and not all(attention.batch_first for attention in attentions):
+        raise ValueError(
+            "cross_attention needs cross attention of (B, N, C) in the encoder, got one with "
+            "batch_first=False"
         )
     head = model.segmentation_head
     if (config.mask_repair or config.mask_threshold) and (head is None or head.aux_masks):

@@ -61,6 +61,21 @@ def calibrate_trunk(
     return y, outliers
 
 
+def aggregate_attended(attended: Tensor, tokens: Tensor, config: Sam3CalibrationConfig) -> Tensor:
+    """The cross attention of image tokens to a prompt, averaged over tokens that look alike.
+
+    With A the attention, V the prompt's values and S the row-normalised similarity of the tokens,
+    the result is ((1 - w) A + w S A) V = (1 - w) A V + w S (A V): no matrix of the tokens by the
+    prompt's is needed.
+
+    Args:
+        attended: (B, N, C), A V.
+        tokens: (B, N, C), the queries of the attention.
+    """
+    similar = aggregate(attended, tokens, config.similarity_beta)
+    return torch.lerp(attended, similar, config.residual_weight)
+
+
 def calibrate_queries(queries: Tensor, config: Sam3CalibrationConfig) -> Tensor:
     """Object queries (B, Q, C), aggregated in the images that have outliers among them."""
     outliers = _outliers(queries, config)
