@@ -25,7 +25,7 @@ from scclip_fast import chunked, distributed
 WORLD, LARGE = 3, (1500, 64)
 N, D, K = 131, 24, 5
 WORKSPACES = {"pieces": 2**14, "whole": chunked.WORKSPACE_BYTES}  # several tiles a rank, or one
-KINDS = ("clusters", "ties", "broken")
+KINDS = ("clusters", "far", "ties", "broken")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINATIONS = [*product(["pieces"], KINDS, DTYPES), ("whole", "clusters", torch.float32)]
 
@@ -41,6 +41,8 @@ def tokens(kind: str) -> Tensor:
     if kind == "ties":
         return torch.randint(3, (N, 3)).double().repeat(1, D // 3) + 100
     x = clusters(1, N, D)[0].double()
+    if kind == "far":  # products leave half of the rows undecided, whichever rank holds them
+        x[N // 2 :] += 1000
     if kind == "broken":
         x[:, :2] += 300
         x[0, 0], x[N // 2], x[-1, 3] = torch.nan, torch.inf, -torch.inf

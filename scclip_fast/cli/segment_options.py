@@ -88,8 +88,8 @@ def add_sam3(parser: argparse.ArgumentParser) -> None:
         "--sam3-stages",
         metavar="NAMES",
         help="what calibrates a SAM3, with commas between them: trunk_repair, trunk_aggregate, "
-        "trunk_attention, trunk_fusion, which are the default; decoder_calibration, mask_repair, "
-        "mask_threshold; or none, for the frozen model",
+        "trunk_attention, trunk_fusion, which are the default; cross_attention, "
+        "decoder_calibration, mask_repair, mask_threshold; or none, for the frozen model",
         **SAM3,
     )
     add(
