@@ -1,4 +1,4 @@
-"""What the certificates of the searches decide: python bench/certificate.py [torch] [TOKENS WIDTH]
+"""Counts the rows that the certificates decide: python bench/certificate.py [torch] [TOKENS WIDTH]
 
 With `torch`, counts the rows that the products of the torch path leave undecided. Without it, runs
 the kernels of the half-precision search (without a GPU in Triton's interpreter, a few minutes a

@@ -84,12 +84,12 @@ class Architecture:
 
     @property
     def hopper(self) -> bool:
-        """Whether it has wgmma and the bulk tensor copy, for which the largest tiles are meant."""
+        """True for GPUs with wgmma and the bulk tensor copy, for which the largest tiles are."""
         return self.capability // 10 == 9
 
     @property
     def dot_precision(self) -> str:
-        """How float32 operands are multiplied, to nearly float32 accuracy.
+        """Triton's name for products of float32 operands to nearly float32 accuracy.
 
         NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
         """

@@ -36,13 +36,13 @@ def weight_of(s, floor, gamma, SOFTMAX: tl.constexpr):
 
 @triton.jit
 def has_direction(scale):
-    """Whether an inverse norm is that of a token with a direction: finite and above 0."""
+    """True for the inverse norm of a token with a direction: finite and above 0."""
     return (scale > 0.0) & (scale < float("inf"))
 
 
 @triton.jit
 def any_not_finite(x):
-    """Whether a block [., .] holds a NaN or an infinity."""
+    """True if a block [., .] holds a NaN or an infinity."""
     return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0) > 0
 
 

@@ -1,4 +1,4 @@
-"""Which rows the rounding of a search by products leaves undecided.
+"""A bound a row on the rounding of a search by products.
 
 A search (`search.py`, `distributed.py`) ranks the tokens j of a row i by a rounded value c_ij of
 

@@ -38,7 +38,7 @@ counts: Counter[str] = Counter()
 
 
 def band(k: int) -> int:
-    """How many candidates on either side of the k-th place are measured rather than estimated.
+    """The number of candidates on either side of the k-th place that are measured.
 
     The distances of many neighbours lie closer together than those of a few.
     """
@@ -81,7 +81,7 @@ class Search:
         self.norms = self.scores.new_empty(shape[:2])
 
     def see(self, tokens: Tensor, first: int) -> None:
-        """Take tokens (B, n, D) into account, whose indices count from `first`."""
+        """Takes tokens (B, n, D) into account, whose indices count from `first`."""
         centre = self._centre
         score_tile = self._differences if centre is None else self._products(tokens, centre)
         width = -(-tokens.shape[1] // GROUP) * GROUP
@@ -263,7 +263,7 @@ def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> 
 
 
 def rows_of_lists(images: int, k: int) -> int:
-    """How many rows' lists of k candidates, and what orders them, fit a part of the workspace."""
+    """The number of rows whose lists of k candidates fit a part of the workspace while sorted."""
     return chunked.WORKSPACE_BYTES // 4 // (images * k * 48)
 
 
@@ -295,7 +295,7 @@ def remedian(tokens: Tensor) -> Tensor:
 
 
 def finite_tokens(x: Tensor) -> Tensor:
-    """Which tokens (B, N) of x (B, N, D) hold neither NaN nor infinity."""
+    """Tells the tokens of x (B, N, D) that hold neither NaN nor infinity, as a mask (B, N)."""
     # The two extremes take a tenth of the time of isfinite().all() on a CPU.
     return x.amax(dim=-1).isfinite() & x.amin(dim=-1).isfinite()
 
@@ -336,7 +336,7 @@ def _is_captured(x: Tensor) -> bool:
 
 
 def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """The images with open rows (B, M) that are finite, and the places (R,) of some of these rows.
+    """Yields each image with finite open rows (B, M), and the places (R,) of some of these rows.
 
     No search can help a row that is not finite. The rows that are given at once, in float64, fit a
     part of the workspace.

@@ -114,7 +114,7 @@ class Shards:
         return rows[None]
 
     def any(self, condition: bool) -> bool:
-        """Whether the condition holds on one rank at least."""
+        """True on all ranks if the condition holds on one of them."""
         flag = torch.tensor([int(condition)], device=self._device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())

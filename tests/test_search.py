@@ -216,7 +216,7 @@ class TestCertificate:
     GAMMA = WIDTH * torch.finfo(torch.float32).eps / 2
 
     def is_undecided(self, scores, a, r2, measured):
-        """Whether a row of norm a with the k-distance r2 is undecided; scores ascend."""
+        """True if a row of norm a with the k-distance r2 is undecided; scores ascend."""
         scores, a = (torch.tensor(v, dtype=torch.float32)[None, None] for v in (scores, a))
         return undecided(scores, a, r2[None, None], measured, self.WIDTH, complete=False).item()
 
@@ -229,7 +229,7 @@ class TestCertificate:
         return d**2 - a**2 + error * self.GAMMA * (norm**2 + 2 * a * norm)
 
     def drops(self, a, r, error, r2=None):
-        """Whether a row is undecided if a token as near as r came out `error` too high."""
+        """True if a row is undecided where a token as near as r came out `error` too high."""
         near = [self.score(a, share * r, 0) for share in (0.1, 0.2, 0.3, 0.9)]
         r2 = torch.tensor(r**2, dtype=torch.float64) if r2 is None else r2
         return self.is_undecided([*near, self.score(a, r, error)], a, r2, measured=5)
