@@ -176,7 +176,8 @@ def _search_again(
     find = partial(_pass, k=k, every_distance=True)
     counts["float64"] += len(row)
     pair = (tokens, exact_rows[:, row])
-    found = find(x, rows[:, row], own, dtype=torch.float64, measured=pair)
+    longest = None if x.device.type == "mps" else torch.float64  # which MPS does not have
+    found = find(x, rows[:, row], own, dtype=longest, measured=pair)
     distances, indices = found[0][0], found[1][0]
     left = found[2][0].nonzero()[:, 0]
     if len(left):

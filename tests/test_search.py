@@ -191,6 +191,18 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
     assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_while_a_graph_is_captured_no_row_is_listed(monkeypatch, every):
+    """Listing rows would wait for the GPU, so all of them are searched by differences."""
+    x = torch.cat([image_like(1, 196, 48), far_clusters(50_000)[None, :196].repeat(1, 1, 24)])
+    expected = search.nearest(x, 9, every_distance=every)
+    monkeypatch.setattr(search, "_is_captured", lambda x: True)
+    monkeypatch.setattr(search, "undecided", None)
+    found = search.nearest(x, 9, every_distance=every)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(*(indices.sort(dim=-1).values for indices in (found[1], expected[1])))
+
+
 def test_queries_among_tokens_of_any_size():
     x, queries = magnitudes()[None], magnitudes()[None, :31]
     distances, indices = search.nearest(x, 5, queries)
