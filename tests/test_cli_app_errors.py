@@ -73,7 +73,7 @@ ODD = {
 def test_odd_photos(respond, explorer, image, tmp_path):
     image.save(tmp_path / "photo.png")
     html = respond()
-    seen = explorer.explore(image.convert("RGB"), CLASSES, explorer.config)
+    seen = explorer.explore(to_rgb(image), CLASSES, explorer.config)
     assert html == app_page.app_html.page(seen)
     assert "sc-error" not in html and len(pictures(html)) >= 15
 

@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from cli_runs import save_tiny, segment, written
@@ -35,16 +34,6 @@ def photo(tmp_path):
     path = tmp_path / "photo.png"
     Image.effect_noise((60, 40), 50).save(path)
     return path
-
-
-def test_sixteen_bits_a_channel(tmp_path):
-    levels = np.linspace(0, 65535, 600).reshape(20, 30)
-    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "grey.png")
-    expected = np.repeat((levels.astype(int) // 256)[..., None], 3, axis=2)
-    assert (np.asarray(read_photo(tmp_path / "grey.png")) == expected).all()
-    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(CommandError, match="32 bits a pixel"):
-        read_photo(tmp_path / "float.tiff")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("of a decoder"), IndexError("of another")])

@@ -172,7 +172,7 @@ def unknown_class(path):
 DAMAGES = {
     "image missing": (0, remove, "No such file"),
     "image truncated": (0, truncate, "runcated"),
-    "image empty": (0, empty, "cannot identify"),
+    "image empty": (0, empty, "not an image"),
     "labels missing": (1, remove, "No such file"),
     "labels truncated": (1, truncate, ""),
     "labels of another size": (1, crop, "labels of 3 x 3 pixels for an image of 5 x 9"),
