@@ -54,7 +54,15 @@ def test_a_damaged_image_does_not_stop_the_others(command, photo, tmp_path):
     assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
 
 
-def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
+HINTS = {
+    "": "a smaller --short-side, --precision bf16, or fewer classes",
+    "--slide-crop 0": "a smaller --short-side, windows (--slide-crop 224), --precision bf16, or",
+    "--short-side 0 --pamr-steps 1": "--pamr-steps 0, --short-side 336, --precision bf16, or",
+}
+
+
+@pytest.mark.parametrize("options", HINTS)
+def test_memory_runs_out(command, photo, tmp_path, monkeypatch, options):
     Image.new("RGB", (60, 40)).save(tmp_path / "second.png")
     bands, calls = Segmenter.bands, []
 
@@ -65,9 +73,9 @@ def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
         return bands(segmenter, image)
 
     monkeypatch.setattr(Segmenter, "bands", fails_later)
-    code, _, stderr = command(photo.name, "second.png")
+    code, _, stderr = command(photo.name, "second.png", *options.split())
     assert (code, stderr.count("\n")) == (2, 1)
-    assert "out of memory; try a smaller --short-side, or windows" in stderr
+    assert f"out of memory; try {HINTS[options]}" in stderr
     assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
 
 
@@ -127,10 +135,9 @@ def test_error_is_one_line(command, photo, words, named, message):
 
 def test_missing_extra(command, photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.overlay")
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_images")
-    for name in ("overlay", "segment_images"):
-        monkeypatch.delattr(cli, name)
+    for name in ("fonts", "overlay", "segment_images"):
+        monkeypatch.delitem(sys.modules, f"scclip_fast.cli.{name}", raising=False)
+        monkeypatch.delattr(cli, name, raising=False)
     code, _, stderr = command(photo.name)
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package matplotlib: pip install "scclip_fast[demo]"' in stderr
