@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
 from numbers import Integral
 
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
-from .clip.prompts import check_templates, text_features
+from .clip.prompts import check_templates, class_names, text_features
 from .pamr import pamr
 from .picture import Picture, WindowMaps, seen_size, to_tensor, upsampled, windows
 from .precision import true_float32
@@ -92,7 +90,7 @@ class Segmenter(nn.Module):
         pamr_steps: int = 0,
     ) -> None:
         super().__init__()
-        synonyms = _synonyms(classes, shared_names)
+        synonyms = class_names(classes, shared_names)
         _check_background(background, len(synonyms), prob_thd, area_thd)
         _check_at_least(1, short_side=short_side, slide_crop=slide_crop, slide_stride=slide_stride)
         _check_at_least(0, pamr_steps=pamr_steps)
@@ -235,22 +233,6 @@ class Segmenter(nn.Module):
 def _cosines(dense: Tensor, text: Tensor) -> Tensor:
     """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
     return (dense.float() @ text.float().T).permute(0, 3, 1, 2)
-
-
-def _synonyms(classes: Sequence[str], shared: bool) -> list[list[str]]:
-    """The names of each class; unless they are shared, no two are equal but for case."""
-    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
-        raise ValueError(f"classes must be a list of names, got {classes!r}")
-    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
-    names = list(chain.from_iterable(synonyms))
-    if not names or not all(names):
-        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
-    checked = [entry[0] for entry in synonyms] if shared else names
-    counts = Counter(map(str.casefold, checked))
-    if repeated := {name for name in checked if counts[name.casefold()] > 1}:
-        found = ", ".join(sorted(repeated))
-        raise ValueError(f"classes must differ, and not by case alone, got {found} more than once")
-    return synonyms
 
 
 def _check_background(

@@ -139,4 +139,4 @@ def test_equal_classes_go_to_the_first(ours, settings):
     first = segmenter(image).min()
     assert first < 39
     segmenter.text_features[first:] = segmenter.text_features[first]
-    assert (segmenter(image) == first).all()
+    assert segmenter(image).max() == first

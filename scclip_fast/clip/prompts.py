@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,27 @@ from .tower import Tower
 
 _NAMES = 10  # whose prompts are encoded in one batch
 _PROBE = "\0name"  # stands in for a name where templates are checked
+
+
+def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
+    """The names of each class, from a string a class with commas between its synonyms.
+
+    Raises:
+        ValueError: no classes, an empty name, or names that are equal but for case: of two classes'
+            first names, and unless names may be shared, of any.
+    """
+    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+        raise ValueError(f"classes must be a list of names, got {classes!r}")
+    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
+    names = list(chain.from_iterable(synonyms))
+    if not names or not all(names):
+        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
+    checked = [entry[0] for entry in synonyms] if shared else names
+    counts = Counter(map(str.casefold, checked))
+    if repeated := {name for name in checked if counts[name.casefold()] > 1}:
+        found = ", ".join(sorted(repeated))
+        raise ValueError(f"classes must differ, and not by case alone, got {found} more than once")
+    return synonyms
 
 
 def check_templates(templates: Sequence[Callable | str] | None) -> None:
