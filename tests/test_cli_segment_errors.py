@@ -94,6 +94,16 @@ ERRORS = {
     "no image": ((), {}, "name an IMAGE"),
     "absent": (("no.jpg",), {}, "there is no file or folder no.jpg"),
     "long name": ((300 * "x",), {}, ": File name too long"),
+    "a class too long": (
+        ("photo.png",),
+        dict(classes="sky, " + 20 * "very " + "long"),
+        "is longer than the 16 tokens of the model's context",
+    ),
+    "classes but for case": (
+        ("photo.png",),
+        dict(classes="Brick, brick"),
+        "Brick, brick more than",
+    ),
     "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
     "empty name": (("photo.png",), dict(classes="sky,,tree"), "--classes has an empty name"),
     "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),

@@ -92,8 +92,8 @@ def test_tokenizers_with_more_words_than_the_model():
 
 
 def test_names_that_the_tokenizer_cannot_tell_apart(make):
-    """The spaces between words are lost; eleven names take two batches of prompts."""
-    between = [f"number {index}" for index in range(10)]
+    """The spaces between words are lost; twelve names take two batches of prompts."""
+    between = ["a longer name", *(f"number {index}" for index in range(9))]
     with pytest.raises(ValueError, match="'old man' and 'old  man' have the same tokens"):
         make(["old man", *between, "old  man"], ["{}", "a {}."])
     assert len(make(["old man", *between, "old woman"]).text_features) == 12
