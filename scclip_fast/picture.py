@@ -72,7 +72,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Transparent pixels are blended with white. Grey values of more than 8 bits (modes I;16, I and F)
     are divided by a power of two: their depth is the first of 8, 10, 12, ... bits that holds the
     largest value, so that 12-bit data in a 16-bit file keeps its brightness. Floating values of
-    at most 1 are a share of white.
+    at most 1 are a share of white. Of 16 bits a colour, Pillow itself keeps the upper 8.
 
     Raises:
         ValueError: values below 0 or not finite, or a mode that Pillow cannot convert.
@@ -88,7 +88,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Pillow's own conversion takes values above 255 for white."""
+    """Grey values as uint8; Pillow's own conversion takes those above 255 for white."""
     if not np.isfinite(grey).all() or grey.min() < 0:
         raise ValueError("grey values must be finite and not below 0")
     if grey.dtype.kind == "f" and grey.max() <= 1:
