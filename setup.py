@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-clip = ["open_clip_torch>=3.0", "numpy", "pillow", "tqdm"]
+clip = ["open_clip_torch>=3.0", "numpy", "pillow>=10.1", "tqdm"]
 evaluation = [*clip, "torchmetrics"]
 demo = [*clip, "matplotlib", "scikit-learn"]
 app = [*demo, "gradio>=6.31"]

@@ -1,30 +1,116 @@
-"""Pictures as tensors: what a user may give, the size it is seen in, windows, and the way back."""
+"""Pictures: the reader, the size that a model gets, windows, and the way back to all pixels."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
+from itertools import groupby
+from os import PathLike, fspath
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .extras import needs
+from .precision import true_float32
 
 with needs("clip"):
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
 LONG_SIDE = 2048  # pixels; where the short side would make the other longer, this one decides
-_BAND_BYTES = 64 * 2**20  # of maps at the picture's own size that are held at a time
+_BAND_BYTES = 16 * 2**20  # of maps at the picture's own size that are held at a time
+_BACKGROUND = "white"  # of transparent pictures
+_OPENERS = {  # of formats that not every Pillow opens
+    ".avif": "Pillow 11.3 or newer opens AVIF",
+    ".heic": "pip install pillow-heif, with which Pillow opens HEIC",
+    ".heif": "pip install pillow-heif, with which Pillow opens HEIF",
+}
 
 Picture = Image.Image | np.ndarray | Tensor
 
 
+class PictureError(ValueError):
+    """A picture file cannot be read; the message names the file and the reason."""
+
+
+def read(path: str | PathLike[str], max_pixels: int | None = None) -> Image.Image:
+    """Reads a picture file of any format that Pillow opens; HEIC needs the package pillow-heif.
+
+    Args:
+        path: the file.
+        max_pixels: a picture with more pixels is refused before it is decoded; None for no limit.
+
+    Returns:
+        The first frame as `to_rgb` makes it.
+
+    Raises:
+        PictureError: the file is missing, damaged, truncated, too large or no picture.
+    """
+    _register_heif()
+    try:
+        with Image.open(path) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                size = f"{image.width:,} × {image.height:,}"
+                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million are taken")
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        hint = _OPENERS.get(Path(path).suffix.lower())
+        reason = "not an image, or a damaged one" + (f"; {hint}" if hint else "")
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    raise PictureError(f"{fspath(path)}: {reason.splitlines()[0]}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns an image of any mode as 8-bit RGB, upright by its EXIF orientation.
+
+    Transparent pixels are blended with white. Grey values of more than 8 bits (modes I;16, I and F)
+    are divided by a power of two: their depth is the first of 8, 10, 12, ... bits that holds the
+    largest value, so that 12-bit data in a 16-bit file keeps its brightness. Floating values of
+    at most 1 are a share of white. Of 16 bits a colour, Pillow itself keeps the upper 8.
+
+    Raises:
+        ValueError: values below 0 or not finite, or a mode that Pillow cannot convert.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, _BACKGROUND)
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values as uint8; Pillow's own conversion takes those above 255 for white."""
+    if not np.isfinite(grey).all() or grey.min() < 0:
+        raise ValueError("grey values must be finite and not below 0")
+    if grey.dtype.kind == "f" and grey.max() <= 1:
+        return (255 * grey).round().astype(np.uint8)
+    bits = int(grey.max()).bit_length()
+    return (grey // 2 ** max(bits + bits % 2 - 8, 0)).astype(np.uint8)
+
+
+@cache
+def _register_heif() -> None:
+    """Makes Pillow open HEIC where pillow-heif is installed."""
+    try:
+        import pillow_heif
+    except ImportError:
+        return
+    pillow_heif.register_heif_opener()
+
+
 def to_tensor(image: Picture) -> Tensor:
-    """(3, H, W), uint8, of a PIL image or a uint8 array or tensor (H, W, 3)."""
+    """Returns (3, H, W), uint8, of a PIL image, read by `to_rgb`, or of a uint8 (H, W, 3)."""
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        image = np.array(to_rgb(image))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
@@ -47,7 +133,8 @@ def seen_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
 def windows(size: tuple[int, int], crop: int, stride: int) -> list[tuple[slice, slice]]:
     """Rows and columns of windows of crop x crop pixels, or less where the picture has less.
 
-    They start every `stride` pixels; the last of a row or column is flush with the border.
+    Windows start every `stride` pixels, row by row; the last of a row or column is flush with the
+    border.
     """
     starts = [
         [min(step * stride, last) for step in range(math.ceil(last / stride) + 1)]
@@ -56,16 +143,88 @@ def windows(size: tuple[int, int], crop: int, stride: int) -> list[tuple[slice, 
     return [(slice(y, y + crop), slice(x, x + crop)) for y in starts[0] for x in starts[1]]
 
 
-def upsampled(maps: Tensor, size: tuple[int, int]) -> Iterator[Tensor]:
+class WindowMaps:
+    """Maps (C, h, w) at the picture's size: the mean over windows of each window's upsampled maps.
+
+    Only the windows' own small maps are held; rows are made on demand. Bilinear upsampling is
+    separable, so that the windows of a row are widened and averaged before anything is stretched
+    downwards. All at once and a window at a time give the same up to the rounding of the sums.
+
+    Args:
+        maps: (C, h', w') of each window.
+        places: rows and columns of each, from `windows`.
+        size: (h, w).
+    """
+
+    def __init__(
+        self, maps: list[Tensor], places: list[tuple[slice, slice]], size: tuple[int, int]
+    ) -> None:
+        self.shape = (len(maps[0]), *size)
+        placed = groupby(zip(places, maps, strict=True), key=lambda each: each[0][0])
+        self._rows = [
+            (rows.start, min(rows.stop, size[0]), [(columns, own) for (_, columns), own in group])
+            for rows, group in placed
+        ]
+        self._strips: dict[int, Tensor] = {}
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Returns the maps (C, stop - start, w) of some rows."""
+        over = [row for row in self._rows if row[0] < stop and row[1] > start]
+        # Strips outlive a call, as the next rows mostly lie in the same windows.
+        self._strips = {row[0]: self._strip(row[0], row[2]) for row in over}
+        total = self._strips[over[0][0]].new_zeros(self.shape[0], stop - start, self.shape[2])
+        count = total.new_zeros(stop - start, 1)
+        for top, bottom, _ in over:
+            first, last = max(start, top), min(stop, bottom)
+            strip, here = self._strips[top], slice(first - start, last - start)
+            weights, span = _row_weights(strip.shape[1], bottom - top, first - top, last - top)
+            total[:, here] += _mixed(weights, strip[:, span])
+            count[here] += 1
+        return total.div_(count)
+
+    def _strip(self, top: int, windows: list[tuple[slice, Tensor]]) -> Tensor:
+        """Mean maps (C, h', w) of a row of windows, as wide as the picture but not as high."""
+        if (strip := self._strips.get(top)) is not None:
+            return strip
+        channels, height, _ = windows[0][1].shape
+        strip = windows[0][1].new_zeros(channels, height, self.shape[2])
+        count = strip.new_zeros(self.shape[2])
+        for columns, maps in windows:
+            size = (height, len(count[columns]))
+            strip[:, :, columns] += F.interpolate(maps[None], size, mode="bilinear")[0]
+            count[columns] += 1
+        return strip.div_(count)
+
+
+def upsampled(maps: Tensor | WindowMaps, size: tuple[int, int]) -> Iterator[Tensor]:
     """Bilinear upsampling of maps (C, h, w) to a size (H, W), in bands (C, rows, W)."""
-    (height, width), source = size, maps.shape[1]
-    band = max(1, _BAND_BYTES // (4 * len(maps) * width))
-    center = (torch.arange(height, device=maps.device) + 0.5) * (source / height) - 0.5
-    center = center.clamp(0, source - 1)
-    above = center.floor().long()
-    below = (above + 1).clamp(max=source - 1)
+    (channels, source, source_width), (height, width) = maps.shape, size
+    band = max(1, _BAND_BYTES // (4 * channels * width))
     for top in range(0, height, band):
-        rows = slice(top, top + band)
-        share = (center[rows] - above[rows]).to(maps.dtype)[:, None]
-        mixed = torch.lerp(maps[:, above[rows]], maps[:, below[rows]], share)
-        yield F.interpolate(mixed[None], (mixed.shape[1], width), mode="bilinear")[0]
+        bottom = min(top + band, height)
+        same = (source, source_width) == size
+        weights, span = _row_weights(source, height, top, bottom)
+        first, last = (top, bottom) if same else (span.start, span.stop)
+        rows = maps.rows(first, last) if isinstance(maps, WindowMaps) else maps[:, first:last]
+        if not same:
+            rows = _mixed(weights, rows)
+            rows = F.interpolate(rows[None], (bottom - top, width), mode="bilinear")[0]
+        yield rows
+
+
+def _row_weights(source: int, height: int, start: int, stop: int) -> tuple[Tensor, slice]:
+    """Bilinear weights (stop - start, n) of rows start to stop of `height`, from `source` rows.
+
+    Also returns which n source rows they mix.
+    """
+    centers = (torch.arange(start, stop) + 0.5) * (source / height) - 0.5
+    centers = centers.clamp(0, source - 1)
+    span = slice(int(centers[0]), min(int(centers[-1]) + 2, source))
+    distance = (centers[:, None] - torch.arange(span.start, span.stop)).abs()
+    return (1 - distance).clamp(min=0), span
+
+
+@true_float32
+def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
+    """Weighted sums (C, m, w) of rows (C, n, w), with weights (m, n)."""
+    return torch.bmm(weights.to(rows).expand(len(rows), -1, -1), rows)

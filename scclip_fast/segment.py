@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
-from .clip.prompts import text_features
+from .clip.prompts import check_templates, class_names, text_features
 from .pamr import pamr
-from .picture import Picture, seen_size, to_tensor, upsampled, windows
+from .picture import Picture, WindowMaps, seen_size, to_tensor, upsampled, windows
 from .precision import true_float32
 
 _WINDOWS = 128  # in one batch; more, of very large images, take several
@@ -24,17 +26,24 @@ class Segmenter(nn.Module):
 
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
-    its best synonym. `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder
-    and of the text features; cosines and probabilities are float32.
+    its best synonym. A pixel belongs to its most probable class, to the first of equal ones.
+    `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder and of the text
+    features; cosines and probabilities are float32.
+
+    Windows are kept at the scale of patches and upsampled in bands: a photo of 6000 x 4000 pixels
+    with 151 names takes less than 1 GiB beside the model.
 
     Args:
         encoder: see `scclip_fast.clip.create_model`; of transformers, around a CLIPModel.
         tokenizer: its tokenizer, of the same library; or its CLIPProcessor, whose mean and standard
             deviation the images then get. OpenAI's are those of other models that state none.
         classes: one entry a class, synonyms after commas: "person, man, woman".
-        templates: of captions, callables or format strings, whose text features are averaged; None
-            for the 80 of OpenAI, which come with open_clip.
-        logit_scale: sharpness of the probabilities; 40 as published.
+        templates: a list of captions whose text features are averaged: strings with {} in the
+            place of the name, or callables from name to caption; None for the 80 of OpenAI, which
+            come with open_clip.
+        logit_scale: sharpness of the probabilities, above 0; 40 as published.
+        shared_names: whether a name may stand in several classes, as in the published list of
+            COCO-Object; the first class then has its pixels.
         prob_thd: pixels whose largest probability is below become `background`.
         area_thd: classes with at most this share of all pixels that are not `background` are taken
             out; None for no such rule.
@@ -50,7 +59,11 @@ class Segmenter(nn.Module):
         classes: the first name of each class.
 
     Raises:
-        ValueError: no classes, an empty or repeated name, a setting out of range, or an encoder
+        TypeError: a tokenizer of another library than the encoder's, or a background that is no
+            whole number.
+        ValueError: no classes, an empty name, a name that is repeated (upper and lower case do not
+            count) or that the tokenizer cannot tell from another, a caption longer than the model's
+            context, a template without a place for the name, a setting out of range, or an encoder
             without a text encoder.
     """
 
@@ -66,6 +79,7 @@ class Segmenter(nn.Module):
         classes: Sequence[str],
         *,
         templates: Sequence[Callable | str] | None = None,
+        shared_names: bool = False,
         logit_scale: float = 40.0,
         prob_thd: float = 0.0,
         area_thd: float | None = None,
@@ -76,12 +90,13 @@ class Segmenter(nn.Module):
         pamr_steps: int = 0,
     ) -> None:
         super().__init__()
-        synonyms = _synonyms(classes)
+        synonyms = class_names(classes, shared_names)
         _check_background(background, len(synonyms), prob_thd, area_thd)
         _check_at_least(1, short_side=short_side, slide_crop=slide_crop, slide_stride=slide_stride)
         _check_at_least(0, pamr_steps=pamr_steps)
-        if templates is not None and not len(templates):
-            raise ValueError("templates must not be empty")
+        check_templates(templates)
+        if not 0 < logit_scale < math.inf:
+            raise ValueError(f"logit_scale must be a number above 0, got {logit_scale}")
         if slide_crop is not None and slide_stride > slide_crop:
             raise ValueError(f"slide_stride must be at most {slide_crop=}, got {slide_stride}")
         self.encoder = encoder
@@ -95,7 +110,7 @@ class Segmenter(nn.Module):
         self.short_side = short_side
         self.pamr_steps = pamr_steps
         names = [name for synonym in synonyms for name in synonym]
-        text = text_features(encoder.tower, tokenizer, names, templates)
+        text = text_features(encoder.tower, tokenizer, names, templates, distinct=not shared_names)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
         # Both open_clip's tower and transformers' image processor state them by these names.
         stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
@@ -115,16 +130,22 @@ class Segmenter(nn.Module):
         """The class of each pixel.
 
         Args:
-            image: RGB; a PIL image, or a uint8 array or tensor (H, W, 3).
+            image: a PIL image of any mode, which `picture.to_rgb` makes upright RGB; or RGB as a
+                uint8 array or tensor (H, W, 3).
 
         Returns:
-            (H, W), int64, on the CPU: indices into `classes`.
+            (H, W), int64, on the CPU: indices into `classes`; of the upright image's size.
 
         Raises:
             TypeError: no image.
-            ValueError: not (H, W, 3), or nothing in it.
+            ValueError: not (H, W, 3), nothing in it, or values that are no grey (see `to_rgb`).
         """
-        return torch.cat([labels.cpu() for labels, _ in self.bands(image)])
+        picture, top = to_tensor(image), 0
+        labels = torch.empty(picture.shape[1:], dtype=torch.int64)
+        for band, _ in self._bands(picture):
+            labels[top : top + len(band)] = band
+            top += len(band)
+        return labels
 
     @torch.inference_mode()
     def probabilities(self, image: Picture) -> Tensor:
@@ -141,16 +162,18 @@ class Segmenter(nn.Module):
         In bands, as all probabilities at the size of a large photo are many gigabytes. On the
         model's device; see `forward` and `probabilities`.
         """
-        pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
-        pixels = (pixels - self.mean.float()) / self.std.float()
-        size = (pixels.shape[2], pixels.shape[3])
-        seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
-        maps = (
-            self._encode(seen)[0] if self.slide_crop is None else self._slide(seen, self.slide_crop)
-        )
+        return self._bands(to_tensor(image))
+
+    @torch.inference_mode()
+    def _bands(self, picture: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The bands of a picture (3, H, W), uint8; see `bands`."""
+        size = (picture.shape[1], picture.shape[2])
+        pixels = self._normalised(picture)
+        maps = self._maps(pixels, seen_size(size, self.short_side))
         if self.pamr_steps:
-            maps = F.interpolate(maps[None], size, mode="bilinear")
-            maps = pamr(pixels, maps, self.pamr_steps)[0]
+            whole = torch.cat(list(upsampled(maps, size)), dim=1)
+            maps = pamr(pixels, whole[None], self.pamr_steps)[0]
+        del pixels  # of a large photo, as much as the bands
         kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
             probabilities = self._probabilities(rows)
@@ -161,20 +184,25 @@ class Segmenter(nn.Module):
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
-    def _slide(self, pixels: Tensor, crop: int) -> Tensor:
-        """Cosines (names, h, w) of pixels (1, 3, h, w), averaged over the windows."""
-        size = (pixels.shape[2], pixels.shape[3])
-        places = windows(size, crop, self.slide_stride)
-        total, count = pixels.new_zeros(len(self.owners), *size), pixels.new_zeros(size)
+    def _normalised(self, picture: Tensor) -> Tensor:
+        """Pixels (1, 3, H, W), float32, of a picture (3, H, W), uint8."""
+        # In place, as a float32 copy of a photo of 24 million pixels takes 288 MB.
+        pixels = picture.to(self.mean.device, torch.float32)[None].div_(255)
+        return pixels.sub_(self.mean.float()).div_(self.std.float())
+
+    def _maps(self, pixels: Tensor, size: tuple[int, int]) -> Tensor | WindowMaps:
+        """Cosines (names, h, w) of pixels (1, 3, H, W) that are resized to a size."""
+        if size != (pixels.shape[2], pixels.shape[3]):
+            pixels = F.interpolate(pixels, size, mode="bilinear")
+        if self.slide_crop is None:
+            return self._encode(pixels)[0]
+        maps: list[Tensor] = []  # of each window, a cosine a patch
+        places = windows(size, self.slide_crop, self.slide_stride)
         for start in range(0, len(places), _WINDOWS):
             chosen = places[start : start + _WINDOWS]
             crops = torch.cat([pixels[:, :, rows, columns] for rows, columns in chosen])
-            for (rows, columns), maps in zip(chosen, self._encode(crops), strict=True):
-                total[:, rows, columns] += F.interpolate(
-                    maps[None], crops.shape[2:], mode="bilinear"
-                )[0]
-                count[rows, columns] += 1
-        return total / count
+            maps.extend(self._encode(crops).contiguous())
+        return WindowMaps(maps, places, size)
 
     def _encode(self, images: Tensor) -> Tensor:
         """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
@@ -189,35 +217,22 @@ class Segmenter(nn.Module):
         owners = self.owners[:, None, None].expand_as(probabilities)
         return merged.scatter_reduce_(0, owners, probabilities, "amax")
 
-    def _kept(self, maps: Tensor, size: tuple[int, int], least: float) -> Tensor:
+    def _kept(self, maps: Tensor | WindowMaps, size: tuple[int, int], least: float) -> Tensor:
         """1 for the background and for classes larger than `least`, else 0: (classes, 1, 1)."""
-        area = torch.zeros(len(self.classes), device=maps.device, dtype=torch.int64)
+        area = torch.zeros(len(self.classes), device=self.owners.device, dtype=torch.int64)
         for rows in upsampled(maps, size):
             labels = self._probabilities(rows).argmax(dim=0)
             area += torch.bincount(labels.flatten(), minlength=len(area))
         area[self.background] = 0
         kept = area > least * area.sum()
         kept[self.background] = True
-        return kept[:, None, None].to(maps.dtype)
+        return kept[:, None, None].float()
 
 
 @true_float32
 def _cosines(dense: Tensor, text: Tensor) -> Tensor:
     """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
     return (dense.float() @ text.float().T).permute(0, 3, 1, 2)
-
-
-def _synonyms(classes: Sequence[str]) -> list[list[str]]:
-    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
-        raise ValueError(f"classes must be a list of names, got {classes!r}")
-    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
-    names = [name for entry in synonyms for name in entry]
-    if not names or not all(names):
-        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
-    first = [entry[0] for entry in synonyms]
-    if repeated := {name for name in first if first.count(name) > 1}:
-        raise ValueError(f"classes must differ, got {', '.join(sorted(repeated))} more than once")
-    return synonyms
 
 
 def _check_background(
@@ -228,6 +243,8 @@ def _check_background(
             raise ValueError(f"{name} must be in [0, 1], got {value}")
     if background is None and (prob_thd > 0 or area_thd is not None):
         raise ValueError("prob_thd and area_thd need background, the index of a class")
+    if background is not None and not isinstance(background, Integral):
+        raise TypeError(f"background must be the index of a class, got {background!r}")
     if background is not None and not 0 <= background < classes:
         raise ValueError(f"background must be in [0, {classes - 1}], got {background}")
 

@@ -18,6 +18,7 @@ from scclip_fast.cli import app_page
 from scclip_fast.cli.app_result import Explorer
 from scclip_fast.cli.common import SWITCHES
 from scclip_fast.clip import SCCLIP
+from scclip_fast.picture import to_rgb
 
 SIDE = 48  # 12 x 12 patches
 CLASSES = ["sky", "tree, bush", "sand"]
@@ -73,7 +74,7 @@ ODD = {
 def test_odd_photos(respond, explorer, image, tmp_path):
     image.save(tmp_path / "photo.png")
     html = respond()
-    seen = explorer.explore(image.convert("RGB"), CLASSES, explorer.config)
+    seen = explorer.explore(to_rgb(image), CLASSES, explorer.config)
     assert html == app_page.app_html.page(seen)
     assert "sc-error" not in html and len(pictures(html)) >= 15
 

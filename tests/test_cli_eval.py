@@ -119,7 +119,7 @@ def test_command_with_a_damaged_image(command, voc, tmp_path):
     code, stdout, stderr = command("voc21", "--root", tmp_path)
     assert code == 2
     skipped, error = stderr.splitlines()
-    assert skipped.startswith(f"skipped b: {voc}: cannot identify")
+    assert skipped.startswith(f"skipped b: {voc}: not an image")
     assert error == "scclip-fast eval: error: 1 image(s) could not be read, see above"
     assert ", 1 images\n" in stdout
     found = results(tmp_path / "eval.json")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scclip_fast.cli import overlay
+from scclip_fast.cli import fonts, overlay
 from scclip_fast.scenes.draw import CLASSES, scene
 
 
@@ -79,7 +79,7 @@ def test_legend_begins_with_the_largest():
 
 def test_texts():
     assert [overlay.percent(x) for x in (1, 0.12345, 0.0001)] == ["100.0 %", "12.3 %", "< 0.1 %"]
-    font = overlay.ImageFont.truetype(overlay._FONT, 13)
+    font = fonts.DEFAULT.sized(13)
     assert overlay._shortened("sky", font, 100) == "sky"
     short = overlay._shortened("a very long name of a class", font, 100)
     assert short.startswith("a very") and short.endswith("…") and font.getlength(short) <= 100

@@ -84,7 +84,7 @@ def test_labels_do_not_depend_on_json(command, photo, tmp_path):
 def test_options_reach_the_segmenter(command, photo, monkeypatch):
     seen = {}
 
-    def segment(segmenter, jobs):
+    def segment(segmenter, jobs, font):
         names = "logit_scale prob_thd area_thd background slide_crop slide_stride short_side"
         seen.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
         seen["method"] = segmenter.encoder.method

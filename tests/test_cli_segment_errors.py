@@ -5,7 +5,6 @@ import sys
 from functools import partial
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 from cli_runs import save_tiny, segment, written
@@ -37,16 +36,6 @@ def photo(tmp_path):
     return path
 
 
-def test_sixteen_bits_a_channel(tmp_path):
-    levels = np.linspace(0, 65535, 600).reshape(20, 30)
-    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "grey.png")
-    expected = np.repeat((levels.astype(int) // 256)[..., None], 3, axis=2)
-    assert (np.asarray(read_photo(tmp_path / "grey.png")) == expected).all()
-    Image.fromarray(levels.astype(np.float32)).save(tmp_path / "float.tiff")
-    with pytest.raises(CommandError, match="32 bits a pixel"):
-        read_photo(tmp_path / "float.tiff")
-
-
 @pytest.mark.parametrize("error", [RuntimeError("of a decoder"), IndexError("of another")])
 def test_what_decoders_raise(photo, error, monkeypatch):
     monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=error))
@@ -65,7 +54,15 @@ def test_a_damaged_image_does_not_stop_the_others(command, photo, tmp_path):
     assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
 
 
-def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
+HINTS = {
+    "": "a smaller --short-side, --precision bf16, or fewer classes",
+    "--slide-crop 0": "a smaller --short-side, windows (--slide-crop 224), --precision bf16, or",
+    "--short-side 0 --pamr-steps 1": "--pamr-steps 0, --short-side 336, --precision bf16, or",
+}
+
+
+@pytest.mark.parametrize("options", HINTS)
+def test_memory_runs_out(command, photo, tmp_path, monkeypatch, options):
     Image.new("RGB", (60, 40)).save(tmp_path / "second.png")
     bands, calls = Segmenter.bands, []
 
@@ -76,9 +73,9 @@ def test_memory_runs_out(command, photo, tmp_path, monkeypatch):
         return bands(segmenter, image)
 
     monkeypatch.setattr(Segmenter, "bands", fails_later)
-    code, _, stderr = command(photo.name, "second.png")
+    code, _, stderr = command(photo.name, "second.png", *options.split())
     assert (code, stderr.count("\n")) == (2, 1)
-    assert "out of memory; try a smaller --short-side, or windows" in stderr
+    assert f"out of memory; try {HINTS[options]}" in stderr
     assert written(tmp_path / "segments") == ["photo_labels.png", "photo_overlay.png"]
 
 
@@ -97,6 +94,16 @@ ERRORS = {
     "no image": ((), {}, "name an IMAGE"),
     "absent": (("no.jpg",), {}, "there is no file or folder no.jpg"),
     "long name": ((300 * "x",), {}, ": File name too long"),
+    "a class too long": (
+        ("photo.png",),
+        dict(classes="sky, " + 20 * "very " + "long"),
+        "is longer than the 16 tokens of the model's context",
+    ),
+    "classes but for case": (
+        ("photo.png",),
+        dict(classes="Brick, brick"),
+        "Brick, brick more than",
+    ),
     "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
     "empty name": (("photo.png",), dict(classes="sky,,tree"), "--classes has an empty name"),
     "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),
@@ -138,10 +145,9 @@ def test_error_is_one_line(command, photo, words, named, message):
 
 def test_missing_extra(command, photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.overlay")
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_images")
-    for name in ("overlay", "segment_images"):
-        monkeypatch.delattr(cli, name)
+    for name in ("fonts", "overlay", "segment_images"):
+        monkeypatch.delitem(sys.modules, f"scclip_fast.cli.{name}", raising=False)
+        monkeypatch.delattr(cli, name, raising=False)
     code, _, stderr = command(photo.name)
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package matplotlib: pip install "scclip_fast[demo]"' in stderr

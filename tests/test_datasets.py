@@ -172,7 +172,7 @@ def unknown_class(path):
 DAMAGES = {
     "image missing": (0, remove, "No such file"),
     "image truncated": (0, truncate, "runcated"),
-    "image empty": (0, empty, "cannot identify"),
+    "image empty": (0, empty, "not an image"),
     "labels missing": (1, remove, "No such file"),
     "labels truncated": (1, truncate, ""),
     "labels of another size": (1, crop, "labels of 3 x 3 pixels for an image of 5 x 9"),
@@ -192,6 +192,18 @@ def test_damaged_sample(tmp_path, which, damage, reason):
     message = str(error.value)
     assert message.startswith(f"{path}: ") and reason in message and "\n" not in message
     assert dataset[1].name == "000001"
+
+
+def test_photos_are_upright_and_of_eight_bits(tmp_path):
+    write_dataset(tmp_path, "voc21")
+    dataset = PROTOCOLS["voc21"].dataset(tmp_path)
+    path, labels = dataset.paths("000002")[0], dataset[0].labels
+    levels = np.arange(labels.size).reshape(labels.shape).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: stored a quarter turn to the left
+    Image.fromarray(np.rot90(257 * levels + 40000)).save(path, format="PNG", exif=exif)
+    photo = np.asarray(dataset[0].image)
+    np.testing.assert_array_equal(photo, np.repeat((257 * levels + 40000 >> 8)[..., None], 3, 2))
 
 
 def test_scenes():

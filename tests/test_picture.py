@@ -54,6 +54,39 @@ def test_the_size_an_image_is_seen_in(size, short, seen):
     assert picture.seen_size(size, short) == seen
 
 
+PLACES = {
+    "overlapping": ((20, 27), 8, 4),
+    "apart": ((16, 24), 8, 8),
+    "a step that does not divide": ((23, 31), 9, 4),
+    "far apart": ((23, 31), 9, 7),
+    "one": ((8, 8), 8, 4),
+    "larger than the picture": ((5, 7), 8, 4),
+}
+
+
+@pytest.mark.parametrize("band", [1, 3, 100])
+@pytest.mark.parametrize(("size", "crop", "stride"), PLACES.values(), ids=PLACES.keys())
+def test_rows_of_windows_are_means_of_upsampled_maps(size, crop, stride, band):
+    """A band at a time and in any order, the mean of the maps of the windows over a pixel."""
+    places = picture.windows(size, crop, stride)
+    maps = [torch.randn(3, 2, 3) for _ in places]
+    total, count = torch.zeros(3, *size), torch.zeros(size)
+    for (rows, columns), own in zip(places, maps, strict=True):
+        shape = count[rows, columns].shape
+        total[:, rows, columns] += F.interpolate(own[None], shape, mode="bilinear")[0]
+        count[rows, columns] += 1
+    expected, found = total / count, torch.full((3, *size), float("nan"))
+    windows = picture.WindowMaps(maps, places, size)
+    assert windows.shape == (3, *size)
+    for top in reversed(range(0, size[0], band)):
+        found[:, top : top + band] = windows.rows(top, min(top + band, size[0]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    for scaled in (size, (2 * size[0], 3 * size[1])):
+        whole = F.interpolate(expected[None], scaled, mode="bilinear")[0]
+        bands = torch.cat(list(picture.upsampled(windows, scaled)), dim=1)
+        torch.testing.assert_close(bands, whole, rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("size", [(60, 80), (12, 16), (5, 7), (1, 1), (13, 16)], ids=str)
 @pytest.mark.parametrize("band", [1, 2000, 2**26])
 def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):

@@ -19,7 +19,7 @@ import scclip_fast
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
 
-CLASSES = ["Sky", "person, an old woman's hat", "red car, " + 80 * "very " + "long name"]
+CLASSES = ["Sky", "person, an old woman's hat", "red car, " + 55 * "very " + "long name"]
 SETTINGS = dict(short_side=48, slide_crop=32, slide_stride=16)
 TEMPLATES = ["a photo of a {}.", lambda name: f"the {name} in a scene."]
 
@@ -105,4 +105,4 @@ def test_open_clip_without_transformers(import_without):
     clip, segment = import_without("transformers")
     encoder, tokenizer = clip.create_model("scenes")
     assert encoder(torch.rand(1, 3, 32, 48)).shape[1:3] == (2, 3)
-    assert segment.Segmenter(encoder, tokenizer, CLASSES)
+    assert segment.Segmenter(encoder, tokenizer, CLASSES[:2])

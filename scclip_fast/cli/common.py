@@ -198,36 +198,13 @@ def device(name: str) -> torch.device:
 
 
 def read_photo(path: Path, max_pixels: int | None = None) -> Image:
-    """A picture file as RGB, upright, or CommandError; one of more pixels is not decoded."""
-    from PIL import Image, ImageOps
+    """The picture of a file by `picture.read`, or CommandError."""
+    from .. import picture
 
     try:
-        with Image.open(path) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                size = f"{image.width:,} × {image.height:,}"
-                raise ValueError(f"{size} pixels; at most {max_pixels / 1e6:.0f} million are taken")
-            return _rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError:
-        reason = "not an image, or a damaged one"
-    except OSError as error:
-        reason = error.strerror or error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's decoders raise all sorts
-        reason = error
-    raise CommandError(f"cannot read the photo {path}: {reason}")
-
-
-def _rgb(image: Image) -> Image:
-    """Pillow's own conversion takes 16-bit values above 255 for white."""
-    import numpy as np
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise ValueError(f"it has 32 bits a pixel (mode {image.mode}); 8 and 16 a channel are read")
-    return image.convert("RGB")
+        return picture.read(path, max_pixels)
+    except picture.PictureError as error:
+        raise CommandError(f"cannot read the photo {error}") from None
 
 
 def check_writable(path: Path) -> None:

@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> None:
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
-            segmenter = Segmenter(encoder, tokenizer, settings["prompts"], **settings["protocol"])
+            segmenter = Segmenter(
+                encoder, tokenizer, settings["prompts"], shared_names=True, **settings["protocol"]
+            )
             failures += _evaluate(args, segmenter, dataset, settings, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
     if missing := [name for name in names if name not in found]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from . import fonts
+
 LONG_SIDE = 2048  # pixels; larger photos are drawn smaller
 MAX_CLASSES = 256  # of a palette
-_FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 _OPACITY = 0.6  # of the colours
 _COLOR_OF_PHOTO = 0.2  # what is left of the photo's own, which would mix with those of the classes
 _LINE = 0.8  # opacity of the outlines
@@ -54,17 +55,20 @@ def palette() -> np.ndarray:
     return np.array(colors).astype(np.uint8)
 
 
-def draw(photo: Image.Image, labels: np.ndarray, names: list[str]) -> Image.Image:
+def draw(
+    photo: Image.Image, labels: np.ndarray, names: list[str], font: Path | None = None
+) -> Image.Image:
     """The photo in the colours of its classes, and beside or below it a legend with their shares.
 
     Args:
         photo: RGB.
         labels: (H, W), uint8, indices into names; of the photo's size.
-        names: of the classes.
+        names: of the classes; one that no font can draw is given by its number.
+        font: a file to draw names with, as far as it has their characters; see `fonts.faces`.
     """
     small = _fitted(photo, LONG_SIDE)
     blended = blend(small, _resized(labels, small.size))
-    return _with_legend(blended, _font(small), names, labels)
+    return _with_legend(blended, _em(small), names, font, labels)
 
 
 def compare(
@@ -73,6 +77,7 @@ def compare(
     before: np.ndarray,
     after: np.ndarray,
     names: list[str],
+    font: Path | None = None,
 ) -> Image.Image:
     """The photo with its outlier tokens, then as `draw` has it frozen and calibrated.
 
@@ -80,7 +85,7 @@ def compare(
         photo: RGB.
         outliers: (h, w), bool, of a grid of tokens over the photo; None where none were sought.
         before, after: as labels of `draw`.
-        names: of the classes.
+        names, font: as of `draw`.
     """
     small = _fitted(photo, LONG_SIDE // 2)
     masks = {"frozen": before, "calibrated": after}
@@ -88,8 +93,8 @@ def compare(
     if outliers is not None:
         title = f"outliers: {outliers.sum()} of {outliers.size} tokens"
         panels = {title: _marked(small, _resized(outliers, small.size))} | panels
-    font = _font(small)
-    return _with_legend(_row(panels, font), font, names, before, after)
+    em = _em(small)
+    return _with_legend(_row(panels, fonts.DEFAULT.sized(em)), em, names, font, before, after)
 
 
 def _fitted(photo: Image.Image, long_side: int) -> Image.Image:
@@ -102,23 +107,37 @@ def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
 
 
-def _font(photo: Image.Image) -> ImageFont.FreeTypeFont:
-    em = min(max(round(0.026 * math.sqrt(photo.width * photo.height)), 13), 40)
-    return ImageFont.truetype(_FONT, em)
+def _em(photo: Image.Image) -> int:
+    """The size of letters in pixels."""
+    return min(max(round(0.026 * math.sqrt(photo.width * photo.height)), 13), 40)
 
 
 def _with_legend(
-    picture: Image.Image, font: ImageFont.FreeTypeFont, names: list[str], *labels: np.ndarray
+    picture: Image.Image, em: int, names: list[str], font: Path | None, *labels: np.ndarray
 ) -> Image.Image:
     """The legend tells the share of each class in each of the labels."""
     found = ranked(*labels)
     shares = [" → ".join(map(percent, each)) for each in found.values()]
-    legend = _Legend(font, [names[index] for index in found], shares)
+    legend = _Legend(em, _texts(found, names, font, em), shares)
     place = legend.place(picture.size)
     canvas = Image.new("RGB", place.canvas, "white")
-    canvas.paste(picture, (font.size, font.size))
+    canvas.paste(picture, (em, em))
     legend.draw(canvas, place, [tuple(color) for color in palette()[[*found]].tolist()])
     return canvas
+
+
+def _texts(
+    found: Iterable[int], names: list[str], file: Path | None, em: int
+) -> list[tuple[str, ImageFont.FreeTypeFont]]:
+    """What the legend has for each class that was found, and the font to draw it with."""
+    chosen = [(index, names[index]) for index in found]
+    texts = []
+    for (index, name), face in zip(
+        chosen, fonts.faces([name for _, name in chosen], file), strict=True
+    ):
+        text = f"class {index} (no font has its name)" if face is None else name
+        texts.append((text, (face or fonts.DEFAULT).sized(em)))
+    return texts
 
 
 def ranked(*labels: np.ndarray) -> dict[int, list[float]]:
@@ -182,16 +201,18 @@ class _Place(NamedTuple):
 
 
 class _Legend:
-    """A swatch, a name and a share for each class, in columns."""
+    """A swatch, a name in its font and a share for each class, in columns."""
 
-    def __init__(self, font: ImageFont.FreeTypeFont, names: list[str], shares: list[str]) -> None:
-        self.font, self.em = font, font.size
-        self.names = [_shortened(name, font, 20 * self.em) for name in names]
+    def __init__(
+        self, em: int, names: list[tuple[str, ImageFont.FreeTypeFont]], shares: list[str]
+    ) -> None:
+        self.font, self.em = fonts.DEFAULT.sized(em), em
+        self.names = [(_shortened(name, font, 20 * em), font) for name, font in names]
         self.shares = shares
         self.row = round(1.75 * self.em)
         self.gap = 2 * self.em  # between columns
-        self.name_width = math.ceil(max(map(font.getlength, self.names)))
-        self.share_width = math.ceil(max(map(font.getlength, ["100.0 %", *shares])))
+        self.name_width = math.ceil(max(font.getlength(name) for name, font in self.names))
+        self.share_width = math.ceil(max(map(self.font.getlength, ["100.0 %", *shares])))
         self.column = round(1.6 * self.em) + self.name_width + self.em + self.share_width
 
     def place(self, photo: tuple[int, int]) -> _Place:
@@ -216,7 +237,8 @@ class _Legend:
             top = middle - em // 2
             pen.rounded_rectangle((x, top, x + em, top + em), radius=em // 4, fill=color)
             text = x + round(1.6 * em)
-            pen.text((text, middle), self.names[index], _INK, self.font, anchor="lm")
+            name, font = self.names[index]
+            pen.text((text, middle), name, _INK, font, anchor="lm")
             pen.text((x + self.column, middle), self.shares[index], _GREY, self.font, anchor="rm")
 
 

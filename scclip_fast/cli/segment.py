@@ -24,7 +24,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         run,
         usage='%(prog)s IMAGE ... --classes "sky, tree, person|man|woman" [options]',
         extra="demo",
-        smaller="a smaller --short-side, or windows (--slide-crop 224); finished images are kept",
+        smaller="",  # by the options, see `_smaller`
     )
     segment_options.add_files(parser)
     segment_options.add_clip(parser)
@@ -37,7 +37,13 @@ def run(args: argparse.Namespace) -> None:
     from . import results
 
     classes = _classes(args)
+    args.smaller = _smaller(args)
     settings = _settings(args, classes)
+    if args.font is not None:
+        from . import fonts
+
+        fonts.check(args.font)
+        settings["font"] = str(args.font)
     paths = results.find_images(args.images, args.recursive, args.out) if args.images else [None]
     results.make_folder(args.out)
     kinds = ["labels", "overlay", *(kind for kind in ("compare", "json") if getattr(args, kind))]
@@ -50,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
         segmenter = _segmenter(args, classes)
         from . import segment_images
 
-        failures = segment_images.segment(segmenter, jobs)
+        failures = segment_images.segment(segmenter, jobs, args.font)
     print(f"{_images(len(jobs) - failures)} segmented. Results: {args.out}")
     if failures:
         raise CommandError(f"{_images(failures)} could not be read, see above")
@@ -136,6 +142,15 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     return settings | ({"pretrained": None} if common.brings_weights(args.model) else {})
 
 
+def _smaller(args: argparse.Namespace) -> str:
+    """What to try when memory runs out: what the options leave to try."""
+    ways = ["--pamr-steps 0"] if args.pamr_steps else []
+    ways += ["a smaller --short-side" if args.short_side else "--short-side 336"]
+    ways += [] if args.slide_crop else ["windows (--slide-crop 224)"]
+    ways += ["--precision bf16"] if args.precision == "fp32" else []
+    return f"{', '.join(ways)}, or fewer classes; finished images are kept"
+
+
 def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter | Sam3Segmenter:
     if common.is_sam3(args.model):
         from .segment_sam3 import load
@@ -145,19 +160,22 @@ def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter | Sam3
     from ..segment import Segmenter
 
     names = [entry.partition(",")[0] for entry in classes]
-    return Segmenter(
-        encoder,
-        tokenizer,
-        classes,
-        logit_scale=args.logit_scale,
-        prob_thd=args.prob_thd,
-        area_thd=args.area_thd,
-        background=None if args.background is None else names.index(args.background),
-        slide_crop=args.slide_crop or None,
-        slide_stride=args.slide_stride,
-        short_side=args.short_side or None,
-        pamr_steps=args.pamr_steps,
-    )
+    try:
+        return Segmenter(
+            encoder,
+            tokenizer,
+            classes,
+            logit_scale=args.logit_scale,
+            prob_thd=args.prob_thd,
+            area_thd=args.area_thd,
+            background=None if args.background is None else names.index(args.background),
+            slide_crop=args.slide_crop or None,
+            slide_stride=args.slide_stride,
+            short_side=args.short_side or None,
+            pamr_steps=args.pamr_steps,
+        )
+    except ValueError as error:  # of names: too long, or equal
+        raise CommandError(str(error)) from None
 
 
 def _images(count: int) -> str:

@@ -12,15 +12,25 @@ from tqdm import tqdm
 
 from ..scenes.draw import scene
 from ..segment import Segmenter
-from . import overlay, results
+from . import fonts, overlay, results
 from .common import CommandError, read_photo
 from .results import Job
 
 EXAMPLE = ("benchmark", 18)  # the drawn scene that stands in where no image is given
 
 
-def segment(segmenter: Segmenter, jobs: list[Job]) -> int:
-    """Write the results of all jobs; returns how many images could not be read."""
+def segment(segmenter: Segmenter, jobs: list[Job], font: Path | None = None) -> int:
+    """Write the results of all jobs; returns how many images could not be read.
+
+    Legends are drawn with a font file, as far as it has the characters of the names.
+    """
+    unknown = fonts.faces(segmenter.classes, font).count(None)
+    if unknown:
+        tqdm.write(
+            f"no font has the characters of {unknown} class names; legends give their numbers; "
+            "--font FILE chooses another font",
+            file=sys.stderr,
+        )
     failures = 0
     for job in tqdm(jobs, unit="image", disable=None):  # None: only on a terminal
         try:
@@ -29,7 +39,7 @@ def segment(segmenter: Segmenter, jobs: list[Job]) -> int:
             tqdm.write(str(error), file=sys.stderr)
             failures += 1
         else:
-            _segment_one(segmenter, photo, job)
+            _segment_one(segmenter, photo, job, font)
     return failures
 
 
@@ -39,18 +49,21 @@ def _photo(path: Path | None) -> Image.Image:
     return Image.fromarray(scene(*EXAMPLE).image)
 
 
-def _segment_one(segmenter: Segmenter, photo: Image.Image, job: Job) -> None:
+def _segment_one(
+    segmenter: Segmenter, photo: Image.Image, job: Job, font: Path | None = None
+) -> None:
     labels, means = _labels(segmenter, photo)
     if "labels" in job.files:
         mask = Image.fromarray(labels)
         mask.putpalette(overlay.palette()[: len(segmenter.classes)].tobytes())
         results.write(job.files["labels"], results.encode_png(mask, job.settings))
     if "overlay" in job.files:
-        picture = overlay.draw(photo, labels, segmenter.classes)
+        picture = overlay.draw(photo, labels, segmenter.classes, font)
         results.write(job.files["overlay"], results.encode_png(picture, job.settings))
     if "compare" in job.files:
         before, _ = _labels(segmenter.frozen(), photo)
-        found = overlay.compare(photo, segmenter.outliers, before, labels, segmenter.classes)
+        names = segmenter.classes
+        found = overlay.compare(photo, segmenter.outliers, before, labels, names, font)
         results.write(job.files["compare"], results.encode_png(found, job.settings))
     if "json" in job.files:
         report = _report(segmenter.classes, labels, means, job)

@@ -38,6 +38,12 @@ def add_files(parser: argparse.ArgumentParser) -> None:
         default=Path("segments"),
         help="gets NAME_labels.png and NAME_overlay.png of each image",
     )
+    add(
+        "--font",
+        metavar="FILE",
+        type=Path,
+        help="draws the names of legends; by default a font of this machine that has the letters",
+    )
     add("--json", action="store_true", help="NAME.json too: the share of each class and more")
     add(
         "--compare",

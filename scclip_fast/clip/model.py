@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import methods
 from .config import SCCLIPConfig
-from .tower import Tower
+from .tower import Tower, is_of
 
 METHODS = {
     method.__name__: method
@@ -118,11 +118,11 @@ def _whole_patches(images: Tensor, patch: int) -> Tensor:
 
 def _tower_of(model: nn.Module) -> type[Tower]:
     """The view for the library that the model is from, of which only that one is imported."""
-    if _is_of("transformers", model):
+    if is_of("transformers", model):
         from .transformers_tower import TransformersTower
 
         return TransformersTower
-    if _is_of("open_clip", getattr(model, "visual", None)):
+    if is_of("open_clip", getattr(model, "visual", None)):
         from .openclip_tower import OpenClipTower
 
         return OpenClipTower
@@ -131,8 +131,3 @@ def _tower_of(model: nn.Module) -> type[Tower]:
         f"model must be a CLIP of open_clip or transformers, got {found}; of a wrapped or compiled "
         "one, pass the model inside"
     )
-
-
-def _is_of(library: str, module: nn.Module | None) -> bool:
-    """Whether its class, or one that it inherits from, is the library's."""
-    return any(kind.__module__.partition(".")[0] == library for kind in type(module).__mro__)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from .tower import Tower
+from .tower import Tower, check_fits, is_of
 
 
 class OpenClipTower(Tower):
@@ -40,8 +40,30 @@ class OpenClipTower(Tower):
     def final(self, tokens: Tensor) -> Tensor:
         return self.visual.ln_post(tokens) @ self.visual.proj
 
-    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
-        return self.model.encode_text(tokenizer(texts).to(self.device), normalize=True)
+    def tokenize(self, tokenizer: Callable, texts: list[str]) -> dict[str, Tensor]:
+        if is_of("transformers", tokenizer):
+            name = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be open_clip's, as the model is; got a {name}")
+        length = self._context_length(tokenizer)
+        ids, longer = (tokenizer(texts, context_length=length + extra) for extra in (0, 1))
+        # A tokenizer shortens in silence. It then puts the end where one token more has a word.
+        check_fits(texts, (longer[:, :length] != ids).any(dim=1).tolist(), length)
+        vocabulary = self.model.vocab_size
+        if vocabulary and ids.max() >= vocabulary:  # of some text models open_clip knows none
+            raise ValueError(
+                f"tokenizer has a token {ids.max()} where the model's vocabulary has {vocabulary}: "
+                "it is another model's"
+            )
+        return {"input_ids": ids}
+
+    def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
+        return self.model.encode_text(tokens["input_ids"].to(self.device), normalize=True)
+
+    def _context_length(self, tokenizer: Callable) -> int:
+        """The model's own; of one of transformers' text models, which take any, the tokenizer's."""
+        text = getattr(self.model, "text", self.model)
+        own = hasattr(text, "positional_embedding")
+        return self.model.context_length if own else tokenizer.context_length
 
 
 def _check(visual: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,41 @@ from ..extras import needs
 from .tower import Tower
 
 _NAMES = 10  # whose prompts are encoded in one batch
+_PROBE = "\0name"  # stands in for a name where templates are checked
+
+
+def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
+    """The names of each class, from a string a class with commas between its synonyms.
+
+    Raises:
+        ValueError: no classes, an empty name, or names that are equal but for case: of two classes'
+            first names, and unless names may be shared, of any.
+    """
+    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+        raise ValueError(f"classes must be a list of names, got {classes!r}")
+    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
+    names = list(chain.from_iterable(synonyms))
+    if not names or not all(names):
+        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
+    checked = [entry[0] for entry in synonyms] if shared else names
+    counts = Counter(map(str.casefold, checked))
+    if repeated := {name for name in checked if counts[name.casefold()] > 1}:
+        found = ", ".join(sorted(repeated))
+        raise ValueError(f"classes must differ, and not by case alone, got {found} more than once")
+    return synonyms
+
+
+def check_templates(templates: Sequence[Callable | str] | None) -> None:
+    """ValueError unless templates are callables or strings that have {} in the name's place."""
+    if templates is None:
+        return
+    if isinstance(templates, str) or not all(isinstance(t, str) or callable(t) for t in templates):
+        raise ValueError(f"templates must be a list of strings or callables, got {templates!r}")
+    if not len(templates):
+        raise ValueError("templates must not be empty")
+    for template in templates:
+        if isinstance(template, str) and _PROBE not in _formatted(template, _PROBE):
+            raise ValueError(f"a template must have {{}} in the name's place, got {template!r}")
 
 
 @torch.no_grad()
@@ -20,19 +57,58 @@ def text_features(
     tokenizer: Callable,
     names: Sequence[str],
     templates: Sequence[Callable | str] | None,
+    distinct: bool = True,
 ) -> Tensor:
-    """Unit vectors (names, E); templates None: the 80 of OpenAI, which come with open_clip."""
+    """Unit vectors (names, E) of names, each the mean over its prompts.
+
+    Args:
+        tower: of a model with a text encoder.
+        tokenizer: see `Segmenter`.
+        names: at least one.
+        templates: see `check_templates`; None for the 80 of OpenAI, which come with open_clip.
+        distinct: whether names with the same tokens in all prompts are an error.
+
+    Raises:
+        TypeError: a tokenizer of another library.
+        ValueError: a prompt that is longer than the model's context, or names that are not
+            distinct.
+    """
     templates = _openai_templates() if templates is None else templates
-    features = []
+    features: list[Tensor] = []
+    first: dict[tuple, str] = {}
     for start in range(0, len(names), _NAMES):
-        prompts = [
-            template.format(name) if isinstance(template, str) else template(name)
-            for name in names[start : start + _NAMES]
-            for template in templates
-        ]
-        encoded = tower.encode_text(tokenizer, prompts)
+        chosen = names[start : start + _NAMES]
+        prompts = [_prompt(template, name) for name in chosen for template in templates]
+        tokens = tower.tokenize(tokenizer, prompts)
+        keys = [_without_padding(row) for row in tokens["input_ids"].tolist()]
+        for index, name in enumerate(chosen):
+            own = tuple(keys[index * len(templates) : (index + 1) * len(templates)])
+            if distinct and (other := first.setdefault(own, name)) is not name:
+                raise ValueError(f"{other!r} and {name!r} have the same tokens in all prompts")
+        encoded = tower.encode_text(tokens)
         features.append(encoded.unflatten(0, (-1, len(templates))).mean(dim=1))
     return F.normalize(torch.cat(features), dim=-1)
+
+
+def _prompt(template: Callable | str, name: str) -> str:
+    return _formatted(template, name) if isinstance(template, str) else template(name)
+
+
+def _formatted(template: str, name: str) -> str:
+    try:
+        return template.format(name)
+    except (LookupError, ValueError) as error:
+        raise ValueError(
+            f"a template must have {{}} in the name's place, got {template!r}"
+        ) from error
+
+
+def _without_padding(ids: list[int]) -> tuple[int, ...]:
+    """Token ids without the run of equal ones at the end: batches may differ in their padding."""
+    end = len(ids)
+    while end and ids[end - 1] == ids[-1]:
+        end -= 1
+    return tuple(ids[:end])
 
 
 def _openai_templates() -> Sequence[Callable]:

@@ -6,7 +6,7 @@ Where a library keeps them is said in `openclip_tower.py` and `transformers_towe
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +63,18 @@ class Tower(ABC):
         """The last norm and the projection, (..., D) to (..., E)."""
 
     @abstractmethod
-    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
-        """Unit vectors (B, E) of texts; ValueError for a model without a text encoder."""
+    def tokenize(self, tokenizer: Callable, texts: list[str]) -> dict[str, Tensor]:
+        """Tokens of texts for `encode_text`; "input_ids" are (B, length), padded on the right.
+
+        Raises:
+            TypeError: a tokenizer of another library.
+            ValueError: a model without a text encoder, a text that is longer than its context, or
+                a tokenizer whose vocabulary is not the model's.
+        """
+
+    @abstractmethod
+    def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
+        """Unit vectors (B, E) of texts that `tokenize` took apart."""
 
     @property
     def patch_size(self) -> int:
@@ -129,3 +139,16 @@ class Tower(ABC):
     def project(self, tokens: Tensor) -> Tensor:
         """Tokens (..., D) to unit vectors (..., E) in the space of the text."""
         return F.normalize(self.final(tokens), dim=-1)
+
+
+def is_of(library: str, thing: object) -> bool:
+    """Whether the class of a thing, or one that it inherits from, is a library's."""
+    return any(kind.__module__.partition(".")[0] == library for kind in type(thing).__mro__)
+
+
+def check_fits(texts: list[str], too_long: Iterable[bool], length: int) -> None:
+    """ValueError that names the first of texts that are too long for a context of some length."""
+    for text, long in zip(texts, too_long, strict=True):
+        if long:
+            start = text if len(text) <= 80 else f"{text[:79]}…"
+            raise ValueError(f"{start!r} is longer than the {length} tokens of the model's context")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from .tower import Tower
+from .tower import Tower, check_fits, is_of
 
 _KINDS = (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel)
 
@@ -57,15 +57,27 @@ class TransformersTower(Tower):
             return tokens
         return self.model.visual_projection(tokens)
 
-    def encode_text(self, tokenizer: Callable, texts: list[str]) -> Tensor:
+    def tokenize(self, tokenizer: Callable, texts: list[str]) -> dict[str, Tensor]:
         if not isinstance(self.model, CLIPModel):
             name = type(self.model).__name__
             raise ValueError(f"text needs a CLIPModel, got a {name}, which has no text encoder")
-        length = self.model.config.text_config.max_position_embeddings
+        if not is_of("transformers", tokenizer):
+            name = type(tokenizer).__name__
+            raise TypeError(f"tokenizer must be transformers', as the model is; got a {name}")
+        config = self.model.config.text_config
+        length = config.max_position_embeddings
         # By keyword, as the first argument of a CLIPProcessor is the images.
-        tokens = tokenizer(
-            text=texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
-        ).to(self.device)
+        tokens = tokenizer(text=texts, padding=True, truncation=False, return_tensors="pt")
+        check_fits(texts, (tokens.attention_mask.sum(dim=1) > length).tolist(), length)
+        if (highest := tokens.input_ids.max()) >= config.vocab_size:
+            raise ValueError(
+                f"tokenizer has a token {highest} where the model's vocabulary has "
+                f"{config.vocab_size}: it is another model's"
+            )
+        return dict(tokens)
+
+    def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
+        tokens = {name: each.to(self.device) for name, each in tokens.items()}
         # Not by get_text_features, which returns a tensor or a structure, by the version.
         pooled = self.model.text_model(**tokens)[1]
         return F.normalize(self.model.text_projection(pooled), dim=-1)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from .. import picture
 from ..scenes import draw
 
 IGNORED = 255
@@ -71,7 +72,7 @@ class FolderDataset:
         """
         name = self.names[i]
         image_path, labels_path = self.paths(name)
-        image = _read(image_path, lambda image: image.convert("RGB"))
+        image = _photo(image_path)
         labels = self._class_indices(_read(labels_path, np.asarray), labels_path)
         if labels.shape != (image.height, image.width):
             raise DataError(
@@ -127,6 +128,13 @@ class FolderDataset:
         if highest >= self.num_classes:
             raise DataError(f"{path}: label {highest} where there are {self.num_classes} classes")
         return labels.astype(np.uint8)
+
+
+def _photo(path: Path) -> Image.Image:
+    try:
+        return picture.read(path)
+    except picture.PictureError as error:
+        raise DataError(str(error)) from error
 
 
 def _read(path: Path, convert: Callable):

@@ -1,0 +1,47 @@
+"""The memory of a large photo with many names, beyond the model's, at the photo's own size.
+
+`python tests/test_segment_memory.py` measures it, in a process of its own.
+"""
+
+import json
+import sys
+
+import pytest
+import torch
+from own_process import output_of
+from tiny_clip import tiny_clip, tokenizer
+
+from scclip_fast.clip import SCCLIP
+from scclip_fast.measure import measure
+from scclip_fast.segment import Segmenter
+
+MIB = 2**20
+SIZE, NAMES = (1500, 2000), 151  # all maps at once are 1.8 GB
+# An eighth of the 1 GiB that 24 million pixels may take, and a batch of windows.
+MOST = 128 * MIB + 64 * MIB
+
+
+def peak():
+    """Bytes, or None where the system does not tell."""
+    # 14 x 14 patches in a window, as in ViT-B/16, but hardly any work in the model.
+    encoder = SCCLIP(tiny_clip(layers=2, patch_size=16, image_size=224), method="clip")
+    names = [f"name {index}" for index in range(NAMES)]
+    segmenter = Segmenter(encoder, tokenizer(), names, templates=["{}"], short_side=None)
+    segmenter(torch.zeros(300, 300, 3, dtype=torch.uint8))
+    photo = torch.randint(256, (15, 20, 3), dtype=torch.uint8)
+    photo = photo.repeat_interleave(100, 0).repeat_interleave(100, 1)
+    done = measure(lambda: segmenter(photo))
+    assert done.result.shape == SIZE and len(done.result.unique()) > 1
+    return done.peak_bytes
+
+
+@pytest.mark.slow
+def test_windows_of_a_large_photo_with_many_names():
+    found = output_of(__file__)["peak"]
+    if found is None:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    assert found <= MOST, f"{found / MIB:.0f} MiB"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps({"peak": peak()}))
