@@ -22,6 +22,9 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 class Segmenter(nn.Module):
     """Open-vocabulary segmentation with a frozen CLIP, as SC-CLIP does it.
 
+    Resized photos keep fractions of colours, and PAMR follows the edges of the photo at its own
+    size; `scclip_fast.evaluate.PublishedSegmenter` rounds and follows as the published code does.
+
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
     its best synonym. `half()`, `bfloat16()`, `double()` and `float()` set the dtype of the encoder
@@ -141,16 +144,15 @@ class Segmenter(nn.Module):
         In bands, as all probabilities at the size of a large photo are many gigabytes. On the
         model's device; see `forward` and `probabilities`.
         """
-        pixels = to_tensor(image).to(self.mean.device, torch.float32)[None] / 255
-        pixels = (pixels - self.mean.float()) / self.std.float()
+        pixels = to_tensor(image).to(self.mean.device)[None]
         size = (pixels.shape[2], pixels.shape[3])
-        seen = F.interpolate(pixels, seen_size(size, self.short_side), mode="bilinear")
+        seen = self._normalised(self._resized(pixels))
         maps = (
             self._encode(seen)[0] if self.slide_crop is None else self._slide(seen, self.slide_crop)
         )
         if self.pamr_steps:
             maps = F.interpolate(maps[None], size, mode="bilinear")
-            maps = pamr(pixels, maps, self.pamr_steps)[0]
+            maps = pamr(self._guide(pixels, seen), maps, self.pamr_steps)[0]
         kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
             probabilities = self._probabilities(rows)
@@ -160,6 +162,18 @@ class Segmenter(nn.Module):
             if self.background is not None and self.prob_thd > 0:
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
+
+    def _resized(self, pixels: Tensor) -> Tensor:
+        """Pixels (1, 3, H, W), uint8, at the size for the model: (1, 3, h, w), float32, 0 to 255."""
+        size = (pixels.shape[2], pixels.shape[3])
+        return F.interpolate(pixels.float(), seen_size(size, self.short_side), mode="bilinear")
+
+    def _guide(self, pixels: Tensor, seen: Tensor) -> Tensor:
+        """The picture (1, 3, H, W), float32, whose edges PAMR follows: the photo itself."""
+        return self._normalised(pixels.float())
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        return (pixels / 255 - self.mean.float()) / self.std.float()
 
     def _slide(self, pixels: Tensor, crop: int) -> Tensor:
         """Cosines (names, h, w) of pixels (1, 3, h, w), averaged over the windows."""

@@ -17,9 +17,8 @@ from .common import CommandError
 
 if TYPE_CHECKING:  # these load open_clip and torchmetrics
     from ..clip import SCCLIP
-    from ..evaluate import Protocol, Ranks
+    from ..evaluate import Protocol, PublishedSegmenter, Ranks
     from ..evaluate.datasets import FolderDataset, Scenes
-    from ..segment import Segmenter
 
 _DATASETS = (
     "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
@@ -66,7 +65,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate one data set or all."""
     from .. import evaluate
-    from ..segment import Segmenter
 
     names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
     names = names if args.dataset == "all" else [args.dataset]
@@ -82,7 +80,9 @@ def run(args: argparse.Namespace) -> None:
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
-            segmenter = Segmenter(encoder, tokenizer, settings["prompts"], **settings["protocol"])
+            segmenter = evaluate.PublishedSegmenter(
+                encoder, tokenizer, settings["prompts"], **settings["protocol"]
+            )
             failures += _evaluate(args, segmenter, dataset, settings, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
     if missing := [name for name in names if name not in found]:
@@ -143,7 +143,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
 
 def _evaluate(
     args: argparse.Namespace,
-    segmenter: Segmenter,
+    segmenter: PublishedSegmenter,
     dataset: FolderDataset | Scenes,
     settings: dict,
     ranks: Ranks,
