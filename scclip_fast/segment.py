@@ -164,7 +164,7 @@ class Segmenter(nn.Module):
             yield labels, probabilities
 
     def _resized(self, pixels: Tensor) -> Tensor:
-        """Pixels (1, 3, H, W), uint8, at the size for the model: (1, 3, h, w), float32, 0 to 255."""
+        """Pixels (1, 3, H, W), uint8, at the model's size: (1, 3, h, w), float32, 0 to 255."""
         size = (pixels.shape[2], pixels.shape[3])
         return F.interpolate(pixels.float(), seen_size(size, self.short_side), mode="bilinear")
 

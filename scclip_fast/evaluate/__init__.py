@@ -1,7 +1,8 @@
 """The published benchmarks of training-free segmentation, without mmsegmentation.
 
 `PROTOCOLS` are the settings, `PublishedSegmenter` segments as published, `run` is a resumable loop
-over a data set on any number of processes, and `report` has its numbers. `python -m scclip_fast.evaluate` is `scclip-fast eval`.
+over a data set on any number of processes, and `report` has its numbers.
+`python -m scclip_fast.evaluate` is `scclip-fast eval`.
 
 Needs the extra `eval`.
 """

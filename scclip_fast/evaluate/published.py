@@ -51,30 +51,22 @@ def resize_uint8(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels must be uint8, got {pixels.dtype}")
-    left, (near, far) = _weights(pixels.shape[-1], size[1], pixels.device)
-    last = pixels.shape[-1] - 1
-    # Beyond the first and the last column there is one neighbour, with the whole weight.
-    inside = (left >= 0) & (left < last)
-    near, far = torch.where(inside, near, _ONE), torch.where(inside, far, 0)
-    first, second = (pixels[..., x.clamp(0, last)].int() for x in (left, left + 1))
-    columns = (first * near + second * far) >> 4
-
-    above, (near, far) = _weights(pixels.shape[-2], size[0], pixels.device)
-    last = pixels.shape[-2] - 1
-    # Here both neighbours are the row at the border, and each share is truncated on its own.
-    first, second = (columns[..., y.clamp(0, last), :] for y in (above, above + 1))
-    shares = (first * near[:, None] >> 16) + (second * far[:, None] >> 16)
-    return ((shares + 2) >> 2).to(torch.uint8)
+    left, right, share = _neighbours(pixels.shape[-1], size[1], pixels.device)
+    first, second = pixels[..., left].int(), pixels[..., right].int()
+    columns = (first * (_ONE - share) + second * share) >> 4  # of 2^7
+    above, below, share = _neighbours(pixels.shape[-2], size[0], pixels.device)
+    # Also at the border, where both are one row, each part is truncated on its own.
+    first = (columns[..., above, :] * (_ONE - share)[:, None]) >> 16
+    second = (columns[..., below, :] * share[:, None]) >> 16
+    return ((first + second + 2) >> 2).to(torch.uint8)
 
 
-def _weights(
-    source: int, target: int, device: torch.device
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """The first of two neighbours, -1 to source - 1, and the weights of both, each (target,)."""
-    scale = 1 / (target / source)  # with OpenCV's two roundings
-    # OpenCV rounds the float64 position to float32 before the division into neighbour and weight.
-    position = ((torch.arange(target, dtype=torch.float64) + 0.5) * scale - 0.5).float()
+def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """The two pixels that each of `target` lies between, and the weight of the second one."""
+    # OpenCV rounds positions to float32 before it takes the weights from them.
+    position = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
+    position = position.float()
     first = position.floor()
-    share = position - first
-    near, far = ((_ONE * weight).round().int().to(device) for weight in (1 - share, share))
-    return first.long().to(device), (near, far)
+    share = (_ONE * (position - first)).round().int()
+    pixels = ((first + step).clamp(0, source - 1).long().to(device) for step in (0, 1))
+    return *pixels, share.to(device)
