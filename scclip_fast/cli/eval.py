@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         datasets = {name: _open(args, name, ranks) for name in names}
         found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         if not found:
-            raise CommandError(f"none of the data sets is in {args.root}")
+            raise CommandError(f"no data set in {args.root} can be evaluated, see above")
         encoder, tokenizer = common.load_encoder(args)
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             failures += _evaluate(args, segmenter, dataset, settings, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
     if missing := [name for name in names if name not in found]:
-        problems.append(f"not there: {', '.join(missing)}")
+        problems.append(f"left out: {', '.join(missing)}")
     if problems:
         raise CommandError("; ".join(problems))
 
@@ -102,12 +102,12 @@ def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
 
 
 def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | Scenes | None:
-    """The data set; where `all` don't need it, None and a line that says why."""
-    from ..evaluate import PROTOCOLS, DatasetNotFoundError
+    """The data set; for `all`, None and a line on stderr where it can't be used."""
+    from ..evaluate import PROTOCOLS, DataError, DatasetNotFoundError
 
     try:
         return PROTOCOLS[name].dataset(args.root, args.limit)
-    except DatasetNotFoundError as error:
+    except (DataError, DatasetNotFoundError) as error:
         if args.dataset != "all":
             raise CommandError(str(error)) from None
         if ranks.rank == 0:
@@ -168,7 +168,7 @@ def _evaluate(
             return 0
         report = evaluate.report(dataset, progress, segmenter.classes)
         results = settings | {"versions": evaluate.settings.versions()} | report
-        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except evaluate.SettingsChangedError as error:
         hint = "--force discards them, another --out keeps both"
         raise CommandError(f"{error}; {hint}") from None
