@@ -50,7 +50,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
     add("--force", action="store_true", help="discard what is finished")
-    add("--pamr-steps", metavar="N", type=common.natural, default=0, help="of refinement by PAMR")
+    add(
+        "--pamr-steps",
+        metavar="N",
+        type=common.natural,
+        default=0,
+        help="of refinement by PAMR, along the edges of the resized photo, as published",
+    )
     add(
         "--slide-crop",
         metavar="PIXELS",
@@ -122,6 +128,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
         del thresholds[name]
     return {
         "dataset": protocol.name,
+        "pixels": "resized in uint8 as by OpenCV, also as the picture that PAMR follows",
         "protocol": {
             **thresholds,
             "slide_crop": args.slide_crop or None,
