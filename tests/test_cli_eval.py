@@ -195,7 +195,7 @@ def test_a_list_that_repeats_a_name(command, voc, tmp_path):
     (voc.parents[1] / "ImageSets/Segmentation/val.txt").write_text("a\nb\na\n")
     code, stdout, stderr = command("voc21", "--root", tmp_path)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
-    assert "val.txt: 1 lines repeat a name (a); leave each name once" in stderr
+    assert "val.txt: names on several lines (a); leave one line each" in stderr
 
 
 ERRORS = {

@@ -123,7 +123,10 @@ BAD_LISTS = {
     "UTF-16, no mark": ("000001\n".encode("utf-16-le"), "null characters are no text; save"),
     "UTF-16, cut": (b"\xff\xfe0", "is not UTF-8; save the file as UTF-8"),
     "UTF-32": ("000001\n".encode("utf-32"), "null characters are no text; save"),
-    "twice": (b"000001\n000002\n000001\n000001 \n", "2 lines repeat a name (000001); leave each"),
+    "twice": (
+        b"000001\n000002\n000001\n000001 \n",
+        "names on several lines (000001); leave one line",
+    ),
     "empty": (b"\xef\xbb\xbf \n\n", "no names; the file must hold one a line"),
 }
 

@@ -48,11 +48,8 @@ def read_list(path: Path) -> list[str]:
     names = [name for line in text.splitlines() if (name := line.strip())]
     if not names:
         raise DataError(f"{path}: no names; the file must hold one a line")
-    if repeated := len(names) - len(set(names)):
-        twice = [name for name, count in Counter(names).items() if count > 1]
-        raise DataError(
-            f"{path}: {repeated} lines repeat a name ({some(twice)}); leave each name once"
-        )
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise DataError(f"{path}: names on several lines ({some(repeated)}); leave one line each")
     return names
 
 
