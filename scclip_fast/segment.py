@@ -144,15 +144,16 @@ class Segmenter(nn.Module):
         In bands, as all probabilities at the size of a large photo are many gigabytes. On the
         model's device; see `forward` and `probabilities`.
         """
-        pixels = to_tensor(image).to(self.mean.device)[None]
-        size = (pixels.shape[2], pixels.shape[3])
-        seen = self._normalised(self._resized(pixels))
-        maps = (
-            self._encode(seen)[0] if self.slide_crop is None else self._slide(seen, self.slide_crop)
-        )
+        picture = to_tensor(image)
+        size = (picture.shape[1], picture.shape[2])
+        pixels = self._resized(picture)
+        if self.slide_crop is None:
+            maps = self._encode(pixels)[0]
+        else:
+            maps = self._slide(pixels, self.slide_crop)
         if self.pamr_steps:
             maps = F.interpolate(maps[None], size, mode="bilinear")
-            maps = pamr(self._guide(pixels, seen), maps, self.pamr_steps)[0]
+            maps = pamr(self._guide(picture, pixels), maps, self.pamr_steps)[0]
         kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
             probabilities = self._probabilities(rows)
@@ -163,17 +164,19 @@ class Segmenter(nn.Module):
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
-    def _resized(self, pixels: Tensor) -> Tensor:
-        """Pixels (1, 3, H, W), uint8, at the model's size: (1, 3, h, w), float32, 0 to 255."""
-        size = (pixels.shape[2], pixels.shape[3])
-        return F.interpolate(pixels.float(), seen_size(size, self.short_side), mode="bilinear")
+    def _resized(self, picture: Tensor) -> Tensor:
+        """Normalised pixels (1, 3, h, w) at the size for the model, of a picture (3, H, W)."""
+        size = seen_size((picture.shape[1], picture.shape[2]), self.short_side)
+        return F.interpolate(self._normalised(picture), size, mode="bilinear")
 
-    def _guide(self, pixels: Tensor, seen: Tensor) -> Tensor:
-        """The picture (1, 3, H, W), float32, whose edges PAMR follows: the photo itself."""
-        return self._normalised(pixels.float())
+    def _guide(self, picture: Tensor, pixels: Tensor) -> Tensor:
+        """What PAMR follows, (1, 3, H, W), of a picture and its `_resized` pixels: the picture."""
+        return self._normalised(picture)
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels / 255 - self.mean.float()) / self.std.float()
+    def _normalised(self, picture: Tensor) -> Tensor:
+        """Pixels (1, 3, H, W), float32, of a picture (3, H, W), uint8."""
+        pixels = picture.to(self.mean.device, torch.float32)[None] / 255
+        return (pixels - self.mean.float()) / self.std.float()
 
     def _slide(self, pixels: Tensor, crop: int) -> Tensor:
         """Cosines (names, h, w) of pixels (1, 3, h, w), averaged over the windows."""

@@ -25,12 +25,12 @@ class PublishedSegmenter(Segmenter):
     The arguments are those of `Segmenter`.
     """
 
-    def _resized(self, pixels: Tensor) -> Tensor:
-        size = (pixels.shape[2], pixels.shape[3])
-        return resize_uint8(pixels, seen_size(size, self.short_side)).float()
+    def _resized(self, picture: Tensor) -> Tensor:
+        size = seen_size((picture.shape[1], picture.shape[2]), self.short_side)
+        return self._normalised(resize_uint8(picture.to(self.mean.device), size))
 
-    def _guide(self, pixels: Tensor, seen: Tensor) -> Tensor:
-        return F.interpolate(seen, pixels.shape[2:], mode="bilinear")
+    def _guide(self, picture: Tensor, pixels: Tensor) -> Tensor:
+        return F.interpolate(pixels, picture.shape[1:], mode="bilinear")
 
 
 def resize_uint8(pixels: Tensor, size: tuple[int, int]) -> Tensor:
