@@ -22,7 +22,8 @@ def pamr(image: Tensor, maps: Tensor, steps: int, dilations: Sequence[int] = DIL
     the pixels of the border.
 
     Args:
-        image: (B, K, H, W), floating; what scale its channels have does not matter.
+        image: (B, K, H, W), floating; what scale its channels have does not matter. SC-CLIP's
+            evaluation gives the resized photo, scaled back to the size of the original.
         maps: (B, C, H, W), floating.
         steps: how often, >= 0.
         dilations: distances of the neighbours, in pixels.

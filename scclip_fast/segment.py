@@ -24,6 +24,9 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 class Segmenter(nn.Module):
     """Open-vocabulary segmentation with a frozen CLIP, as SC-CLIP does it.
 
+    Resized photos keep fractions of colours, and PAMR follows the edges of the photo at its own
+    size; `scclip_fast.evaluate.PublishedSegmenter` rounds and follows as the published code does.
+
     The cosine similarities of patches and class names are upsampled to the image, averaged where
     windows overlap, scaled and made probabilities by a softmax over all names; a class has that of
     its best synonym. A pixel belongs to its most probable class, to the first of equal ones.
@@ -168,11 +171,11 @@ class Segmenter(nn.Module):
     def _bands(self, picture: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The bands of a picture (3, H, W), uint8; see `bands`."""
         size = (picture.shape[1], picture.shape[2])
-        pixels = self._normalised(picture)
-        maps = self._maps(pixels, seen_size(size, self.short_side))
+        pixels = self._resized(picture)
+        maps = self._maps(pixels)
         if self.pamr_steps:
             whole = torch.cat(list(upsampled(maps, size)), dim=1)
-            maps = pamr(pixels, whole[None], self.pamr_steps)[0]
+            maps = pamr(self._guide(picture, pixels), whole[None], self.pamr_steps)[0]
         del pixels  # of a large photo, as much as the bands
         kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
@@ -184,19 +187,28 @@ class Segmenter(nn.Module):
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
+    def _resized(self, picture: Tensor) -> Tensor:
+        """Normalised pixels (1, 3, h, w) at the size for the model, of a picture (3, H, W)."""
+        pixels, own = self._normalised(picture), (picture.shape[1], picture.shape[2])
+        size = seen_size(own, self.short_side)
+        return pixels if size == own else F.interpolate(pixels, size, mode="bilinear")
+
+    def _guide(self, picture: Tensor, pixels: Tensor) -> Tensor:
+        """What PAMR follows, (1, 3, H, W), of a picture and its `_resized` pixels: the picture."""
+        return self._normalised(picture)
+
     def _normalised(self, picture: Tensor) -> Tensor:
         """Pixels (1, 3, H, W), float32, of a picture (3, H, W), uint8."""
         # In place, as a float32 copy of a photo of 24 million pixels takes 288 MB.
         pixels = picture.to(self.mean.device, torch.float32)[None].div_(255)
         return pixels.sub_(self.mean.float()).div_(self.std.float())
 
-    def _maps(self, pixels: Tensor, size: tuple[int, int]) -> Tensor | WindowMaps:
-        """Cosines (names, h, w) of pixels (1, 3, H, W) that are resized to a size."""
-        if size != (pixels.shape[2], pixels.shape[3]):
-            pixels = F.interpolate(pixels, size, mode="bilinear")
+    def _maps(self, pixels: Tensor) -> Tensor | WindowMaps:
+        """Cosines (names, h, w) of pixels (1, 3, h, w)."""
         if self.slide_crop is None:
             return self._encode(pixels)[0]
         maps: list[Tensor] = []  # of each window, a cosine a patch
+        size = (pixels.shape[2], pixels.shape[3])
         places = windows(size, self.slide_crop, self.slide_stride)
         for start in range(0, len(places), _WINDOWS):
             chosen = places[start : start + _WINDOWS]

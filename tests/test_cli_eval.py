@@ -13,9 +13,16 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_clip import photo
 
 from scclip_fast.clip import create_model
-from scclip_fast.evaluate import PROTOCOLS, confidence_interval, confusion_matrix, summary
+from scclip_fast.evaluate import (
+    PROTOCOLS,
+    PublishedSegmenter,
+    confidence_interval,
+    confusion_matrix,
+    summary,
+)
 from scclip_fast.evaluate.metric import areas
 from scclip_fast.segment import Segmenter
 
@@ -90,6 +97,25 @@ def test_command_is_the_library(command, tiny, tmp_path):
     assert [k for k, v in found["config"].items() if v is False] == ["repair"]
 
 
+def test_the_command_segments_as_published(command, tiny, tmp_path):
+    """Masks that hold the published prediction have every pixel right, and others do not."""
+    folder = tmp_path / "ade"
+    path, mask = folder / "images/validation/a.jpg", folder / "annotations/validation/a.png"
+    for file in (path, mask):
+        file.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    Image.fromarray(photo(90, 70).numpy()).save(path)
+    encoder, tokenizer = create_model(tiny)
+    classes = PROTOCOLS["ade20k"].class_names()
+    for kind in (PublishedSegmenter, Segmenter):
+        with Image.open(path) as image:
+            labels = kind(encoder, tokenizer, classes, pamr_steps=2)(image)
+        Image.fromarray(labels.numpy().astype(np.uint8) + 1).save(mask)
+        assert command("ade20k", "--root", folder, "--pamr-steps", 2, "--force")[0] == 0
+        right = results(tmp_path / "eval.json")["aAcc"]
+        assert (right == 1) == (kind is PublishedSegmenter)
+
+
 @pytest.mark.parametrize("switch", ["repair", "pre-aggregate", "multi-level"])
 def test_other_settings_need_force_or_another_output(command, tmp_path, switch):
     assert command("scenes", "--limit", 1)[0] == 0
@@ -133,7 +159,7 @@ def test_all(command, voc, tmp_path):
     *skipped, error = stderr.splitlines()
     missing = [name for name in PROTOCOLS if name not in ("voc20", "voc21", "scenes")]
     assert [line.split(":")[0] for line in skipped] == [f"skipped {name}" for name in missing]
-    assert error == f"scclip-fast eval: error: not there: {', '.join(missing)}"
+    assert error == f"scclip-fast eval: error: left out: {', '.join(missing)}"
     files = sorted(path.name for path in tmp_path.glob("*.json"))
     assert files == ["r_voc20.json", "r_voc21.json"]
     for name, threshold in (("voc20", 0), ("voc21", 0.15)):
@@ -141,11 +167,42 @@ def test_all(command, voc, tmp_path):
         assert found["protocol"]["prob_thd"] == threshold and found["images"] == 1
 
 
+@pytest.mark.parametrize("values", [(0, 255), (255,)], ids=str)
+@pytest.mark.parametrize("key", ["voc21", "all"])
+def test_masks_without_a_class_are_not_scored(command, voc, tmp_path, key, values):
+    for path in (voc.parents[1] / "SegmentationClass").iterdir():
+        labels = np.resize(np.array(values, np.uint8), (32, 40))
+        Image.fromarray(labels).save(path)
+    code, stdout, stderr = command(key, "--root", tmp_path)
+    assert (code, stdout) == (2, "") and not list(tmp_path.glob("eval*"))
+    assert sum("no labels but 0 and 255" in line for line in stderr.splitlines()) == (
+        2 if key == "all" else 1
+    )
+    assert "Traceback" not in stderr
+
+
+def test_numbers_of_images_in_capitals_and_a_list_with_a_mark(command, voc, tmp_path):
+    assert command("voc21", "--root", tmp_path, "--out", "plain.json")[0] == 0
+    voc.rename(voc.with_suffix(".JPG"))
+    path = voc.parents[1] / "ImageSets/Segmentation/val.txt"
+    path.write_bytes(b"\xef\xbb\xbfa\r\nb \r\n")
+    assert command("voc21", "--root", tmp_path)[0] == 0
+    assert results(tmp_path / "eval.json")["images"] == 2
+    assert results(tmp_path / "eval.json") == results(tmp_path / "plain.json")
+
+
+def test_a_list_that_repeats_a_name(command, voc, tmp_path):
+    (voc.parents[1] / "ImageSets/Segmentation/val.txt").write_text("a\nb\na\n")
+    code, stdout, stderr = command("voc21", "--root", tmp_path)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert "val.txt: names on several lines (a); leave one line each" in stderr
+
+
 ERRORS = {
     "data set": (["voc07"], "there is no data set 'voc07'; choose from voc20, "),
     "no root": (["ade20k"], "ade20k needs --root"),
     "no folder": (["ade20k", "--root", "x"], "no ADE20K: none of x, x/ADEChallengeData2016, "),
-    "no folders": (["all", "--root", "x"], "none of the data sets is in x"),
+    "no folders": (["all", "--root", "x"], "no data set in x can be evaluated, see above"),
     "method": (["scenes", "--method", "clip", "--no-multi-level"], "--no-multi-level is for"),
     "stride": (["scenes", "--slide-stride", "225"], "must be at most --slide-crop 224, got 225"),
     "limit": (["scenes", "--limit", "0"], "--limit: must be a whole number above 0"),

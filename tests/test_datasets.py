@@ -141,7 +141,7 @@ def test_labels_that_were_not_converted(tmp_path):
     write_dataset(tmp_path, "cityscapes")
     for path in tmp_path.rglob("*labelTrainIds.png"):
         path.rename(path.with_name(path.name.replace("TrainIds", "Ids")))
-    with pytest.raises(DatasetNotFoundError, match=r"none of the 2 images .*/cityscapes\.py"):
+    with pytest.raises(DatasetNotFoundError, match=r"2 of 2 labels .*/cityscapes\.py"):
         PROTOCOLS["cityscapes"].dataset(tmp_path)
 
 
@@ -176,8 +176,8 @@ DAMAGES = {
     "labels missing": (1, remove, "No such file"),
     "labels truncated": (1, truncate, ""),
     "labels of another size": (1, crop, "labels of 3 x 3 pixels for an image of 5 x 9"),
-    "labels in colour": (1, color, "not one index a pixel but 3 channels"),
-    "labels beyond the classes": (1, unknown_class, "label 21 where there are 21 classes"),
+    "labels in colour": (1, color, "a mask of colours (RGB); a mask is a PNG of 8 bits"),
+    "labels beyond the classes": (1, unknown_class, "label 21, where VOC21 has 0 to 20"),
 }
 
 

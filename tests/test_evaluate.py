@@ -248,3 +248,14 @@ def test_errors_of_the_segmenter_are_not_hidden(voc, tmp_path):
     with pytest.raises(ZeroDivisionError):
         run(segmenter, voc, progress)
     assert list(progress.read()) == NAMES[:2]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_json_has_no_numbers_that_are_none(tmp_path, value):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Progress(tmp_path / "out.json", {"beta": value})
+    with Progress(tmp_path / "out.json", SETTINGS).appending(0) as append:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            append({"name": "a", "cells": [], "seconds": value})
+        append({"name": "b", "cells": [], "seconds": 1})
+    assert list(Progress(tmp_path / "out.json", SETTINGS).read()) == ["b"]

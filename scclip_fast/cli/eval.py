@@ -17,9 +17,8 @@ from .common import CommandError
 
 if TYPE_CHECKING:  # these load open_clip and torchmetrics
     from ..clip import SCCLIP
-    from ..evaluate import Protocol, Ranks
+    from ..evaluate import Protocol, PublishedSegmenter, Ranks
     from ..evaluate.datasets import FolderDataset, Scenes
-    from ..segment import Segmenter
 
 _DATASETS = (
     "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
@@ -51,7 +50,13 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
     add("--force", action="store_true", help="discard what is finished")
-    add("--pamr-steps", metavar="N", type=common.natural, default=0, help="of refinement by PAMR")
+    add(
+        "--pamr-steps",
+        metavar="N",
+        type=common.natural,
+        default=0,
+        help="of refinement by PAMR, along the edges of the resized photo, as published",
+    )
     add(
         "--slide-crop",
         metavar="PIXELS",
@@ -66,7 +71,6 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate one data set or all."""
     from .. import evaluate
-    from ..segment import Segmenter
 
     names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
     names = names if args.dataset == "all" else [args.dataset]
@@ -77,18 +81,18 @@ def run(args: argparse.Namespace) -> None:
         datasets = {name: _open(args, name, ranks) for name in names}
         found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         if not found:
-            raise CommandError(f"none of the data sets is in {args.root}")
+            raise CommandError(f"no data set in {args.root} can be evaluated, see above")
         encoder, tokenizer = common.load_encoder(args)
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
-            segmenter = Segmenter(
+            segmenter = evaluate.PublishedSegmenter(
                 encoder, tokenizer, settings["prompts"], shared_names=True, **settings["protocol"]
             )
             failures += _evaluate(args, segmenter, dataset, settings, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
     if missing := [name for name in names if name not in found]:
-        problems.append(f"not there: {', '.join(missing)}")
+        problems.append(f"left out: {', '.join(missing)}")
     if problems:
         raise CommandError("; ".join(problems))
 
@@ -104,12 +108,12 @@ def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
 
 
 def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | Scenes | None:
-    """The data set; where `all` don't need it, None and a line that says why."""
-    from ..evaluate import PROTOCOLS, DatasetNotFoundError
+    """The data set; for `all`, None and a line on stderr where it can't be used."""
+    from ..evaluate import PROTOCOLS, DataError, DatasetNotFoundError
 
     try:
         return PROTOCOLS[name].dataset(args.root, args.limit)
-    except DatasetNotFoundError as error:
+    except (DataError, DatasetNotFoundError) as error:
         if args.dataset != "all":
             raise CommandError(str(error)) from None
         if ranks.rank == 0:
@@ -124,6 +128,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
         del thresholds[name]
     return {
         "dataset": protocol.name,
+        "pixels": "resized in uint8 as by OpenCV, also as the picture that PAMR follows",
         "protocol": {
             **thresholds,
             "slide_crop": args.slide_crop or None,
@@ -145,7 +150,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
 
 def _evaluate(
     args: argparse.Namespace,
-    segmenter: Segmenter,
+    segmenter: PublishedSegmenter,
     dataset: FolderDataset | Scenes,
     settings: dict,
     ranks: Ranks,
@@ -170,7 +175,7 @@ def _evaluate(
             return 0
         report = evaluate.report(dataset, progress, segmenter.classes)
         results = settings | {"versions": evaluate.settings.versions()} | report
-        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     except evaluate.SettingsChangedError as error:
         hint = "--force discards them, another --out keeps both"
         raise CommandError(f"{error}; {hint}") from None

@@ -15,17 +15,10 @@ from PIL import Image
 
 from .. import picture
 from ..scenes import draw
+from .folders import DataError, DatasetNotFoundError, find_files, mask_values, read_list, some
 
 IGNORED = 255
 _CONVERTERS = "mmsegmentation's tools/dataset_converters"
-
-
-class DataError(ValueError):
-    """One image or its labels can't be used; the message names the file and says why."""
-
-
-class DatasetNotFoundError(FileNotFoundError):
-    """The folder, or all of its labels, are missing; the message says where to get them."""
 
 
 class Sample(NamedTuple):
@@ -35,16 +28,21 @@ class Sample(NamedTuple):
 
 
 class FolderDataset:
-    """Images and label maps in folders; a subclass says which.
+    """Images and label maps in folders, which a subclass names; suffixes count in any case.
 
     Args:
         root: the data set's own folder, or one above it: the first of `root` and `root` joined with
             the tails of `home`, shortest first, that holds both of `folders`. For VOC2012: `root`,
             `root/VOC2012`, `root/VOCdevkit/VOC2012`.
-        limit: only the first so many images, in the order of the split file, else of their names.
+        limit: only the first so many images, at least 1, in the order of the split file, else of
+            their names.
 
     Raises:
-        DatasetNotFoundError: no such folder, or there are no images or no labels in it.
+        ValueError: a limit below 1.
+        DatasetNotFoundError: no such folder, or images or labels are missing in it.
+        DataError: a list of names that can't be read or repeats a name, two files of one name, or
+            masks none of which has a label besides 0 and 255, so that no class could be told from
+            the background.
     """
 
     home: str  # below mmsegmentation's data/
@@ -56,9 +54,16 @@ class FolderDataset:
     source: str  # how to get it
 
     def __init__(self, root: str | Path, limit: int | None = None) -> None:
+        _check_limit(limit)
         self.folder = self._find(Path(root))
+        self._images, self._labels = (
+            find_files(self.folder / folder, suffix)
+            for folder, suffix in zip(self.folders, self.suffixes, strict=True)
+        )
         self.all_names = self._list()
         self.names = self.all_names[:limit]
+        self._check_complete()
+        self._check_labels()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,7 +78,7 @@ class FolderDataset:
         name = self.names[i]
         image_path, labels_path = self.paths(name)
         image = _photo(image_path)
-        labels = self._class_indices(_read(labels_path, np.asarray), labels_path)
+        labels = self._class_indices(self._mask(labels_path))
         if labels.shape != (image.height, image.width):
             raise DataError(
                 f"{labels_path}: labels of {labels.shape[1]} x {labels.shape[0]} pixels "
@@ -82,12 +87,8 @@ class FolderDataset:
         return Sample(name, image, labels)
 
     def paths(self, name: str) -> tuple[Path, Path]:
-        """Where the image and the labels of that name are."""
-        image, labels = (
-            self.folder / folder / f"{name}{suffix}"
-            for folder, suffix in zip(self.folders, self.suffixes, strict=True)
-        )
-        return image, labels
+        """The files of the image and of the labels that have one of `names`."""
+        return self._images[name], self._labels[name]
 
     def _find(self, root: Path) -> Path:
         parts = Path(self.home).parts
@@ -102,32 +103,66 @@ class FolderDataset:
         )
 
     def _list(self) -> list[str]:
-        if self.split:
-            split = self.folder / self.split
-            if not split.is_file():
-                raise DatasetNotFoundError(f"{split} is not there; {self.source}")
-            names = split.read_text().split()
-        else:
-            folder, suffix = self.folder / self.folders[0], self.suffixes[0]
-            found = (path.relative_to(folder) for path in folder.rglob(f"[!.]*{suffix}"))
-            names = sorted(path.as_posix().removesuffix(suffix) for path in found)
-        if not any(self.paths(name)[1].is_file() for name in names):
-            folder, suffix = self.folder / self.folders[1], self.suffixes[1]
-            raise DatasetNotFoundError(
-                f"none of the {len(names)} images of {type(self).__name__} has its labels "
-                f"*{suffix} in {folder}; {self.source}"
-            )
-        return names
+        if not self.split:
+            names = sorted(self._images.keys() | self._labels)
+            if not names:
+                folder, suffix = self.folder / self.folders[0], self.suffixes[0]
+                raise DatasetNotFoundError(f"{folder}: there is no *{suffix}; {self.source}")
+            return names
+        split = self.folder / self.split
+        if not split.is_file():
+            raise DatasetNotFoundError(f"{split} is not there; {self.source}")
+        return read_list(split)
 
-    def _class_indices(self, labels: np.ndarray, path: Path) -> np.ndarray:
-        if labels.ndim != 2:
-            raise DataError(f"{path}: not one index a pixel but {labels.shape[2]} channels")
+    def _check_complete(self) -> None:
+        """An image for all labels, and labels for all images."""
+        kinds = (("images", self._images), ("labels", self._labels))
+        for (kind, files), folder, suffix in zip(kinds, self.folders, self.suffixes, strict=True):
+            missing = [f"{name}{suffix}" for name in self.names if name not in files]
+            if missing:
+                raise DatasetNotFoundError(
+                    f"{self.folder / folder}: {len(missing)} of {len(self.names)} {kind} of "
+                    f"{type(self).__name__} are missing ({some(missing)}); {self.source}"
+                )
+
+    def _check_labels(self) -> None:
+        """At least one mask has a label that is neither 0 nor ignored; mostly the first one."""
+        unusable = None
+        for name in self.names:
+            try:
+                values = self._mask(self._labels[name])
+            except DataError as error:
+                unusable = unusable or error
+                continue
+            if not np.isin(values, (0, IGNORED)).all():
+                return
+        raise unusable or DataError(
+            f"{self._labels[self.names[0]]}: in this mask and the other {len(self.names) - 1} "
+            f"there are no labels but 0 and 255, so that nothing can be scored; a mask has the "
+            f"index of a class a pixel; {self.source}"
+        )
+
+    def _mask(self, path: Path) -> np.ndarray:
+        """The file's values, each of which stands for a class or for no class."""
+        values = _read(path, mask_values)
+        last = self.num_classes - 1 + self.reduce_zero_label
+        highest = np.max(values, where=values != IGNORED, initial=0)
+        if highest > last:
+            raise DataError(
+                f"{path}: label {highest}, where {type(self).__name__} has 0 to {last}, and 255 "
+                f"for pixels that do not count; {self.source}"
+            )
+        return values
+
+    def _class_indices(self, values: np.ndarray) -> np.ndarray:
         if self.reduce_zero_label:
-            labels = np.where(np.isin(labels, (0, IGNORED)), IGNORED, labels.astype(int) - 1)
-        highest = np.max(labels, where=labels != IGNORED, initial=0)
-        if highest >= self.num_classes:
-            raise DataError(f"{path}: label {highest} where there are {self.num_classes} classes")
-        return labels.astype(np.uint8)
+            values = np.where(np.isin(values, (0, IGNORED)), IGNORED, values.astype(int) - 1)
+        return values.astype(np.uint8)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
 
 
 def _photo(path: Path) -> Image.Image:
@@ -243,6 +278,7 @@ class Scenes:
     num_classes = len(draw.CLASSES)
 
     def __init__(self, root: object = None, limit: int | None = None) -> None:
+        _check_limit(limit)
         self.all_names = None  # endless
         self.names = [f"scene {i}" for i in range(500 if limit is None else limit)]
 

@@ -26,11 +26,14 @@ class Progress:
     Args:
         out: the output's path; the files are `out`.rank0.jsonl, `out`.rank1.jsonl, ...
         settings: all that results depend on, as JSON takes it.
+
+    Raises:
+        ValueError: a setting that is NaN or infinite, which JSON has no number for.
     """
 
     def __init__(self, out: Path, settings: dict) -> None:
         self.out = out
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings, allow_nan=False))
 
     def clear(self) -> None:
         """Forget all results."""
@@ -64,7 +67,7 @@ class Progress:
             file.truncate(sum(map(len, lines)))  # the rest was cut off
 
             def append(record: dict) -> None:
-                file.write(json.dumps(record).encode() + b"\n")
+                file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
                 file.flush()
 
             if not lines:

@@ -11,12 +11,12 @@ from .datasets import FolderDataset, Scenes
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a data set is segmented; see `scclip_fast.segment.Segmenter`.
+    """How a data set is segmented; see `PublishedSegmenter` for the rules that all have in common.
 
     Attributes:
         name: of the benchmark.
         dataset: opens it: dataset(root, limit).
-        short_side: of the image as the model sees it, in pixels; None for the image's own size.
+        short_side: of the resized image, in pixels; None for the image's own size.
         logit_scale: of the cosine similarities in the softmax.
         prob_thd: pixels less sure than this become `background`.
         area_thd: classes on a smaller share of the foreground become `background`.
