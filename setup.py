@@ -13,7 +13,7 @@ test = [
     *evaluation,
     *sklearn,
     "hypothesis",
-    "pytest>=8",
+    "pytest>=8.4",
     "pytest-benchmark",
     "pytest-xdist",
     "selenium>=4",

@@ -1,4 +1,4 @@
-"""The fixture `race`, what is skipped, and what a result file says of the machine."""
+"""The fixture `race`, and what a result file holds of the machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import harness
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
