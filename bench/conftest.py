@@ -32,8 +32,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    for key in ("author_time", "branch", "error", "project"):
-        commit_info.pop(key, None)
+    for key in commit_info.keys() - harness.COMMIT:
+        del commit_info[key]
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

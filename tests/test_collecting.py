@@ -43,7 +43,7 @@ def test_benchmark_runs_them(tmp_path):
     found = json.loads(path.read_text())
     providers = {entry["extra_info"]["provider"] for entry in found["benchmarks"]}
     assert providers == {"scclip_fast torch", "published"}
-    assert found["commit_info"].keys() >= {"id", "dirty"} and found["machine_info"]["torch"]
+    assert found["commit_info"].keys() == {"id", "time", "dirty"} and found["machine_info"]["torch"]
 
 
 def test_benchmark_leaves_paths_alone():
