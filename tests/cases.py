@@ -28,34 +28,41 @@ WIDTHS = (1, 3, 64, 257, 768)
 BATCHES = (1, 3)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: The interpreter is slow: there every width meets each long N once, with batch and dtype in turn,
-#: but for the longest with the widest.
-LONG = [
-    (BATCHES[(i + j) % 2] if d <= 64 else 1, n, d, DTYPES[(i + j) % 3])
-    for i, n in enumerate((196, 201, 577))
-    for j, d in enumerate(WIDTHS)
-    if n * d < 577 * 300
-]
+
+def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
+    """(B, N, D, dtype) of every N with every D, so that all pairs of two of the four occur.
+
+    What a launcher or a tile decides on is one of them or two: the dtype and a width, or the number
+    of tokens and one of these. A batch of single tokens is refused, see test_validation.
+    """
+    return [
+        (BATCHES[(i + (i + j) // 3) % 2] if n > 1 else 1, n, d, dtypes[(i + j) % len(dtypes)])
+        for i, n in enumerate(tokens)
+        for j, d in enumerate(WIDTHS)
+    ]
 
 
 def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
-    """(B, N, D, dtype): all of them, in the interpreter all short ones and some long."""
-    full = list(product(BATCHES, TOKENS, WIDTHS, DTYPES))
-    if run_id != "interpreter":
-        return full + [
-            (b, n, d, torch.float64) for b, n, d in product(BATCHES, (2, 33, 201), WIDTHS)
-        ]
-    return [case for case in full if case[1] <= 33] + LONG
+    """(B, N, D, dtype): all of them on a GPU, else all pairs; large ones are slow to interpret."""
+    if run_id == "interpreter":
+        pairs = in_turn(TOKENS, DTYPES)
+        kept = [case for case in pairs if case[1] * case[2] < 577 * 300]
+        return [(b if n < 577 and d <= 64 else 1, n, d, dtype) for b, n, d, dtype in kept]
+    doubles = in_turn((2, 33, 201), (torch.float64,))
+    if run_id == "torch":
+        return in_turn(TOKENS, DTYPES) + doubles
+    full = product(BATCHES, TOKENS, WIDTHS, DTYPES)
+    return [case for case in full if case[:2] != (3, 1)] + doubles
 
 
-def runs_and_shapes(least_tokens: int = 1) -> list:
-    """Parameters (device, backend, B, N, D, dtype)."""
+def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> list:
+    """Parameters (device, backend, B, N, D, dtype); `interpreted` picks the interpreter's."""
     params = []
     for run in RUNS:
         for b, n, d, dtype in grid(run.id):
             if n < least_tokens or (run.values[1] == "triton" and dtype == torch.float64):
                 continue
-            if n == 1 and b > 1:  # refused, see test_validation
+            if run.id == "interpreter" and not interpreted(b, n, d):
                 continue
             name = f"{run.id}-B{b}-N{n}-D{d}-{str(dtype).removeprefix('torch.')}"
             params.append(pytest.param(*run.values, b, n, d, dtype, id=name, marks=run.marks))
