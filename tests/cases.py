@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 import pytest
@@ -67,6 +68,17 @@ def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> 
             name = f"{run.id}-B{b}-N{n}-D{d}-{str(dtype).removeprefix('torch.')}"
             params.append(pytest.param(*run.values, b, n, d, dtype, id=name, marks=run.marks))
     return params
+
+
+def runs_with(first: Iterable, second: Iterable) -> list:
+    """Parameters (device, backend, a, b): all pairs, in the interpreter a and b in turn."""
+    first, second = list(first), list(second)
+    return [
+        pytest.param(*run.values, a, b, id=f"{run.id}-{a}-{b}", marks=run.marks)
+        for run in RUNS
+        for (i, a), (j, b) in product(enumerate(first), enumerate(second))
+        if run.id != "interpreter" or i % len(second) == j % len(first)
+    ]
 
 
 def clusters(b: int, n: int, d: int, centers: int = 5) -> Tensor:

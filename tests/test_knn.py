@@ -30,9 +30,9 @@ def test_lists_around_powers_of_two(device, backend, k):
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("k", [63, 64, 65, 127, 128])
+@pytest.mark.parametrize("k", [63, 64, 65, 128])
 def test_long_lists(device, backend, k):
-    check(torch.randn(1, 201, 5), k, device, backend)
+    check(torch.randn(1, 133, 5), k, device, backend)
 
 
 @pytest.mark.parametrize("k", [129, 400, 576])

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from cases import FEATURES, RUNS, runs_and_shapes
+from cases import FEATURES, RUNS, runs_and_shapes, runs_with
 from sklearn.neighbors import LocalOutlierFactor
 from tolerance import decided, relative_error
 
@@ -57,11 +57,12 @@ def test_shapes(device, backend, b, n, d, dtype, variant):
         check_scores(x, 30, variant, device, backend)
 
 
-@pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("n, d", [(196, 768), (200, 64)])
-def test_equals_the_published_equation(device, backend, kind, n, d):
+@pytest.mark.parametrize(
+    "device, backend, kind, shape", runs_with(FEATURES, [(200, 64), (196, 768)])
+)
+def test_equals_the_published_equation(device, backend, kind, shape):
     """At these N the rank of the threshold is not whole, so that rounding decides no outlier."""
+    n, d = shape
     x = FEATURES[kind](1, n, d)
     expected_indices, expected = published_lof(x[0].double())
     scores, sure = check_scores(x, 30, "scclip", device, backend, expected[None])
@@ -73,9 +74,7 @@ def test_equals_the_published_equation(device, backend, kind, n, d):
     assert len(set(indices.tolist()) ^ set(expected_indices.tolist())) <= 2 * (~sure).sum()
 
 
-@pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("k", [1, 5, 30])
+@pytest.mark.parametrize("device, backend, kind, k", runs_with(FEATURES, [1, 5, 30]))
 def test_breunig_equals_scikit_learn(device, backend, kind, k):
     x = FEATURES[kind](1, 196, 32)
     theirs = LocalOutlierFactor(n_neighbors=k, algorithm="brute", metric="euclidean").fit(
