@@ -25,6 +25,7 @@ RUNS = [
 ]
 
 TOKENS = (1, 2, 30, 31, 32, 33, 196, 201, 577)
+DOUBLES = (2, 33, 201)  # tokens in float64
 WIDTHS = (1, 3, 64, 257, 768)
 BATCHES = (1, 3)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -45,15 +46,16 @@ def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
 
 def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
     """(B, N, D, dtype): all of them on a GPU, else all pairs; large ones are slow to interpret."""
+    pairs = in_turn(TOKENS, DTYPES)
     if run_id == "interpreter":
-        pairs = in_turn(TOKENS, DTYPES)
         kept = [case for case in pairs if case[1] * case[2] < 577 * 300]
-        return [(b if n < 577 and d <= 64 else 1, n, d, dtype) for b, n, d, dtype in kept]
-    doubles = in_turn((2, 33, 201), (torch.float64,))
+        alone = [n == 577 or (n > 33 and d > 64) for _, n, d, _ in kept]
+        return [(1 if one else b, *case) for (b, *case), one in zip(kept, alone, strict=True)]
     if run_id == "torch":
-        return in_turn(TOKENS, DTYPES) + doubles
-    full = product(BATCHES, TOKENS, WIDTHS, DTYPES)
-    return [case for case in full if case[:2] != (3, 1)] + doubles
+        return pairs + in_turn(DOUBLES, (torch.float64,))
+    full = list(product(BATCHES, TOKENS, WIDTHS, DTYPES))
+    full += product(BATCHES, DOUBLES, WIDTHS, (torch.float64,))
+    return [case for case in full if case[:2] != (3, 1)]
 
 
 def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> list:
