@@ -11,7 +11,7 @@ test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 bench: $(READY)
-	$(BIN)/pytest bench --benchmark-only
+	$(BIN)/pytest --benchmark
 
 lint: $(READY)
 	$(BIN)/ruff check --quiet

@@ -13,7 +13,7 @@ test = [
     *evaluation,
     *sklearn,
     "hypothesis",
-    "pytest>=8",
+    "pytest>=8.4",
     "pytest-benchmark",
     "pytest-xdist",
     "selenium>=4",
@@ -24,13 +24,18 @@ test = [
 ]
 lint = ["mypy==2.4.1", "ruff==0.17.6"]
 
+ROOT = Path(__file__).parent
+# A checkout without symbolic links (git on Windows) has a text file in the place of the link.
+# setuptools' plain editable install finds no folder elsewhere that lacks an __init__.py.
+LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
+
 SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
 
 setup(
     name="scclip_fast",
     version="0.1.0",
     description="SC-CLIP for CLIP and SAM 3 as fused Triton kernels, with PyTorch fallbacks",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     keywords=["CLIP", "SAM", "segmentation", "local outlier factor", "Triton"],
     classifiers=[
@@ -45,6 +50,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # scclip_fast/kernels is a link to ../kernels; wheel and sdist hold the files themselves.
+    package_dir={} if LINKED else {"scclip_fast.kernels": "kernels"},
+    options={} if LINKED else {"editable_wheel": {"mode": "strict"}},
     packages=["scclip_fast", *(f"scclip_fast.{name}" for name in SUBPACKAGES)],
     package_data={
         "scclip_fast": ["py.typed"],

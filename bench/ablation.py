@@ -11,6 +11,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import harness
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -119,7 +120,8 @@ def main() -> None:
     rows = summarise(found, args.seeds)
     print(table(rows))
     if args.out:
-        about = {"weights": settings.weights_digest(encoder), "versions": settings.versions()}
+        about = harness.provenance("cpu")
+        about |= {"weights": settings.weights_digest(encoder), "versions": settings.versions()}
         about |= {"scenes": args.scenes, "seeds": args.seeds}
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

@@ -16,6 +16,7 @@ import os
 import sys
 from pathlib import Path
 
+import harness
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -173,4 +174,5 @@ if __name__ == "__main__":
         rows.append(row(kind, n, d))
         print(line(rows[-1]), flush=True)
     out = Path(__file__).parent / "results" / f"certificate-{n}x{d}.json"
-    out.write_text(json.dumps(dict(k=K, tokens=n, width=d, rows=rows), indent=1) + "\n")
+    about = harness.provenance("cuda" if torch.cuda.is_available() else "cpu")
+    out.write_text(json.dumps(about | dict(k=K, tokens=n, width=d, rows=rows), indent=1) + "\n")

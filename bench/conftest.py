@@ -1,4 +1,4 @@
-"""The fixture `race`, what is skipped, and what a result file says of the machine."""
+"""The fixture `race`, and what a result file holds of the machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,6 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 
 import harness
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
@@ -39,8 +32,8 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 def pytest_benchmark_update_commit_info(config, commit_info):
-    for key in ("author_time", "branch", "error", "project"):
-        commit_info.pop(key, None)
+    for key in commit_info.keys() - harness.COMMIT:
+        del commit_info[key]
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):

@@ -9,6 +9,7 @@ other wait for the core of the slowest, and a product of half a millisecond was 
 
 from __future__ import annotations
 
+import datetime
 import math
 import os
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cpuinfo import get_cpu_info
+from pytest_benchmark.utils import get_commit_info
 from torch import Tensor
 
 from scclip_fast.measure import measure
@@ -28,6 +30,7 @@ from scclip_fast.measure import measure
 Shape = tuple[int, int, int]
 
 PACKAGES = ("torch", "triton", "scikit-learn")
+COMMIT = ("id", "time", "dirty")  # dirty: the tree held changes that the commit has not
 
 ARGUMENTS = ("device", "shape", "dtype", "provider")
 CPU_SHAPES = ((1, 196, 768), (64, 196, 768), (1, 5184, 1024))
@@ -177,6 +180,16 @@ def _free_bytes(device: str) -> int:
     known = "SC_AVPHYS_PAGES" in os.sysconf_names
     pages = os.sysconf("SC_AVPHYS_PAGES") if known else os.sysconf("SC_PHYS_PAGES") // 2
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def provenance(device: str) -> dict[str, object]:
+    """Date, commit and machine of a result file, under the keys that pytest-benchmark uses."""
+    commit = get_commit_info()
+    return {
+        "datetime": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit_info": {key: commit.get(key) for key in COMMIT},
+        "machine_info": environment(device),
+    }
 
 
 @cache

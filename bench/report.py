@@ -46,7 +46,13 @@ def _machine(results: dict) -> str:
     gpu = [machine["device_name"]] if "cuda" in devices else []
     names = ", ".join([*gpu, *([processor] if "cpu" in devices else [])])
     packages = [f"{name} {machine[name]}" for name in ("torch", "triton") if machine[name]]
-    return f"{names}; {', '.join(packages)}; {results['datetime'][:10]}"
+    return f"{names}; {', '.join(packages)}; {results['datetime'][:10]}; {revision(results)}"
+
+
+def revision(results: dict) -> str:
+    if (commit := results.get("commit_info")) is None:
+        return "no commit recorded"
+    return f"commit {commit['id'][:7]}" + (" and changes beyond it" if commit["dirty"] else "")
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,6 +11,8 @@ import math
 import sys
 from pathlib import Path
 
+from report import revision
+
 OURS, FLOOR, FROZEN = "scclip_fast", "floor", "frozen"
 BYTES = {"float32": 4, "float16": 2}
 WORK = {"knn": (1, 1.1), "aggregate": (2, 3), "blended_attention": (4, 5)}  # products, tensors
@@ -25,11 +27,9 @@ def main(path: Path) -> None:
     for entry in found["results"]:
         key = entry["op"], tuple(entry["shape"]), entry["dtype"]
         groups.setdefault(key, {})[entry["provider"]] = entry
-    machine = found["machine"]
-    print(
-        f"{machine['device_name']}, torch {machine['torch']}, triton {machine['triton']}, ", end=""
-    )
-    print(f"{found['date']}\n")
+    machine = found["machine_info"]
+    packages = f"torch {machine['torch']}, triton {machine['triton']}"
+    print(f"{machine['device_name']}; {packages}; {found['datetime'][:10]}; {revision(found)}\n")
     print("| op | shape | scclip_fast | of its floor | extra memory | beside it |")
     print("|---|---|--:|--:|--:|---|")
     for key, entries in groups.items():
@@ -39,7 +39,7 @@ def main(path: Path) -> None:
     for key, entries in groups.items():
         if FROZEN in entries:
             print("\n".join(stages(key[0], entries)))
-    path.with_suffix(".svg").write_text(picture(groups, machine["ceilings"]) + "\n")
+    path.with_suffix(".svg").write_text(picture(groups, found["ceilings"]) + "\n")
 
 
 def row(key: tuple, entries: dict[str, dict]) -> str:
@@ -67,7 +67,7 @@ def stages(op: str, entries: dict[str, dict]) -> list[str]:
 
 def beside(name: str, entry: dict, ours: dict) -> str:
     if "failed" in entry:
-        return f"{name}: does not {'fit' if 'OutOfMemory' in entry['failed'] else 'run'}"
+        return f"{name}: does not {'fit' if 'CUDA out of memory' in entry['failed'] else 'compile'}"
     exact = entry.get("exact_rows", 1)
     note = "" if exact == 1 else f" ({exact:.1%} of rows right)"
     return f"{name} {entry['milliseconds'] / ours['milliseconds']:.3g} ×{note}"

@@ -43,7 +43,11 @@ def build(folder: Path) -> None:
 
     Raises:
         FileExistsError: `folder` has a kernel already.
+        FileNotFoundError: a file or folder of `CORE` is not there, as `kernels` in a checkout
+            without symbolic links. Nothing is written then.
     """
+    for name in CORE:
+        _check_source(PACKAGE / name)
     variant = folder / "build" / "torch-universal"
     package = variant / PACKAGE.name
     package.mkdir(parents=True)
@@ -61,6 +65,17 @@ def build(folder: Path) -> None:
         "backend": {"type": "cuda"},  # required, and has no word for all of them
     }
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+
+
+def _check_source(path: Path) -> None:
+    """FileNotFoundError unless a module is a file, and a name without a suffix a folder."""
+    if path.suffix and not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: the package is not whole")
+    if not path.suffix and not path.is_dir():
+        raise FileNotFoundError(
+            f"{path} is no folder: the checkout has no symbolic links, so build from an installed "
+            'package (pip install .), or check out again with "git config core.symlinks true"'
+        )
 
 
 def _digest(package: Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ with needs("sklearn"):
     from sklearn.utils.validation import check_is_fitted, validate_data
 
 Rows = np.ndarray | Tensor  # a result, of the kind that was fitted
-ALGORITHMS = ("auto", "brute")
+ALGORITHMS = ("auto", "ball_tree", "kd_tree", "brute")
 DUPLICATES = -1e7  # scores below come from densities that only 1e-10 keeps finite
 
 
@@ -57,19 +58,24 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     Args:
         n_neighbors: k, at least 1; more than the other rows, and all of these are taken.
-        algorithm: "auto" or "brute": the search compares all pairs either way. Trees are refused.
-        metric: "euclidean", "sqeuclidean" or "cosine". By cosine, a row of zeros is at distance 1
-            of every other row, but for rows of zeros.
+        algorithm: "auto", "ball_tree", "kd_tree" or "brute": all pairs are compared whichever it
+            is, as it changes no result.
+        leaf_size: at least 1; there are no trees whose leaves it could size.
+        metric: "minkowski", which with `p=2` is "euclidean", "sqeuclidean" or "cosine". By cosine,
+            a row of zeros is at distance 1 of every other row, but for rows of zeros.
+        p: 2, the power of "minkowski"; the other metrics do not use it.
+        metric_params: None, as no metric takes parameters.
         contamination: the share of outliers, in (0, 0.5], or "auto": those that score below -1.5.
         novelty: False to find outliers among the fitted rows (`fit_predict`), True to score new
             rows (`predict`, `decision_function`, `score_samples`).
+        n_jobs: None or an int; the number of threads is torch's (`torch.set_num_threads`).
 
     Attributes (after `fit` on (N, D)):
         negative_outlier_factor_: (N,) the negative LOF; about -1 for inliers, lower for outliers.
         offset_: float; rows that score below it are outliers.
         n_neighbors_: the k used, at most N - 1.
         n_samples_fit_, n_features_in_: N and D. feature_names_in_: (D,) of rows with names.
-        effective_metric_: the metric.
+        effective_metric_: the metric, "euclidean" for "minkowski". effective_metric_params_: {}.
     """
 
     def __init__(
@@ -77,15 +83,23 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         n_neighbors: int = 20,
         *,
         algorithm: str = "auto",
-        metric: str = "euclidean",
+        leaf_size: int = 30,
+        metric: str = "minkowski",
+        p: float = 2,
+        metric_params: None = None,
         contamination: float | str = "auto",
         novelty: bool = False,
+        n_jobs: int | None = None,
     ) -> None:
         self.n_neighbors = n_neighbors
         self.algorithm = algorithm
+        self.leaf_size = leaf_size
         self.metric = metric
+        self.p = p
+        self.metric_params = metric_params
         self.contamination = contamination
         self.novelty = novelty
+        self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: object = None) -> LocalOutlierFactor:
         """Score the rows X (N, D). Waits for the GPU.
@@ -98,7 +112,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         self._fit_X = self._rows(X, fitting=True)
         self._fitted_tensor = isinstance(X, Tensor)
         self.n_samples_fit_ = len(self._fit_X)
-        self.effective_metric_ = self.metric
+        self.effective_metric_ = "euclidean" if self.metric == "minkowski" else self.metric
+        self.effective_metric_params_: dict[str, object] = {}
         if self.n_neighbors > self.n_samples_fit_:
             warnings.warn(
                 f"n_neighbors ({self.n_neighbors}) is more than the {self.n_samples_fit_} samples; "
@@ -173,9 +188,16 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         _check.integer("n_neighbors", self.n_neighbors, 1)
-        for name, allowed in (("algorithm", ALGORITHMS), ("metric", METRICS)):
+        _check.integer("leaf_size", self.leaf_size, 1)
+        if self.n_jobs is not None and not isinstance(self.n_jobs, Integral):
+            raise TypeError(f"n_jobs must be None or an int, got {type(self.n_jobs).__name__}")
+        for name, allowed in (("algorithm", ALGORITHMS), ("metric", ("minkowski", *METRICS))):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if self.metric == "minkowski" and self.p != 2:
+            raise ValueError(f'p must be 2 with metric="minkowski", got {self.p!r}')
+        if self.metric_params is not None:
+            raise ValueError(f"metric_params must be None, got {self.metric_params!r}")
         if isinstance(self.contamination, str):
             if self.contamination != "auto":
                 raise ValueError(

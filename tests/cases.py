@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import product
 
 import pytest
@@ -24,42 +25,62 @@ RUNS = [
 ]
 
 TOKENS = (1, 2, 30, 31, 32, 33, 196, 201, 577)
+DOUBLES = (2, 33, 201)  # tokens in float64
 WIDTHS = (1, 3, 64, 257, 768)
 BATCHES = (1, 3)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-#: The interpreter is slow: there every width meets each long N once, with batch and dtype in turn,
-#: but for the longest with the widest.
-LONG = [
-    (BATCHES[(i + j) % 2] if d <= 64 else 1, n, d, DTYPES[(i + j) % 3])
-    for i, n in enumerate((196, 201, 577))
-    for j, d in enumerate(WIDTHS)
-    if n * d < 577 * 300
-]
+
+def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
+    """(B, N, D, dtype) of every N with every D, so that all pairs of two of the four occur.
+
+    What a launcher or a tile decides on is one of them or two: the dtype and a width, or the number
+    of tokens and one of these. A batch of single tokens is refused, see test_validation.
+    """
+    return [
+        (BATCHES[(i + (i + j) // 3) % 2] if n > 1 else 1, n, d, dtypes[(i + j) % len(dtypes)])
+        for i, n in enumerate(tokens)
+        for j, d in enumerate(WIDTHS)
+    ]
 
 
 def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
-    """(B, N, D, dtype): all of them, in the interpreter all short ones and some long."""
+    """(B, N, D, dtype): all of them on a GPU, else all pairs; large ones are slow to interpret."""
+    pairs = in_turn(TOKENS, DTYPES)
+    if run_id == "interpreter":
+        kept = [case for case in pairs if case[1] * case[2] < 577 * 300]
+        alone = [n == 577 or (n > 33 and d > 64) for _, n, d, _ in kept]
+        return [(1 if one else b, *case) for (b, *case), one in zip(kept, alone, strict=True)]
+    if run_id == "torch":
+        return pairs + in_turn(DOUBLES, (torch.float64,))
     full = list(product(BATCHES, TOKENS, WIDTHS, DTYPES))
-    if run_id != "interpreter":
-        return full + [
-            (b, n, d, torch.float64) for b, n, d in product(BATCHES, (2, 33, 201), WIDTHS)
-        ]
-    return [case for case in full if case[1] <= 33] + LONG
+    full += product(BATCHES, DOUBLES, WIDTHS, (torch.float64,))
+    return [case for case in full if case[:2] != (3, 1)]
 
 
-def runs_and_shapes(least_tokens: int = 1) -> list:
-    """Parameters (device, backend, B, N, D, dtype)."""
+def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> list:
+    """Parameters (device, backend, B, N, D, dtype); `interpreted` picks the interpreter's."""
     params = []
     for run in RUNS:
         for b, n, d, dtype in grid(run.id):
             if n < least_tokens or (run.values[1] == "triton" and dtype == torch.float64):
                 continue
-            if n == 1 and b > 1:  # refused, see test_validation
+            if run.id == "interpreter" and not interpreted(b, n, d):
                 continue
             name = f"{run.id}-B{b}-N{n}-D{d}-{str(dtype).removeprefix('torch.')}"
             params.append(pytest.param(*run.values, b, n, d, dtype, id=name, marks=run.marks))
     return params
+
+
+def runs_with(first: Iterable, second: Iterable) -> list:
+    """Parameters (device, backend, a, b): all pairs, in the interpreter a and b in turn."""
+    first, second = list(first), list(second)
+    return [
+        pytest.param(*run.values, a, b, id=f"{run.id}-{a}-{b}", marks=run.marks)
+        for run in RUNS
+        for (i, a), (j, b) in product(enumerate(first), enumerate(second))
+        if run.id != "interpreter" or i % len(second) == j % len(first)
+    ]
 
 
 def clusters(b: int, n: int, d: int, centers: int = 5) -> Tensor:

@@ -17,6 +17,7 @@ import scclip_fast as sf
 from scclip_fast import hub
 
 DEVICE = "cuda" if GPU else "cpu"
+ROOT = hub.PACKAGE.parent
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,24 @@ def test_compiles_and_differentiates(kernel, given):
     with kernel.backend("triton"):
         step(x).backward()
     assert x.grad.isfinite().all() and x.grad.any()
+
+
+def test_a_checkout_without_links(tmp_path, monkeypatch):
+    """It has a text file in the place of the link, which had been copied as the kernels."""
+    source = tmp_path / "scclip_fast"
+    ignored = ignore_patterns("__pycache__", "kernels", "scenes")
+    copytree(hub.PACKAGE, source, ignore=ignored)
+    (source / "kernels").write_text("../kernels")
+    monkeypatch.setattr(hub, "PACKAGE", source)
+    with pytest.raises(FileNotFoundError, match=r"kernels is no folder.*core\.symlinks true"):
+        hub.build(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    copytree(ROOT / "kernels", tmp_path / "kernels")
+    (source / "kernels").unlink()
+    (source / "kernels").symlink_to("../kernels")
+    (source / "search.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"search\.py is no file"):
+        hub.build(tmp_path / "folder")
 
 
 def test_builds_are_told_apart(folder, kernel, tmp_path, monkeypatch):

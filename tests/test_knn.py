@@ -23,15 +23,16 @@ def test_shapes(device, backend, b, n, d, dtype):
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("k", range(1, 33))
-def test_every_k(device, backend, k):
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 30, 31, 32])
+def test_lists_around_powers_of_two(device, backend, k):
+    """A list is held as the next power of two."""
     check(torch.randn(1, 33, 7), k, device, backend)
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("k", [63, 64, 65, 127, 128])
+@pytest.mark.parametrize("k", [63, 64, 65, 128])
 def test_long_lists(device, backend, k):
-    check(torch.randn(1, 201, 5), k, device, backend)
+    check(torch.randn(1, 133, 5), k, device, backend)
 
 
 @pytest.mark.parametrize("k", [129, 400, 576])

@@ -20,17 +20,28 @@ FILES = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", 
 TOP_LEVEL = {".ci", ".gitignore", *FILES, "setup.py", "bench", "kernels", "scclip_fast", "tests"}
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A copy of the tree with `dist/`: no old build/ can join in, and none is left behind."""
+def run(*arguments, cwd):
+    done = subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module", params=["links", "no links"])
+def source(request, tmp_path_factory):
+    """A copy of the tree with `dist/`: no old build/ can join in, and none is left behind.
+
+    Without symbolic links git writes where a link points to into a text file.
+    """
     source = tmp_path_factory.mktemp("source")
     for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
         copy(ROOT / name, source)
     for name in ("kernels", "scclip_fast"):
         copytree(ROOT / name, source / name, symlinks=True, ignore=ignore_patterns("__pycache__"))
+    if request.param == "no links":
+        (source / "scclip_fast" / "kernels").unlink()
+        (source / "scclip_fast" / "kernels").write_text("../kernels")
     code = "from setuptools import build_meta as b; b.build_sdist('dist'); b.build_wheel('dist')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run("-c", code, cwd=source)
     return source
 
 
@@ -72,22 +83,47 @@ from transformers import CLIPModel, Sam3Model
     assert (Path(found) != ROOT / "kernels") == installed
 
 
-def test_archives_hold_the_package_as_files(source, wheel):
+def test_archives_hold_the_package_as_files(source, wheel, tmp_path):
     tree = glob("scclip_fast/**/*", root_dir=source, recursive=True)
-    files = {path for path in tree if (source / path).is_file()}
-    assert any(path.startswith("scclip_fast/kernels/") for path in files)
+    paths = [source / path for path in tree if not path.startswith("scclip_fast/kernels")]
+    files = {path.relative_to(source).as_posix(): path for path in paths if path.is_file()}
+    files |= {f"scclip_fast/kernels/{path.name}": path for path in source.glob("kernels/*.py")}
+    assert {"scclip_fast/py.typed", "scclip_fast/kernels/nearest.py"} <= files.keys()
 
-    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == files
-    assert "scclip_fast/py.typed" in names
-    assert all(wheel.read(name) == (source / name).read_bytes() for name in names)
-
+    assert_holds(wheel, files)
     (path,) = source.glob("dist/*.tar.gz")
     with tarfile.open(path) as sdist:
-        regular = {member.name.split("/", 1)[1] for member in sdist if member.isfile()}
-    assert files <= regular
+        sdist.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    run("-c", "from setuptools import build_meta as b; b.build_wheel('dist')", cwd=unpacked)
+    (path,) = unpacked.glob("dist/*.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert_holds(archive, files)
 
 
+def assert_holds(wheel, files):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert names == files.keys()
+    assert all(wheel.read(name) == path.read_bytes() for name, path in files.items())
+
+
+def test_editable_install(python, source, tmp_path):
+    """It finds the kernels of the checkout, so that edits of them need no other install."""
+    run("-c", "from setuptools import build_meta as b; b.build_editable('editable')", cwd=source)
+    (path,) = source.glob("editable/*.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(site := tmp_path / "site")
+    code = f"""
+from site import addsitedir
+addsitedir({str(site)!r})
+from scclip_fast.kernels import _launch
+print(_launch.__file__)
+"""
+    (found,) = python(code, cwd=tmp_path, path=(site,))
+    assert os.path.samefile(found, source / "kernels" / "_launch.py")
+
+
+@pytest.mark.parametrize("source", ["links"], indirect=True)  # the other wheel is the same
 def test_wheel_works_from_anywhere(python, wheel, tmp_path):
     code = """
 from importlib.util import find_spec

@@ -36,16 +36,15 @@ def features(request):
     return features
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request, features):
+@pytest.fixture(params=[*BACKENDS, "tiles"])
+def backend(request, features, monkeypatch):
+    """A backend; "tiles" is the torch path with less than all rows at a time."""
+    if request.param == "tiles":
+        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 2**11)
+        return "torch"
     if request.param == "reference" and features[0, 3].isfinite().all():
         pytest.skip("the norm is finite in float64")
     return request.param
-
-
-@pytest.fixture(params=[2**26, 2**11], ids=["one tile", "tiles"])
-def tile(request, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", request.param)
 
 
 def mean(values, features, gamma, backend):
@@ -53,7 +52,6 @@ def mean(values, features, gamma, backend):
     return weighted_mean(values, features, floor, gamma, backend)
 
 
-@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("gamma", WEIGHTS)
 @pytest.mark.parametrize("own", [torch.nan, torch.inf, 1.0])
 class TestAggregate:

@@ -25,8 +25,6 @@ globals().update({n: test for n, test in vars(their_tests).items() if n.startswi
 EXCLUDED = {
     "test_sparse": "tokens are dense: sparse matrices are refused",
     "test_lof_precomputed": "a matrix of all distances is what this class exists to avoid",
-    "ball_tree": "there are no trees: the search compares all pairs",
-    "kd_tree": "there are no trees: the search compares all pairs",
 }
 
 
@@ -105,6 +103,26 @@ def test_equals_scikit_learn(metric, contamination, dtype, rtol, as_tensor):
         assert ours.offset_ == pytest.approx(theirs.offset_, rel=rtol)
         assert ours.n_neighbors_ == theirs.n_neighbors_
         assert ours.effective_metric_ == theirs.effective_metric_
+
+
+def test_the_import_is_all_that_changes():
+    """The parameters are scikit-learn's, with its defaults."""
+    assert LocalOutlierFactor().get_params() == Theirs().get_params()
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "ball_tree", "kd_tree", "brute"])
+@pytest.mark.parametrize("novelty", [False, True])
+def test_parameters_that_change_nothing(algorithm, novelty):
+    x = rows()
+    settings = {"leaf_size": 3, "metric": "minkowski", "p": 2, "metric_params": None, "n_jobs": -1}
+    settings |= {"algorithm": algorithm, "novelty": novelty, "n_neighbors": 15}
+    ours, theirs = (kind(**settings).fit(x) for kind in (LocalOutlierFactor, Theirs))
+    plain = LocalOutlierFactor(15, metric="euclidean", p=1, novelty=novelty).fit(x)
+    scores = ours.negative_outlier_factor_
+    assert np.array_equal(scores, plain.negative_outlier_factor_)
+    np.testing.assert_allclose(scores, theirs.negative_outlier_factor_, rtol=1e-8)
+    for name in ("effective_metric_", "effective_metric_params_", "n_neighbors_", "offset_"):
+        assert getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_more_queries_than_one_tile_holds(monkeypatch):
@@ -196,8 +214,13 @@ def test_queries_must_be_like_the_fitted_rows():
     [
         ({"n_neighbors": 0}, ValueError, "n_neighbors must be at least 1, got 0"),
         ({"n_neighbors": 2.0}, TypeError, "n_neighbors must be an int, got float"),
-        ({"algorithm": "kd_tree"}, ValueError, "algorithm must be one of auto, brute, got 'kd_"),
-        ({"metric": "l1"}, ValueError, "metric must be one of euclidean, .*, got 'l1'"),
+        ({"algorithm": "tree"}, ValueError, "algorithm must be one of auto, .*, brute, got 'tree'"),
+        ({"leaf_size": 0}, ValueError, "leaf_size must be at least 1, got 0"),
+        ({"metric": "l1"}, ValueError, "metric must be one of minkowski, euclidean, .*, got 'l1'"),
+        ({"p": 1}, ValueError, 'p must be 2 with metric="minkowski", got 1'),
+        ({"p": None}, ValueError, 'p must be 2 with metric="minkowski", got None'),
+        ({"metric_params": {"p": 2}}, ValueError, r"metric_params must be None, got {'p': 2}"),
+        ({"n_jobs": 1.5}, TypeError, "n_jobs must be None or an int, got float"),
         ({"contamination": "some"}, ValueError, "contamination must be \"auto\" or in .*'some'"),
         ({"contamination": 0.6}, ValueError, r"contamination must be in \(0, 0.5\], got 0.6"),
         ({"novelty": 1}, TypeError, "novelty must be a bool, got int"),

@@ -1,0 +1,73 @@
+"""The plugin `collecting`: commands that run the benchmarks, and tests of a GPU without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def output(*arguments, cwd=ROOT, expected=0):
+    """The output of `pytest` with the arguments, in a process without a GPU."""
+    env = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
+    }
+    env.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", *arguments]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+def collected(text):
+    """The files of the collected tests."""
+    return {line.split("::")[0] for line in text.splitlines() if "::" in line}
+
+
+def test_benchmark_only_collects_the_benchmarks():
+    text = output("--benchmark-only", "--collect-only", "-q")
+    assert collected(text) == {f"bench/{path.name}" for path in ROOT.glob("bench/bench_*.py")}
+    assert "[cpu-1x196x768-float32-scclip_fast torch]" in text and "[cuda" not in text
+
+
+def test_benchmark_runs_them(tmp_path):
+    """The JSON file names what was measured: the commit, the versions."""
+    path = tmp_path / "results.json"
+    output("--benchmark", "-k", "test_repair and 1x196", f"--benchmark-json={path}")
+    found = json.loads(path.read_text())
+    providers = {entry["extra_info"]["provider"] for entry in found["benchmarks"]}
+    assert providers == {"scclip_fast torch", "published"}
+    assert found["commit_info"].keys() == {"id", "time", "dirty"} and found["machine_info"]["torch"]
+
+
+def test_benchmark_leaves_paths_alone():
+    text = output("--benchmark", "--collect-only", "-q", "bench/bench_repair.py")
+    assert collected(text) == {"bench/bench_repair.py"}
+
+
+@pytest.mark.parametrize(
+    "arguments, passed, deselected",
+    [((), 1, "3 tests"), (("-n1",), 1, "3 tests"), (("-k", "test_gpu"), 0, "1 test")],
+    ids=["one process", "a worker", "some of them"],
+)
+def test_cases_of_a_gpu_are_deselected(tmp_path, arguments, passed, deselected):
+    cases = """
+import pytest
+@pytest.mark.parametrize("device", ["cpu", *(pytest.param(i, marks=pytest.mark.gpu) for i in "ab")])
+def test_both(device): assert device == "cpu"
+@pytest.mark.gpu
+def test_gpu(): assert False
+"""
+    (tmp_path / "test_cases.py").write_text(cases)
+    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -pcollecting\nmarkers = gpu")
+    nothing = pytest.ExitCode.NO_TESTS_COLLECTED
+    text = output(*arguments, cwd=tmp_path, expected=0 if passed else nothing)
+    assert f"deselected {deselected}: there is no GPU\n" in text
+    assert f"{passed} passed" in text or not passed
+    assert "skipped" not in text
