@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
+from .clip.model import check_finite
 from .clip.prompts import text_features
+from .ops import _check
 from .pamr import pamr
 from .picture import Picture, seen_size, to_tensor, upsampled, windows
 from .precision import true_float32
@@ -50,8 +52,9 @@ class Segmenter(nn.Module):
         classes: the first name of each class.
 
     Raises:
-        ValueError: no classes, an empty or repeated name, a setting out of range, or an encoder
-            without a text encoder.
+        TypeError: a setting of another type.
+        ValueError: no classes, an empty or repeated name, a setting out of range, an encoder
+            without a text encoder, or one whose text features are not finite.
     """
 
     text_features: Tensor
@@ -78,8 +81,13 @@ class Segmenter(nn.Module):
         super().__init__()
         synonyms = _synonyms(classes)
         _check_background(background, len(synonyms), prob_thd, area_thd)
-        _check_at_least(1, short_side=short_side, slide_crop=slide_crop, slide_stride=slide_stride)
-        _check_at_least(0, pamr_steps=pamr_steps)
+        if _check.number("logit_scale", logit_scale) <= 0:
+            raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
+        for name, side in dict(short_side=short_side, slide_crop=slide_crop).items():
+            if side is not None:
+                _check.integer(name, side, 1)
+        _check.integer("slide_stride", slide_stride, 1)
+        _check.integer("pamr_steps", pamr_steps, 0)
         if templates is not None and not len(templates):
             raise ValueError("templates must not be empty")
         if slide_crop is not None and slide_stride > slide_crop:
@@ -96,11 +104,9 @@ class Segmenter(nn.Module):
         self.pamr_steps = pamr_steps
         names = [name for synonym in synonyms for name in synonym]
         text = text_features(encoder.tower, tokenizer, names, templates)
+        check_finite("text features", text)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
-        # Both open_clip's tower and transformers' image processor state them by these names.
-        stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
-        mean = getattr(stated, "image_mean", None) or _MEAN
-        std = getattr(stated, "image_std", None) or _STD
+        mean, std = normalisation(encoder, tokenizer)
         constants = dict(
             text_features=text.float(),  # (names, E)
             owners=torch.tensor(owners),  # (names,), the class of each name
@@ -122,7 +128,7 @@ class Segmenter(nn.Module):
 
         Raises:
             TypeError: no image.
-            ValueError: not (H, W, 3), or nothing in it.
+            ValueError: not (H, W, 3), nothing in it, or features that are not finite.
         """
         return torch.cat([labels.cpu() for labels, _ in self.bands(image)])
 
@@ -148,6 +154,7 @@ class Segmenter(nn.Module):
         maps = (
             self._encode(seen)[0] if self.slide_crop is None else self._slide(seen, self.slide_crop)
         )
+        check_finite("image features", maps)
         if self.pamr_steps:
             maps = F.interpolate(maps[None], size, mode="bilinear")
             maps = pamr(pixels, maps, self.pamr_steps)[0]
@@ -201,6 +208,13 @@ class Segmenter(nn.Module):
         return kept[:, None, None].to(maps.dtype)
 
 
+def normalisation(encoder: SCCLIP, tokenizer: Callable) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels in [0, 1], see `Segmenter`."""
+    # Both open_clip's tower and transformers' image processor state them by these names.
+    stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
+    return getattr(stated, "image_mean", None) or _MEAN, getattr(stated, "image_std", None) or _STD
+
+
 @true_float32
 def _cosines(dense: Tensor, text: Tensor) -> Tensor:
     """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
@@ -208,12 +222,16 @@ def _cosines(dense: Tensor, text: Tensor) -> Tensor:
 
 
 def _synonyms(classes: Sequence[str]) -> list[list[str]]:
-    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+    try:
+        entries = None if isinstance(classes, str) else list(classes)
+    except TypeError:  # of None, or of an array without a dimension
+        entries = None
+    if entries is None or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"classes must be a list of names, got {classes!r}")
-    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
+    synonyms = [[name.strip() for name in entry.split(",")] for entry in entries]
     names = [name for entry in synonyms for name in entry]
     if not names or not all(names):
-        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
+        raise ValueError(f"classes must be names, none of them empty, got {entries}")
     first = [entry[0] for entry in synonyms]
     if repeated := {name for name in first if first.count(name) > 1}:
         raise ValueError(f"classes must differ, got {', '.join(sorted(repeated))} more than once")
@@ -223,16 +241,10 @@ def _synonyms(classes: Sequence[str]) -> list[list[str]]:
 def _check_background(
     background: int | None, classes: int, prob_thd: float, area_thd: float | None
 ) -> None:
-    for name, value in dict(prob_thd=prob_thd, area_thd=area_thd or 0).items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if background is None and (prob_thd > 0 or area_thd is not None):
+    _check.number("prob_thd", prob_thd, 0, 1)
+    if area_thd is not None:
+        _check.number("area_thd", area_thd, 0, 1)
+    if background is not None:
+        _check.integer("background", background, 0, classes - 1)
+    elif prob_thd > 0 or area_thd is not None:
         raise ValueError("prob_thd and area_thd need background, the index of a class")
-    if background is not None and not 0 <= background < classes:
-        raise ValueError(f"background must be in [0, {classes - 1}], got {background}")
-
-
-def _check_at_least(least: int, **sizes: int | None) -> None:
-    for name, value in sizes.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -16,7 +16,7 @@ from PIL import Image
 from scclip_fast import cli
 from scclip_fast.cli import app_page
 from scclip_fast.cli.app_result import Explorer
-from scclip_fast.cli.common import SWITCHES
+from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
 
 SIDE = 48  # 12 x 12 patches

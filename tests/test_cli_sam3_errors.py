@@ -2,10 +2,12 @@
 
 import re
 import sys
+import time
 from shutil import copytree
 
 import pytest
 from cli_runs import run
+from huggingface_hub import constants as hub
 from PIL import Image
 from tiny_sam3 import save_tiny_sam3
 
@@ -34,10 +36,15 @@ def command(folder, photo, tmp_path):
     return command
 
 
-def test_weights_out_of_reach(command, tmp_path):
-    code, _, stderr = command(model=tmp_path / "nothing")
-    assert code == 2
-    assert "cannot load" in stderr and "accept its license" in stderr and "scenes" in stderr
+def test_weights_out_of_reach(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    start = time.perf_counter()
+    code, _, stderr = command(model="facebook/sam3")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "cannot reach facebook/sam3 on the hub: " in stderr and "scenes" in stderr
+    assert time.perf_counter() - start < 3  # transformers would try for minutes
 
 
 OF_CLIP = [  # defaults, too

@@ -89,7 +89,7 @@ def test_weights_out_of_reach(command, photo, tmp_path, monkeypatch):
     code, _, stderr = command(photo.name, model="ViT-B-16-quickgelu")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "cannot download ViT-B-16-quickgelu openai" in stderr
-    assert "--model scenes, for drawn scenes only" in stderr
+    assert "--model also takes the folder of a download, or scenes" in stderr
     assert written(tmp_path / "segments") == []
 
 
@@ -98,7 +98,8 @@ ERRORS = {
     "absent": (("no.jpg",), {}, "there is no file or folder no.jpg"),
     "long name": ((300 * "x",), {}, ": File name too long"),
     "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
-    "empty name": (("photo.png",), dict(classes="sky,,tree"), "--classes has an empty name"),
+    "no names": (("photo.png",), dict(classes=" ,, "), "--classes names no class"),
+    "empty name": (("photo.png",), dict(classes="sky,|,tree"), "--classes has an empty name"),
     "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),
     "twice": (("photo.png",), dict(classes="sky, tree,sky "), "--classes names sky more than once"),
     "257": (("photo.png",), dict(classes=",".join(map(str, range(257)))), "at most 256"),
@@ -111,6 +112,7 @@ ERRORS = {
     "background": (("photo.png", "--background", "sea"), {}, "--background must be one of the"),
     "threshold": (("photo.png", "--prob-thd", "0.1"), {}, "need --background NAME"),
     "area": (("photo.png", "--area-thd", "0.1"), {}, "need --background NAME"),
+    "alone": (("photo.png", "--background", "sky"), {}, "--background needs --prob-thd or"),
     "share": (("photo.png", "--prob-thd", "2"), {}, "--prob-thd: must be in [0, 1], got '2'"),
     "nan": (("photo.png", "--prob-thd", "nan"), {}, "--prob-thd: must be in [0, 1], got 'nan'"),
     "scale": (("photo.png", "--logit-scale", "-1"), {}, "--logit-scale: must be a number above 0"),
@@ -124,6 +126,13 @@ ERRORS = {
         dict(model="ViT-B-32"),
         "--pretrained must name weights",
     ),
+    "random": (
+        ("photo.png", "--pretrained", "random"),
+        dict(model="ViT-B-32"),
+        "--pretrained random is for `scclip-fast lof`",
+    ),
+    "no folder": (("photo.png",), dict(model="./no"), "--model: there is no folder ./no"),
+    "empty folder": (("photo.png",), dict(model="."), "the folder . holds no model: it has no"),
     "folder": (("photo.png", "--out", "photo.png"), {}, "cannot write into photo.png"),
 }
 

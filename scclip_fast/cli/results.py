@@ -123,9 +123,9 @@ def jobs(
         known = settings | {"image": image and _digest(image)}
         files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
-            for file in filter(Path.exists, files.values()):
+            for file in filter(os.path.exists, files.values()):
                 _check_same(file, known)
-            files = {kind: file for kind, file in files.items() if not file.exists()}
+            files = {kind: file for kind, file in files.items() if not os.path.exists(file)}
         jobs.append(Job(image, files, known))
     return jobs
 
@@ -160,14 +160,14 @@ def _stored_settings(path: Path) -> dict:
 def encode_png(image: Image.Image, settings: dict) -> bytes:
     """A PNG file that holds its settings."""
     text, file = PngInfo(), io.BytesIO()
-    text.add_text(_KEY, json.dumps(settings))
+    text.add_text(_KEY, json.dumps(settings, allow_nan=False))
     image.save(file, format="PNG", pnginfo=text)
     return file.getvalue()
 
 
 def encode_json(report: dict) -> bytes:
     """A JSON file."""
-    return (json.dumps(report, indent=1) + "\n").encode()
+    return (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
 
 
 def make_folder(path: Path) -> None:
