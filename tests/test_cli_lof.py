@@ -159,7 +159,6 @@ def test_data(demo, photo):
 
 
 def test_arrays(run, photo, tmp_path):
-    assert run(size=SIZES, npy=tmp_path / "x.npy")[0] == 2  # the picture is there
     assert run("--force", size=SIZES, npy=tmp_path / "x.npy")[0] == 0
     assert run("--force", npy=tmp_path / "x.npy")[0] == 0
     arrays = [np.load(tmp_path / f"x{size}.npy") for size in ("_112", "_128", "")]
@@ -191,6 +190,11 @@ def test_nothing_is_overwritten(run, tmp_path, option):
     assert f"{path} is there; --force replaces it" in stderr and path.read_text() == "mine"
     assert run("--force", **named)[0] == 0
     assert path.read_bytes() != b"mine"
+
+
+def test_two_results_in_one_file(run, tmp_path):
+    code, _, stderr = run(out=tmp_path / "x", json=tmp_path / "." / "x")
+    assert (code, stderr.count("\n")) == (2, 1) and "are one" in stderr
 
 
 def test_weights_that_are_not_finite(run, tmp_path, monkeypatch):
@@ -314,7 +318,8 @@ def test_error_is_one_line(run, named, message):
 
 
 def test_missing_extra(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "open_clip", None)
+    for name in ("open_clip", "open_clip.transform"):
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "scclip_fast.cli.lof_demo")
     monkeypatch.delattr(cli, "lof_demo")
     code, _, stderr = run("--force")
