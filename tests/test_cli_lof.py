@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -302,7 +303,8 @@ ERRORS = {
     "contamination": (dict(contamination=0.7), "--contamination: must be in (0, 0.5]"),
     "device": (dict(device="tpu"), "--device must be cpu, cuda"),
     "no device": (dict(device="cuda:99"), "--device cuda:99 is not there"),
-    "directory": (dict(out="."), "cannot write .: it is a directory"),
+    "directory": (dict(out=Path(__file__).parent), ": it is a directory"),
+    "no file": (dict(npy="."), "--npy: must name a file, got '.'"),
     "no directory": (dict(out=f"{__file__}/lof.png"), "cannot write"),
     "long name": (dict(out=300 * "x"), "File name too long"),
 }

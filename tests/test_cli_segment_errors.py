@@ -97,6 +97,7 @@ ERRORS = {
     "no image": ((), {}, "name an IMAGE"),
     "absent": (("no.jpg",), {}, "there is no file or folder no.jpg"),
     "long name": ((300 * "x",), {}, ": File name too long"),
+    "nameless": (("",), {}, "an IMAGE has an empty name"),
     "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
     "no names": (("photo.png",), dict(classes=" ,, "), "--classes names no class"),
     "empty name": (("photo.png",), dict(classes="sky,|,tree"), "--classes has an empty name"),

@@ -150,6 +150,14 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, expected) or "DefaultCPUAllocator" in str(error)
 
 
+def file_path(text: str) -> Path:
+    """An argument's type: the path of a file."""
+    path = Path(text)
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"must name a file, got {text!r}")
+    return path
+
+
 def positive(text: str) -> int:
     """An argument's type: a whole number from 1 on."""
     return _integer(text, 1)

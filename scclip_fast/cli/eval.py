@@ -45,7 +45,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     add(
         "--out",
         metavar="JSON",
-        type=Path,
+        type=common.file_path,
         default=Path("eval.json"),
         help="the results; progress is kept beside it, and all adds _DATASET to its name",
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import models
-from .common import CommandError, add_command, check_output, positive
+from .common import CommandError, add_command, check_output, file_path, positive
 
 if TYPE_CHECKING:  # of the extra demo
     from ..measure import Measurement
@@ -47,15 +47,11 @@ def add(commands: argparse._SubParsersAction) -> None:
     add("--contamination", metavar="SHARE", type=_share, default=0.05, help="share of outliers")
     models.add_model(lof, random=True)
     formats = ", ".join(_FORMATS)
-    add("--out", metavar="FILE", type=Path, default=Path("lof.png"), help=f"picture: {formats}")
-    add("--json", metavar="FILE", type=Path, help="scores, outliers, times and settings as JSON")
-    add(
-        "--npy",
-        metavar="FILE",
-        type=Path,
-        help="scores (rows, columns) of the patches, float32, for NumPy; several sizes add _SIZE "
-        "to its name",
-    )
+    file = dict(metavar="FILE", type=file_path)
+    add("--out", default=Path("lof.png"), help=f"the picture: {formats}", **file)
+    add("--json", help="scores, outliers, times and settings as JSON", **file)
+    scores = "scores (rows, columns) of the patches, float32; several sizes add _SIZE to the name"
+    add("--npy", help=scores, **file)
     add("--force", action="store_true", help="replace files that are there")
 
 

@@ -19,6 +19,7 @@ from .common import CommandError
 
 # Of what is taken from folders and globs.
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_PLUGINS = {".heic", ".heif"}  # where a plug-in of Pillow is registered for them
 _ENDINGS = {
     "labels": "_labels.png",
     "overlay": "_overlay.png",
@@ -58,6 +59,8 @@ def find_images(given: Iterable[str], recursive: bool, out: Path) -> list[Path]:
 
 
 def _found(text: str, recursive: bool, out: Path) -> list[Path]:
+    if not text:
+        raise CommandError("an IMAGE has an empty name")
     path = Path(text)
     if path.is_file():
         return [path]
@@ -68,17 +71,34 @@ def _found(text: str, recursive: bool, out: Path) -> list[Path]:
     else:
         raise CommandError(f"there is no file or folder {text}")
     if not found:
-        hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
+        hint = _hint(path, recursive) if path.is_dir() else ""
         raise CommandError(f"there is no image in {text}{hint}")
     return found
 
 
+def _hint(folder: Path, recursive: bool) -> str:
+    """What is in a folder without images, as the end of an error."""
+    entries = list(folder.rglob("*") if recursive else folder.iterdir())
+    endings = sorted({path.suffix.lower() for path in entries if path.is_file()} - {""})
+    hint = ""
+    if endings:
+        read = ", ".join(sorted(_suffixes()))
+        hint = f"; its files end in {', '.join(endings[:5])}, images in {read}"
+    if not recursive and any(path.is_dir() for path in entries):
+        hint += "; --recursive looks into its folders"
+    return hint
+
+
+def _suffixes() -> set[str]:
+    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
+
+
 def _images(paths: Iterable[Path], out: Path) -> list[Path]:
-    out = out.resolve()
+    out, suffixes = out.resolve(), _suffixes()
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in _SUFFIXES
+        if path.suffix.lower() in suffixes
         and not path.name.startswith(".")
         and not (path.name.endswith(_OURS) and path.resolve().is_relative_to(out))
         and path.is_file()

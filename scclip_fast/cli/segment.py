@@ -46,9 +46,6 @@ def run(args: argparse.Namespace) -> None:
     jobs = [job for job in jobs if job.files]
     if done := len(paths) - len(jobs):
         print(f"{done} of {len(paths)} done already; --force makes them again", file=sys.stderr)
-    if len(classes) == 1 and not models.is_sam3(args.model):
-        hint = "a class covers every pixel where it is the only one: name what else may be there"
-        print(hint, file=sys.stderr)
     failures = 0
     if jobs:
         segmenter = _segmenter(args, classes)
@@ -58,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{_images(len(jobs) - failures)} segmented. Results: {args.out}")
     if failures:
         raise CommandError(f"{_images(failures)} could not be read, see above")
+    if len(classes) == 1 and not models.is_sam3(args.model):
+        hint = "hint: an only class gets every pixel; name what else may be in the images"
+        print(hint, file=sys.stderr)
 
 
 def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
