@@ -105,7 +105,7 @@ def photos(tmp_path):
 def test_one_class_gets_a_hint(photos, tmp_path):
     words = ("--model", "scenes", "--short-side", 32, "--device", "cpu", "--out", tmp_path / "out")
     code, _, stderr = run("segment", photos, "--classes", "sand", *words)
-    assert code == 0 and stderr.startswith("hint: an only class gets every pixel")
+    assert code == 0 and stderr.startswith("hint: a single class gets every pixel")
 
 
 def test_a_name_that_is_no_text(photos, monkeypatch):

@@ -140,7 +140,8 @@ def test_no_random_weights_unless_asked(run, tmp_path):
 
 
 def test_scenes(run, tmp_path):
-    code, stdout, _ = run(model="scenes", out=tmp_path / "new" / "lof.jpg")
+    out = tmp_path / "new" / "lof.jpg"
+    code, stdout, _ = run(model="scenes", precision="bf16", out=out)
     assert code == 0 and re.search(r"^weights +those of the model$", stdout, re.MULTILINE)
     with Image.open(tmp_path / "new" / "lof.jpg") as image:
         assert image.format == "JPEG"

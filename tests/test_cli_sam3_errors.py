@@ -6,9 +6,11 @@ import time
 from shutil import copytree
 
 import pytest
-from cli_runs import run
+import torch
+from cli_runs import run, written
 from huggingface_hub import constants as hub
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_sam3 import save_tiny_sam3
 
 from scclip_fast import cli
@@ -100,6 +102,18 @@ def test_damaged_weights(folder, command, tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     code, _, stderr = command(model=damaged)
     assert code == 2 and f"error: cannot load {damaged}: " in stderr
+
+
+def test_weights_that_are_not_finite(folder, command, tmp_path):
+    """NaN scores are below every threshold: all would be background."""
+    broken = copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("patch_embeddings.projection.weight"))
+    weights[name][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, _, stderr = command(model=broken)
+    assert code == 2 and "error: the model's logits and masks are not finite" in stderr
+    assert written(tmp_path / "out") == []
 
 
 def test_missing_extra(command, monkeypatch):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from shutil import copytree
 from unittest.mock import Mock
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from cli_runs import save_tiny, segment, written
 from huggingface_hub import constants as hub
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from scclip_fast import cli
 from scclip_fast.cli.common import CommandError, read_photo
@@ -90,6 +92,17 @@ def test_weights_out_of_reach(command, photo, tmp_path, monkeypatch):
     assert (code, stderr.count("\n")) == (2, 1)
     assert "cannot download ViT-B-16-quickgelu openai" in stderr
     assert "--model also takes the folder of a download, or scenes" in stderr
+    assert written(tmp_path / "segments") == []
+
+
+def test_weights_that_are_not_finite(command, photo, tiny, tmp_path):
+    folder = copytree(tiny.removeprefix("local-dir:"), tmp_path / "model")
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = torch.nan
+    save_file(weights, folder / "open_clip_model.safetensors")
+    code, _, stderr = command(photo.name, "--json", model=f"local-dir:{folder}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "the model's image features are not finite" in stderr
     assert written(tmp_path / "segments") == []
 
 

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if failures:
         raise CommandError(f"{_images(failures)} could not be read, see above")
     if len(classes) == 1 and not models.is_sam3(args.model):
-        hint = "hint: an only class gets every pixel; name what else may be in the images"
+        hint = "hint: a single class gets every pixel; name what else may be in the images"
         print(hint, file=sys.stderr)
 
 
