@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 demo: $(READY)
 	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --json --force --out demo
-	$(BIN)/scclip-fast lof --out demo/lof.png
+	$(BIN)/scclip-fast lof --model scenes --force --out demo/lof.png
 
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
+
+from .cli.common import Parser
 
 PACKAGE = Path(__file__).parent
 CORE = (
@@ -86,7 +89,29 @@ def _digest(package: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `python -m scclip_fast.hub`.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr with the reason.
+    """
+    parser = Parser(
+        prog="python -m scclip_fast.hub",
+        description='Writes the ops as a kernel for Hugging Face\'s package "kernels".',
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="gets the folder build")
+    folder = parser.parse_args(argv).folder
+    try:
+        build(folder)
+    except FileExistsError as error:
+        reason = f"{error.filename} is there; choose another folder, or delete it first"
+    except (OSError, ValueError) as error:
+        reason = f"cannot write {folder}: {getattr(error, 'strerror', None) or error}"
+    else:
+        return 0
+    print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+    return 2
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m scclip_fast.hub FOLDER")
-    build(Path(sys.argv[1]))
+    sys.exit(main())

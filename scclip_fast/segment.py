@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import SCCLIP
+from .clip.model import check_finite
 from .clip.prompts import check_templates, class_names, text_features
+from .ops import _check
 from .pamr import pamr
 from .picture import Picture, WindowMaps, seen_size, to_tensor, upsampled, windows
 from .precision import true_float32
@@ -62,12 +62,12 @@ class Segmenter(nn.Module):
         classes: the first name of each class.
 
     Raises:
-        TypeError: a tokenizer of another library than the encoder's, or a background that is no
-            whole number.
+        TypeError: a tokenizer of another library than the encoder's, or a setting of another
+            type.
         ValueError: no classes, an empty name, a name that is repeated (upper and lower case do not
             count) or that the tokenizer cannot tell from another, a caption longer than the model's
             context, a template without a place for the name, a setting out of range, or an encoder
-            without a text encoder.
+            without a text encoder or whose text features are not finite.
     """
 
     text_features: Tensor
@@ -95,11 +95,14 @@ class Segmenter(nn.Module):
         super().__init__()
         synonyms = class_names(classes, shared_names)
         _check_background(background, len(synonyms), prob_thd, area_thd)
-        _check_at_least(1, short_side=short_side, slide_crop=slide_crop, slide_stride=slide_stride)
-        _check_at_least(0, pamr_steps=pamr_steps)
         check_templates(templates)
-        if not 0 < logit_scale < math.inf:
-            raise ValueError(f"logit_scale must be a number above 0, got {logit_scale}")
+        if _check.number("logit_scale", logit_scale) <= 0:
+            raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
+        for name, side in dict(short_side=short_side, slide_crop=slide_crop).items():
+            if side is not None:
+                _check.integer(name, side, 1)
+        _check.integer("slide_stride", slide_stride, 1)
+        _check.integer("pamr_steps", pamr_steps, 0)
         if slide_crop is not None and slide_stride > slide_crop:
             raise ValueError(f"slide_stride must be at most {slide_crop=}, got {slide_stride}")
         self.encoder = encoder
@@ -114,11 +117,9 @@ class Segmenter(nn.Module):
         self.pamr_steps = pamr_steps
         names = [name for synonym in synonyms for name in synonym]
         text = text_features(encoder.tower, tokenizer, names, templates, distinct=not shared_names)
+        check_finite("text features", text)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
-        # Both open_clip's tower and transformers' image processor state them by these names.
-        stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
-        mean = getattr(stated, "image_mean", None) or _MEAN
-        std = getattr(stated, "image_std", None) or _STD
+        mean, std = normalisation(encoder, tokenizer)
         constants = dict(
             text_features=text.float(),  # (names, E)
             owners=torch.tensor(owners),  # (names,), the class of each name
@@ -141,7 +142,8 @@ class Segmenter(nn.Module):
 
         Raises:
             TypeError: no image.
-            ValueError: not (H, W, 3), nothing in it, or values that are no grey (see `to_rgb`).
+            ValueError: not (H, W, 3), nothing in it, values that are no grey (see `to_rgb`), or
+                features that are not finite.
         """
         picture, top = to_tensor(image), 0
         labels = torch.empty(picture.shape[1:], dtype=torch.int64)
@@ -218,7 +220,9 @@ class Segmenter(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         """Cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
-        return _cosines(self.encoder.encode_dense(images), self.text_features)
+        cosines = _cosines(self.encoder.encode_dense(images), self.text_features)
+        check_finite("image features", cosines)
+        return cosines
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Of classes (classes, ...), from the cosines of names (names, ...)."""
@@ -241,6 +245,13 @@ class Segmenter(nn.Module):
         return kept[:, None, None].float()
 
 
+def normalisation(encoder: SCCLIP, tokenizer: Callable) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and standard deviation of the channels in [0, 1], see `Segmenter`."""
+    # Both open_clip's tower and transformers' image processor state them by these names.
+    stated = getattr(tokenizer, "image_processor", encoder.tower.visual)
+    return getattr(stated, "image_mean", None) or _MEAN, getattr(stated, "image_std", None) or _STD
+
+
 @true_float32
 def _cosines(dense: Tensor, text: Tensor) -> Tensor:
     """(B, names, h, w), float32, of unit vectors (B, h, w, E) and (names, E) of any dtypes."""
@@ -250,18 +261,10 @@ def _cosines(dense: Tensor, text: Tensor) -> Tensor:
 def _check_background(
     background: int | None, classes: int, prob_thd: float, area_thd: float | None
 ) -> None:
-    for name, value in dict(prob_thd=prob_thd, area_thd=area_thd or 0).items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
-    if background is None and (prob_thd > 0 or area_thd is not None):
+    _check.number("prob_thd", prob_thd, 0, 1)
+    if area_thd is not None:
+        _check.number("area_thd", area_thd, 0, 1)
+    if background is not None:
+        _check.integer("background", background, 0, classes - 1)
+    elif prob_thd > 0 or area_thd is not None:
         raise ValueError("prob_thd and area_thd need background, the index of a class")
-    if background is not None and not isinstance(background, Integral):
-        raise TypeError(f"background must be the index of a class, got {background!r}")
-    if background is not None and not 0 <= background < classes:
-        raise ValueError(f"background must be in [0, {classes - 1}], got {background}")
-
-
-def _check_at_least(least: int, **sizes: int | None) -> None:
-    for name, value in sizes.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")

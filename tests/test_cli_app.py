@@ -15,7 +15,7 @@ from tiny_clip import tokenizer
 import scclip_fast as sf
 from scclip_fast.cli import app_page, app_result, overlay
 from scclip_fast.cli.app_result import Explorer
-from scclip_fast.cli.common import SWITCHES
+from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
 

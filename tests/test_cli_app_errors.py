@@ -16,7 +16,7 @@ from PIL import Image
 from scclip_fast import cli
 from scclip_fast.cli import app_page
 from scclip_fast.cli.app_result import Explorer
-from scclip_fast.cli.common import SWITCHES
+from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
 from scclip_fast.picture import to_rgb
 
@@ -181,7 +181,6 @@ ERRORS = {
     "port": (("--port", "70000"), "--port must be at most 65535, got 70000"),
     "no port": (("--port", "0"), "--port: must be a whole number above 0"),
     "address": (("--host", "::1"), "--host must be a name or an IPv4 address, got ::1"),
-    "sam3": (("--model", "facebook/sam3"), "the page is for CLIPs"),
     "upload": (("--max-upload", "0"), "--max-upload: must be a whole number above 0"),
     "model": (("--model", "ViT-X"), "unknown model 'ViT-X'"),
     "device": (("--device", "tpu"), "--device must be cpu, cuda"),

@@ -6,11 +6,13 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cli_runs
 import numpy as np
 import pytest
 import torch
+from cli_runs import written
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_clip import photo
@@ -198,6 +200,36 @@ def test_a_list_that_repeats_a_name(command, voc, tmp_path):
     assert "val.txt: names on several lines (a); leave one line each" in stderr
 
 
+def test_the_folder_of_results_is_made(command, tmp_path):
+    assert command("scenes", "--limit", 1, "--out", "new/er/x.json")[0] == 0
+    assert results(tmp_path / "new" / "er" / "x.json")["images"] == 1
+
+
+def test_files_of_others_are_kept(command, tmp_path):
+    """Results are made from the progress files beside them; without those, the file is not ours."""
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    code, _, stderr = command("scenes", "--limit", 1, "--out", path)
+    assert (code, stderr.count("\n"), path.read_text()) == (2, 1, "{}")
+    assert f"{path} is there, and no run that goes on here made it; --force replaces" in stderr
+    assert written(tmp_path) == ["mine.json"]
+    assert command("scenes", "--limit", 1, "--out", path, "--force")[0] == 0
+    assert command("scenes", "--limit", 1, "--out", path)[0] == 0
+    assert results(path)["images"] == 1
+
+
+def test_weights_that_are_not_finite(command, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.removeprefix("local-dir:"), folder)
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = torch.nan
+    save_file(weights, folder / "open_clip_model.safetensors")
+    code, _, stderr = command("scenes", "--limit", 1, model=f"local-dir:{folder}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "the model's image features are not finite" in stderr
+    assert not (tmp_path / "eval.json").exists()
+
+
 ERRORS = {
     "data set": (["voc07"], "there is no data set 'voc07'; choose from voc20, "),
     "no root": (["ade20k"], "ade20k needs --root"),
@@ -207,7 +239,9 @@ ERRORS = {
     "stride": (["scenes", "--slide-stride", "225"], "must be at most --slide-crop 224, got 225"),
     "limit": (["scenes", "--limit", "0"], "--limit: must be a whole number above 0"),
     "steps": (["scenes", "--pamr-steps", "-1"], "argument --pamr-steps"),
-    "directory": (["scenes", "--out", "."], "cannot write .: it is a directory"),
+    "directory": (["scenes", "--out", Path(__file__).parent], ": it is a directory"),
+    "no file": (["scenes", "--out", ""], "--out: must name a file, got ''"),
+    "suffix": (["scenes", "--out", "x.csv"], "--out must end in .json, got x.csv"),
     "long name": (["scenes", "--out", 250 * "x"], "File name too long"),
 }
 

@@ -4,6 +4,7 @@ import os
 
 import pytest
 from cli_runs import written
+from PIL import Image
 
 from scclip_fast.cli import results
 from scclip_fast.cli.common import CommandError
@@ -48,8 +49,38 @@ def test_finding_images(tmp_path, monkeypatch):
         with pytest.raises(CommandError, match=message):
             find(given)
     (tmp_path / "top" / "deep").mkdir(parents=True)
-    with pytest.raises(CommandError, match="--recursive looks into its folders"):
+    with pytest.raises(CommandError, match=r"--recursive looks into its folders$"):
         find("top")
+
+
+def test_a_folder_of_other_files(tmp_path):
+    """The reason is their format, and --recursive would find no more."""
+    (tmp_path / "IMG_1.HEIC").touch()
+    for recursive in (False, True):
+        with pytest.raises(CommandError, match=r"files end in \.heic, images in \.avif, .*ebp$"):
+            results.find_images([str(tmp_path)], recursive, tmp_path / "out")
+
+
+def test_a_plug_in_brings_its_suffix(tmp_path, monkeypatch):
+    (tmp_path / "IMG_1.HEIC").touch()
+    monkeypatch.setitem(Image.registered_extensions(), ".heic", "HEIF")
+    found = results.find_images([str(tmp_path)], False, tmp_path / "out")
+    assert found == [tmp_path / "IMG_1.HEIC"]
+
+
+def test_long_names_are_an_error(tmp_path):
+    """The name of the photo fits a file system, that of its results does not."""
+    photo = tmp_path / f"{250 * 'x'}.png"
+    (job,) = results.jobs([photo], tmp_path, {}, kinds=["labels"], force=False)
+    with pytest.raises(CommandError, match="File name too long"):
+        results.write(job.files["labels"], b"")
+
+
+def test_no_nan_is_written():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.encode_json({"share": float("nan")})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        results.encode_png(Image.new("L", (1, 1)), {"share": float("nan")})
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,15 @@
 
 import re
 import sys
+import time
 from shutil import copytree
 
 import pytest
-from cli_runs import run
+import torch
+from cli_runs import run, written
+from huggingface_hub import constants as hub
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_sam3 import save_tiny_sam3
 
 from scclip_fast import cli
@@ -34,10 +38,15 @@ def command(folder, photo, tmp_path):
     return command
 
 
-def test_weights_out_of_reach(command, tmp_path):
-    code, _, stderr = command(model=tmp_path / "nothing")
-    assert code == 2
-    assert "cannot load" in stderr and "accept its license" in stderr and "scenes" in stderr
+def test_weights_out_of_reach(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    start = time.perf_counter()
+    code, _, stderr = command(model="facebook/sam3")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "cannot reach facebook/sam3 on the hub: " in stderr and "scenes" in stderr
+    assert time.perf_counter() - start < 3  # transformers would try for minutes
 
 
 OF_CLIP = [  # defaults, too
@@ -93,6 +102,18 @@ def test_damaged_weights(folder, command, tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     code, _, stderr = command(model=damaged)
     assert code == 2 and f"error: cannot load {damaged}: " in stderr
+
+
+def test_weights_that_are_not_finite(folder, command, tmp_path):
+    """NaN scores are below every threshold: all would be background."""
+    broken = copytree(folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    name = next(name for name in weights if name.endswith("patch_embeddings.projection.weight"))
+    weights[name][0] = torch.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    code, _, stderr = command(model=broken)
+    assert code == 2 and "error: the model's logits and masks are not finite" in stderr
+    assert written(tmp_path / "out") == []
 
 
 def test_missing_extra(command, monkeypatch):

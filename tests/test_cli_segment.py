@@ -167,7 +167,7 @@ def test_classes_file(command, photo, tmp_path):
 
 
 def test_example_of_the_scenes(command, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("scclip_fast.clip.loading.SCENES", tiny)
+    monkeypatch.setattr("scclip_fast.clip.sources.SCENES", tiny)
     code, _, stderr = command(classes=None, model="scenes")
     assert (code, stderr) == (0, "")
     with Image.open(tmp_path / "segments" / "example_labels.png") as mask:

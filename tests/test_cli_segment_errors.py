@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from functools import partial
+from shutil import copytree
 from unittest.mock import Mock
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from cli_runs import save_tiny, segment, written
 from huggingface_hub import constants as hub
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from scclip_fast import cli
 from scclip_fast.cli.common import CommandError, read_photo
@@ -86,7 +88,18 @@ def test_weights_out_of_reach(command, photo, tmp_path, monkeypatch):
     code, _, stderr = command(photo.name, model="ViT-B-16-quickgelu")
     assert (code, stderr.count("\n")) == (2, 1)
     assert "cannot download ViT-B-16-quickgelu openai" in stderr
-    assert "--model scenes, for drawn scenes only" in stderr
+    assert "--model also takes the folder of a download, or scenes" in stderr
+    assert written(tmp_path / "segments") == []
+
+
+def test_weights_that_are_not_finite(command, photo, tiny, tmp_path):
+    folder = copytree(tiny.removeprefix("local-dir:"), tmp_path / "model")
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["visual.proj"][0, 0] = torch.nan
+    save_file(weights, folder / "open_clip_model.safetensors")
+    code, _, stderr = command(photo.name, "--json", model=f"local-dir:{folder}")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "the model's image features are not finite" in stderr
     assert written(tmp_path / "segments") == []
 
 
@@ -104,8 +117,10 @@ ERRORS = {
         dict(classes="Brick, brick"),
         "Brick, brick more than",
     ),
+    "nameless": (("",), {}, "an IMAGE has an empty name"),
     "no classes": (("photo.png",), dict(classes=None), "name what to look for: --classes"),
-    "empty name": (("photo.png",), dict(classes="sky,,tree"), "--classes has an empty name"),
+    "no names": (("photo.png",), dict(classes=" ,, "), "--classes names no class"),
+    "empty name": (("photo.png",), dict(classes="sky,|,tree"), "--classes has an empty name"),
     "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),
     "twice": (("photo.png",), dict(classes="sky, tree,sky "), "--classes names sky more than once"),
     "257": (("photo.png",), dict(classes=",".join(map(str, range(257)))), "at most 256"),
@@ -118,6 +133,7 @@ ERRORS = {
     "background": (("photo.png", "--background", "sea"), {}, "--background must be one of the"),
     "threshold": (("photo.png", "--prob-thd", "0.1"), {}, "need --background NAME"),
     "area": (("photo.png", "--area-thd", "0.1"), {}, "need --background NAME"),
+    "alone": (("photo.png", "--background", "sky"), {}, "--background needs --prob-thd or"),
     "share": (("photo.png", "--prob-thd", "2"), {}, "--prob-thd: must be in [0, 1], got '2'"),
     "nan": (("photo.png", "--prob-thd", "nan"), {}, "--prob-thd: must be in [0, 1], got 'nan'"),
     "scale": (("photo.png", "--logit-scale", "-1"), {}, "--logit-scale: must be a number above 0"),
@@ -131,6 +147,13 @@ ERRORS = {
         dict(model="ViT-B-32"),
         "--pretrained must name weights",
     ),
+    "random": (
+        ("photo.png", "--pretrained", "random"),
+        dict(model="ViT-B-32"),
+        "--pretrained random is for `scclip-fast lof`",
+    ),
+    "no folder": (("photo.png",), dict(model="./no"), "--model: there is no folder ./no"),
+    "empty folder": (("photo.png",), dict(model="."), "the folder . holds no model: it has no"),
     "folder": (("photo.png", "--out", "photo.png"), {}, "cannot write into photo.png"),
 }
 

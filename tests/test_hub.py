@@ -132,6 +132,23 @@ def test_a_checkout_without_links(tmp_path, monkeypatch):
         hub.build(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("words", [["--help"], [], ["--no-such", "x"], ["a", "b"]])
+def test_what_is_no_folder_makes_none(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        hub.main(words)
+    stderr = capsys.readouterr().err
+    assert (exit.value.code, len(stderr.splitlines())) == ((0, 0) if "--help" in words else (2, 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_that_is_there_is_kept(tmp_path, capsys):
+    assert hub.main([str(tmp_path)]) == 0
+    assert hub.main([str(tmp_path)]) == 2
+    stderr = capsys.readouterr().err
+    assert len(stderr.splitlines()) == 1 and "is there; choose another folder" in stderr
+
+
 def test_builds_are_told_apart(folder, kernel, tmp_path, monkeypatch):
     with pytest.raises(FileExistsError):
         hub.build(folder)

@@ -1,5 +1,7 @@
 """Segmenter: the images it takes, memory that does not change the answer, and what it refuses."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast import picture, segment
-from scclip_fast.clip import SCCLIP
+from scclip_fast.clip import SCCLIP, NotFiniteError
 from scclip_fast.segment import Segmenter
 
 CLASSES = ["sky", "person, man", "tree"]
@@ -155,10 +157,19 @@ def test_means_of_the_model_itself(encoder, make, image, monkeypatch):
         (dict(prob_thd=0.3), "prob_thd and area_thd need background"),
         (dict(area_thd=0.1), "prob_thd and area_thd need background"),
         (dict(area_thd=0.0), "prob_thd and area_thd need background"),
-        (dict(prob_thd=1.1, background=0), r"prob_thd must be in \[0, 1\], got 1.1"),
-        (dict(prob_thd=-0.1, background=0), r"prob_thd must be in \[0, 1\], got -0.1"),
-        (dict(area_thd=2, background=0), r"area_thd must be in \[0, 1\], got 2"),
-        (dict(area_thd=-0.1, background=0), r"area_thd must be in \[0, 1\], got -0.1"),
+        (
+            dict(prob_thd=1.1, background=0),
+            r"prob_thd must be a finite number .*, got 1.1",
+        ),
+        (
+            dict(prob_thd=-0.1, background=0),
+            r"prob_thd must be a finite number .*, got -0.1",
+        ),
+        (dict(area_thd=2, background=0), r"area_thd must be a finite number .*, got 2"),
+        (
+            dict(area_thd=-0.1, background=0),
+            r"area_thd must be a finite number .*, got -0.1",
+        ),
         (dict(background=3), r"background must be in \[0, 2\], got 3"),
         (dict(background=-1), r"background must be in \[0, 2\], got -1"),
         (dict(slide_crop=0), "slide_crop must be at least 1, got 0"),
@@ -167,12 +178,46 @@ def test_means_of_the_model_itself(encoder, make, image, monkeypatch):
         (dict(short_side=0), "short_side must be at least 1, got 0"),
         (dict(pamr_steps=-1), "pamr_steps must be at least 0, got -1"),
         (dict(templates=[]), "templates must not be empty"),
+        (dict(logit_scale=math.nan), "logit_scale must be a finite number in .*, got nan"),
+        (dict(logit_scale=-1), "logit_scale must be above 0, got -1"),
+        (dict(prob_thd=math.nan, background=0), "prob_thd must be a finite number in .*, got nan"),
+        (dict(classes=None), "classes must be a list of names, got None"),
+        (dict(classes=np.array("sky")), "classes must be a list of names, got array"),
+        (dict(classes=np.array([["sky", "sea"]])), "classes must be a list of names, got array"),
     ],
     ids=str,
 )
 def test_settings_that_are_refused(make, settings, message):
     with pytest.raises(ValueError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(background="sand", prob_thd=0.3), "background must be an int, got str"),
+        (dict(logit_scale="40"), "logit_scale must be a number, got str"),
+        (dict(short_side=33.6), "short_side must be an int, got float"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_type(make, settings, message):
+    with pytest.raises(TypeError, match=message):
+        make(**settings)
+
+
+def test_an_array_of_names(make):
+    assert make(classes=np.array(["sky", "sea"])).classes == ["sky", "sea"]
+
+
+@pytest.mark.parametrize("broken", ["visual.proj", "text_projection"])
+def test_weights_that_are_not_finite(broken):
+    """An argmax of NaN would be the first class, everywhere."""
+    encoder = SCCLIP(tiny_clip(layers=3))
+    encoder.model.state_dict()[broken][0, 0] = math.nan
+    what = "image" if broken == "visual.proj" else "text"
+    with pytest.raises(NotFiniteError, match=f"the model's {what} features are not finite"):
+        Segmenter(encoder, tokenizer(), CLASSES, templates=["a {}."])(photo(32, 32))
 
 
 @pytest.mark.parametrize(

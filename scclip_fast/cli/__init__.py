@@ -3,24 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from .. import __version__
+from ..clip import NotFiniteError
 from ..extras import advice
 from . import app, eval, lof, segment
-from .common import CommandError, out_of_memory
+from .common import CommandError, Parser, one_line, out_of_memory
 
-# Each: add(commands), run(args); what is heavy they import in run.
+# Each has add(commands) and run(args); what is slow to import is imported in run.
 _COMMANDS = (segment, eval, lof, app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command; returns the exit code: 0, or 2 after one line on stderr that says why."""
-    args = _parser().parse_args(argv)
+    """Runs a sub-command.
+
+    Returns:
+        The exit code: 0; 2 after one line on stderr with the reason; 1 where the reader of stdout
+        has gone, as with `| head -1`; 130 after Ctrl+C.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return _run(_parser().parse_args(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would write the rest at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         args.run(args)
-    except CommandError as error:
+    except (CommandError, NotFiniteError) as error:
         return _fail(args, str(error))
     except ModuleNotFoundError as error:
         if message := advice(error, args.extra):
@@ -34,18 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(args: argparse.Namespace, message: str) -> int:
-    print(f"{args.prog}: error: {message}", file=sys.stderr)
+    print(f"{args.prog}: error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")  # without the usage: one line
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="scclip-fast", description="Training-free dense vision with CLIP.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="scclip-fast", description="Training-free dense vision with CLIP.")
+    parser.add_argument("--version", action="version", version=f"scclip_fast {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for command in _COMMANDS:
         command.add(commands)
     return parser

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import common
+from . import common, models
 from .common import CommandError
 
 
@@ -36,9 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=224,
         help="of a photo, as the model sees it",
     )
-    common.add_model(parser, default="scenes")
-    # What `load_encoder` reads too; here the page decides.
-    parser.set_defaults(method="scclip", **dict.fromkeys(common.SWITCHES, True))
+    models.add_model(parser, default="scenes")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -47,11 +45,9 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"--port must be at most 65535, got {args.port}")
     if ":" in args.host:
         raise CommandError(f"--host must be a name or an IPv4 address, got {args.host}")
-    if common.is_sam3(args.model):
-        raise CommandError(f"the page is for CLIPs; `scclip-fast segment` takes {args.model}")
     from . import app_page
 
-    encoder, tokenizer = common.load_encoder(args)
+    encoder, tokenizer = models.load_encoder(args)
     from .app_result import Explorer
 
     app_page.serve(Explorer(encoder, tokenizer, args.short_side), args)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -19,9 +18,10 @@ from PIL import Image
 from ..clip import SCCLIPConfig
 from ..scenes.draw import scene
 from . import app_html
+from . import classes as class_lists
 from .app_result import Explorer
-from .common import SWITCHES, CommandError, out_of_memory, read_photo
-from .segment import class_entries
+from .common import CommandError, out_of_memory, read_photo
+from .models import SWITCHES
 from .segment_images import EXAMPLE
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded
@@ -169,13 +169,11 @@ def responder(explorer: Explorer, folder: Path) -> Callable[..., str]:
 
 
 def _classes(text: str) -> list[str]:
-    names = [name for name in re.split(r"[,\n]", text) if name.strip()]
-    if not names:
+    if not (entries := class_lists.split(text)):
         raise CommandError("Type at least one class, such as: sky, tree, person|man|woman")
-    entries = [name.split("|") for name in names]
     if (count := sum(map(len, entries))) > _MOST_NAMES:
         raise CommandError(f"{count} names are too many here; at most {_MOST_NAMES} are taken")
-    return class_entries(entries, "The list of classes")
+    return class_lists.checked(entries, "The list of classes")
 
 
 def _picture(path: Path, folder: Path) -> Image.Image:

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..clip import SCCLIP, SCCLIPConfig
 from ..outliers import find_outliers
 from ..segment import Segmenter
-from .common import SWITCHES
 from .lof_picture import pca_colours
+from .models import SWITCHES
 
 LONG_SIDE = 1024  # pixels; larger photos are made smaller first: a page shows no more
 _CLASS_LISTS = 8  # whose text features are kept

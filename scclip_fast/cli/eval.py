@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import glob
 import os
 import sys
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from . import common
+from . import common, models
 from .common import CommandError
 
 if TYPE_CHECKING:  # these load open_clip and torchmetrics
@@ -44,12 +44,12 @@ def add(commands: argparse._SubParsersAction) -> None:
     add(
         "--out",
         metavar="JSON",
-        type=Path,
+        type=common.file_path,
         default=Path("eval.json"),
         help="the results; progress is kept beside it, and all adds _DATASET to its name",
     )
     add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
-    add("--force", action="store_true", help="discard what is finished")
+    add("--force", action="store_true", help="replace results that are there")
     add(
         "--pamr-steps",
         metavar="N",
@@ -65,7 +65,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="side of the sliding windows; 0 for the whole image at once",
     )
     add("--slide-stride", metavar="PIXELS", type=common.positive, default=112, help="their step")
-    common.add_model_options(parser)
+    models.add_model(parser)
+    models.add_method(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -77,12 +78,14 @@ def run(args: argparse.Namespace) -> None:
     _check(args, known=evaluate.PROTOCOLS)
     if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with evaluate.process_group(common.device(args.device)) as ranks:
+    with evaluate.process_group(models.device(args.device)) as ranks:
         datasets = {name: _open(args, name, ranks) for name in names}
         found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
         if not found:
             raise CommandError(f"no data set in {args.root} can be evaluated, see above")
-        encoder, tokenizer = common.load_encoder(args)
+        for name in found:
+            _check_ours(args, _out(args, name))
+        encoder, tokenizer = models.load_encoder(args)
         digest, failures = evaluate.settings.weights_digest(encoder), 0
         for name, dataset in found.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
@@ -104,7 +107,24 @@ def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
     if args.root is None and args.dataset != "scenes":
         raise CommandError(f"{args.dataset} needs --root, the data set's folder or one above it")
     common.check_windows(args)
-    common.check_writable(args.out)
+    common.check_output("--out", args.out, (".json",), force=True)
+
+
+def _out(args: argparse.Namespace, name: str) -> Path:
+    """The results of a data set."""
+    if args.dataset != "all":
+        return args.out
+    return args.out.with_name(f"{args.out.stem}_{name}{args.out.suffix}")
+
+
+def _check_ours(args: argparse.Namespace, out: Path) -> None:
+    """CommandError where results are there without the progress files that they were made from."""
+    progress = out.parent.glob(f"{glob.escape(out.name)}.rank*.jsonl")
+    if os.path.exists(out) and not args.force and not any(progress):
+        raise CommandError(
+            f"{out} is there, and no run that goes on here made it; --force replaces it, another "
+            "--out keeps both"
+        )
 
 
 def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | Scenes | None:
@@ -137,7 +157,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
         },
         "model": {
             "name": args.model,
-            "pretrained": None if common.brings_weights(args.model) else args.pretrained,
+            "pretrained": None if models.brings_weights(args.model) else args.pretrained,
             "method": args.method,
             "precision": args.precision,
             "weights": digest,
@@ -157,10 +177,9 @@ def _evaluate(
 ) -> int:
     """One data set to the end; returns the number of images that failed."""
     from .. import evaluate
+    from . import results
 
-    out = args.out
-    if args.dataset == "all":
-        out = out.with_name(f"{out.stem}_{settings['dataset']}{out.suffix}")
+    out = _out(args, settings["dataset"])
     files = {"version": __version__, "files": evaluate.settings.files(dataset)}
     progress = evaluate.Progress(out, settings | files)
     if ranks.rank == 0:
@@ -174,8 +193,8 @@ def _evaluate(
         if ranks.rank > 0:
             return 0
         report = evaluate.report(dataset, progress, segmenter.classes)
-        results = settings | {"versions": evaluate.settings.versions()} | report
-        out.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        found = settings | {"versions": evaluate.settings.versions()} | report
+        results.write(out, results.encode_json(found))
     except evaluate.SettingsChangedError as error:
         hint = "--force discards them, another --out keeps both"
         raise CommandError(f"{error}; {hint}") from None

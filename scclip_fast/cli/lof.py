@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from .common import CommandError, add_command, add_device, check_writable, device, positive
+from . import models
+from .common import CommandError, add_command, check_output, file_path, positive
 
-if TYPE_CHECKING:  # these load open_clip
+if TYPE_CHECKING:  # of the extra demo
     from ..measure import Measurement
     from .lof_demo import Comparison
 
 _SAMPLE = "scikit-learn's china.jpg"
+_FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+_SETTINGS = ("photo", "model", "precision", "device", "neighbors", "contamination")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """The parser of `scclip-fast lof`."""
+    """Adds the parser of `scclip-fast lof`."""
     lof = add_command(
         commands,
         "lof",
@@ -31,8 +35,6 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add = lof.add_argument
     add("photo", metavar="PHOTO", nargs="?", default=_SAMPLE, help="a picture file")
-    add("--model", default="ViT-B-16-quickgelu", help="open_clip's name of a vision transformer")
-    add("--pretrained", metavar="TAG", default="openai", help="open_clip's name of its weights")
     add(
         "--size",
         metavar="PIXELS",
@@ -43,47 +45,87 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add("--neighbors", metavar="K", type=positive, default=30, help="neighbours in LOF")
     add("--contamination", metavar="SHARE", type=_share, default=0.05, help="share of outliers")
-    add_device(lof)
-    add("--out", metavar="PNG", type=Path, default=Path("lof.png"), help="the picture")
+    models.add_model(lof, random=True)
+    formats = ", ".join(_FORMATS)
+    file = dict(metavar="FILE", type=file_path)
+    add("--out", default=Path("lof.png"), help=f"the picture: {formats}", **file)
+    add("--json", help="scores, outliers, times and settings as JSON", **file)
+    scores = "scores (rows, columns) of the patches, float32; several sizes add _SIZE to the name"
+    add("--npy", help=scores, **file)
+    add("--force", action="store_true", help="replace files that are there")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure, print a table, draw."""
-    target = device(args.device)
-    check_writable(args.out)
-    from ..clip.loading import fetch_weights
-    from . import lof_demo, lof_picture
+    """Measures, prints a table, and writes the picture and the scores."""
+    _check_outputs(args)
+    from . import lof_demo
 
     photo = lof_demo.load_photo(None if args.photo == _SAMPLE else Path(args.photo))
-    lof_demo.check_model(args.model, args.pretrained)
+    encoder, tokenizer = models.load_encoder(args)
     for size in args.size:
-        lof_demo.check_size(args.model, size, args.neighbors)
-    failure = fetch_weights(args.model, args.pretrained)
-    tag = args.pretrained if failure is None else None
-    absent = f'as "{args.pretrained}" could not be downloaded: {failure}'
+        lof_demo.check_size(encoder.patch_size, size, args.neighbors)
 
     print(f"photo    {args.photo}, {photo.width} × {photo.height}")
-    print(f"model    {args.model}")
-    print(f"weights  {tag or f'random (seed {lof_demo.SEED}), {absent}'}")
-    print(f"device   {_device_name(target)}; torch {torch.__version__}")
+    print(f"model    {args.model}, {args.precision}")
+    print(f"weights  {_weights(args)}")
+    print(f"device   {_device_name(encoder.tower.device)}; torch {torch.__version__}")
     print(f"\n{_HEADER}", flush=True)
     comparisons = []
-    encoder = lof_demo.load_model(args.model, tag).to(target)
     for size in args.size:
         comparisons.append(
-            lof_demo.compare(encoder, photo, size, args.neighbors, args.contamination)
+            lof_demo.compare(encoder, tokenizer, photo, size, args.neighbors, args.contamination)
         )
         print(_table_row(comparisons[-1]), flush=True)
     print(
         f"\nMedians of {lof_demo.REPEATS} alternating runs. Memory: by how much the process grew. "
         "Score errors: relative\nto float64."
     )
-    heading = f"Outlier patches of {args.model}, {tag or 'random'} weights"
-    try:
-        lof_picture.draw(comparisons, heading, args.out)
-    except OSError as error:
-        raise CommandError(f"cannot write {args.out}: {error.strerror or error}") from None
+    _write(args, comparisons)
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    check_output("--out", args.out, _FORMATS, force=args.force)
+    if args.json is not None:
+        check_output("--json", args.json, (".json",), force=args.force)
+    if args.npy is not None:
+        for path in _arrays(args):
+            check_output("--npy", path, (".npy",), force=args.force)
+    paths = [args.out, args.json, *(_arrays(args) if args.npy is not None else ())]
+    paths = [os.path.abspath(path) for path in paths if path is not None]
+    if len(set(paths)) < len(paths):
+        raise CommandError("two of the files that --out, --json and --npy name are one")
+
+
+def _arrays(args: argparse.Namespace) -> list[Path]:
+    """The file of --npy for each size."""
+    path = args.npy
+    if len(args.size) == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}_{size}{path.suffix}") for size in args.size]
+
+
+def _weights(args: argparse.Namespace) -> str:
+    if models.brings_weights(args.model):
+        return "those of the model"
+    return f"random (seed {models.SEED})" if args.pretrained == models.RANDOM else args.pretrained
+
+
+def _write(args: argparse.Namespace, comparisons: list[Comparison]) -> None:
+    """Writes what the options name, each file whole or not at all."""
+    from . import lof_data, lof_picture, results
+
+    heading = f"Outlier patches of {args.model}, weights: {_weights(args)}"
+    format = args.out.suffix[1:].lower() or "png"
+    results.write(args.out, lof_picture.draw(comparisons, heading, format))
     print(f"\nPicture: {args.out}")
+    if args.json is not None:
+        settings = {name: getattr(args, name) for name in _SETTINGS} | {"weights": _weights(args)}
+        results.write(args.json, results.encode_json(lof_data.report(comparisons, settings)))
+        print(f"Data: {args.json}")
+    if args.npy is not None:
+        for path, comparison in zip(_arrays(args), comparisons, strict=True):
+            results.write(path, lof_data.encode_npy(comparison))
+            print(f"Scores: {path}")
 
 
 _HEADER = """\

@@ -5,26 +5,24 @@ Needs the extra `demo`; nothing else in the library imports this module.
 
 from __future__ import annotations
 
-import logging
 import statistics
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
-from ..clip import SCCLIP, create_model
+from ..clip import SCCLIP
+from ..clip.model import check_finite
 from ..measure import Measurement, measure
 from ..ops import lof, lof_scores
+from ..segment import normalisation
 from .common import CommandError, read_photo
 
 REPEATS = 5
-SEED = 0
 
 
 class Comparison(NamedTuple):
@@ -52,36 +50,17 @@ def load_photo(path: Path | None) -> Image.Image:
     return read_photo(path)
 
 
-def check_model(name: str, tag: str) -> None:
-    """CommandError unless `name` is a plain vision transformer of open_clip with weights `tag`."""
-    if name not in (names := _model_names()):
-        raise CommandError(f"unknown or unsupported model {name!r}; choose from {', '.join(names)}")
-    if not open_clip.is_pretrained_cfg(name, tag):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise CommandError(f"{name} has no pretrained weights {tag!r}; choose from {tags}")
-
-
-def check_size(name: str, size: int, neighbors: int) -> None:
+def check_size(patch: int, size: int, neighbors: int) -> None:
     """CommandError unless size x size pixels are whole patches, more than `neighbors` of them."""
-    patch = open_clip.get_model_config(name)["vision_cfg"]["patch_size"]
     if size % patch:
         below = size // patch * patch
         nearest = f"{below} or {below + patch}" if below else f"{patch}"
         raise CommandError(
-            f"size {size} is not divisible by the patch size {patch} of {name}; nearest: {nearest}"
+            f"size {size} is not divisible by the model's patch size {patch}; nearest: {nearest}"
         )
     tokens = (size // patch) ** 2
     if tokens <= neighbors:
         raise CommandError(f"size {size} gives {tokens} tokens, too few for {neighbors} neighbours")
-
-
-def load_model(name: str, tag: str | None) -> SCCLIP:
-    """The model with its weights, or for tag None with random ones, the same at every call."""
-    if tag is not None:
-        return create_model(name, tag)[0]
-    with _no_warnings(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        return create_model(name)[0]
 
 
 def patch_tokens(encoder: SCCLIP, pixels: Tensor) -> Tensor:
@@ -113,17 +92,24 @@ def plain_lof(x: Tensor, neighbors: int, contamination: float) -> tuple[Tensor, 
 
 
 def compare(
-    encoder: SCCLIP, photo: Image.Image, size: int, neighbors: int, contamination: float
+    encoder: SCCLIP,
+    tokenizer: Callable,
+    photo: Image.Image,
+    size: int,
+    neighbors: int,
+    contamination: float,
 ) -> Comparison:
     """Run both on the tokens of the photo, cut to size x size pixels.
 
     Warmed up, in turns, medians of `REPEATS`.
     """
-    visual = encoder.model.visual
     device = encoder.tower.device
-    preprocess = PreprocessCfg(**visual.preprocess_cfg | {"size": size})
+    stated = getattr(encoder.tower.visual, "preprocess_cfg", {})
+    mean, std = normalisation(encoder, tokenizer)
+    preprocess = PreprocessCfg(**stated | {"size": size, "mean": mean, "std": std})
     pixels = image_transform_v2(preprocess, is_train=False)(photo)
-    tokens = patch_tokens(encoder, pixels.to(device))
+    tokens = patch_tokens(encoder, pixels.to(device, encoder.tower.dtype))
+    check_finite("patch tokens", tokens)
     calls = (
         lambda: lof(tokens, neighbors, contamination),
         lambda: plain_lof(tokens, neighbors, contamination),
@@ -134,7 +120,7 @@ def compare(
     ours, plain = (_median(measurements) for measurements in zip(*runs, strict=True))
     (found, scores), (plain_found, plain_scores) = ours.result, plain.result
     exact = lof_scores(tokens.double(), neighbors)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
+    mean, std = (torch.tensor(value)[:, None, None] for value in (mean, std))
     return Comparison(
         size=size,
         grid=(size // encoder.patch_size,) * 2,
@@ -159,26 +145,3 @@ def _median(runs: tuple[Measurement, ...]) -> Measurement:
     seconds = statistics.median(run.seconds for run in runs)
     known = [run.peak_bytes for run in runs if run.peak_bytes is not None]
     return Measurement(runs[-1].result, seconds, int(statistics.median(known)) if known else None)
-
-
-def _model_names() -> list[str]:
-    """Vision transformers of open_clip's own (not timm's) that have weights and need no hub."""
-    names = []
-    for name in open_clip.list_models():
-        config = open_clip.get_model_config(name)
-        vision = config["vision_cfg"]
-        own = isinstance(vision.get("layers"), int) and "timm_model_name" not in vision
-        if own and "hf_model_name" not in config["text_cfg"]:
-            names += [name] if open_clip.list_pretrained_tags_by_model(name) else []
-    return names
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """open_clip warns of random weights; here they are asked for."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
@@ -25,11 +25,13 @@ _TITLES = (
 )
 
 
-def draw(comparisons: list[Comparison], heading: str, path: Path) -> None:
-    """Write a PNG with a row for each comparison: photo, LOF, features before and after repair.
+def draw(comparisons: list[Comparison], heading: str, format: str) -> bytes:
+    """A picture with a row a comparison: photo, LOF, features before and after repair.
 
-    Raises:
-        OSError: the file can't be written.
+    Args:
+        comparisons: the rows.
+        heading: a line above all.
+        format: matplotlib's name of the file format, such as "png".
     """
     rows = len(comparisons)
     figure = Figure(figsize=(13.5, 0.75 + 3.2 * rows), layout="constrained")
@@ -40,7 +42,9 @@ def draw(comparisons: list[Comparison], heading: str, path: Path) -> None:
         top.set_title(title, fontsize=12.5)
     for row, comparison in zip(axes, comparisons, strict=True):
         _draw_row(row, comparison)
-    figure.savefig(path, format="png", dpi=_DPI)
+    file = io.BytesIO()
+    figure.savefig(file, format=format, dpi=_DPI)
+    return file.getvalue()
 
 
 def _draw_row(row: Iterable[Axes], comparison: Comparison) -> None:

@@ -19,6 +19,7 @@ from .common import CommandError
 
 # Of what is taken from folders and globs.
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_PLUGINS = {".heic", ".heif"}  # where a plug-in of Pillow is registered for them
 _ENDINGS = {
     "labels": "_labels.png",
     "overlay": "_overlay.png",
@@ -58,6 +59,8 @@ def find_images(given: Iterable[str], recursive: bool, out: Path) -> list[Path]:
 
 
 def _found(text: str, recursive: bool, out: Path) -> list[Path]:
+    if not text:
+        raise CommandError("an IMAGE has an empty name")
     path = Path(text)
     if path.is_file():
         return [path]
@@ -68,17 +71,34 @@ def _found(text: str, recursive: bool, out: Path) -> list[Path]:
     else:
         raise CommandError(f"there is no file or folder {text}")
     if not found:
-        hint = "; --recursive looks into its folders" if path.is_dir() and not recursive else ""
+        hint = _hint(path, recursive) if path.is_dir() else ""
         raise CommandError(f"there is no image in {text}{hint}")
     return found
 
 
+def _hint(folder: Path, recursive: bool) -> str:
+    """What is in a folder without images, as the end of an error."""
+    entries = list(folder.rglob("*") if recursive else folder.iterdir())
+    endings = sorted({path.suffix.lower() for path in entries if path.is_file()} - {""})
+    hint = ""
+    if endings:
+        read = ", ".join(sorted(_suffixes()))
+        hint = f"; its files end in {', '.join(endings[:5])}, images in {read}"
+    if not recursive and any(path.is_dir() for path in entries):
+        hint += "; --recursive looks into its folders"
+    return hint
+
+
+def _suffixes() -> set[str]:
+    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
+
+
 def _images(paths: Iterable[Path], out: Path) -> list[Path]:
-    out = out.resolve()
+    out, suffixes = out.resolve(), _suffixes()
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in _SUFFIXES
+        if path.suffix.lower() in suffixes
         and not path.name.startswith(".")
         and not (path.name.endswith(_OURS) and path.resolve().is_relative_to(out))
         and path.is_file()
@@ -123,9 +143,9 @@ def jobs(
         known = settings | {"image": image and _digest(image)}
         files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
-            for file in filter(Path.exists, files.values()):
+            for file in filter(os.path.exists, files.values()):
                 _check_same(file, known)
-            files = {kind: file for kind, file in files.items() if not file.exists()}
+            files = {kind: file for kind, file in files.items() if not os.path.exists(file)}
         jobs.append(Job(image, files, known))
     return jobs
 
@@ -160,14 +180,14 @@ def _stored_settings(path: Path) -> dict:
 def encode_png(image: Image.Image, settings: dict) -> bytes:
     """A PNG file that holds its settings."""
     text, file = PngInfo(), io.BytesIO()
-    text.add_text(_KEY, json.dumps(settings))
+    text.add_text(_KEY, json.dumps(settings, allow_nan=False))
     image.save(file, format="PNG", pnginfo=text)
     return file.getvalue()
 
 
 def encode_json(report: dict) -> bytes:
     """A JSON file."""
-    return (json.dumps(report, indent=1) + "\n").encode()
+    return (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
 
 
 def make_folder(path: Path) -> None:

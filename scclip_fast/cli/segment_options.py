@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from . import common
-from .common import CLIP, SAM3
+from .models import CLIP, SAM3
 
 
 def add_files(parser: argparse.ArgumentParser) -> None:

@@ -16,9 +16,11 @@ from tqdm import tqdm
 from transformers import Sam3Model, Sam3Processor
 
 from .. import progress
+from ..clip.model import check_finite
+from ..clip.sources import HubError, first_line, load_transformers
 from ..sam3 import Sam3CalibrationConfig, calibrate
 from ..sam3.config import STAGES
-from . import common
+from . import models
 from .common import CommandError
 
 BACKGROUND = "background"
@@ -95,6 +97,7 @@ class Sam3Segmenter:
         """The score and the mask (H, W) of each."""
         tokens = self._tokens[prompt].to(self.model.device)
         output = self.model(vision_embeds=embeds, **tokens)
+        check_finite("logits and masks", output.pred_logits, output.pred_masks)
         found = self.processor.post_process_instance_segmentation(output, target_sizes=[size])[0]
         return zip(found["scores"].float(), found["masks"], strict=True)
 
@@ -137,19 +140,17 @@ def load(args: argparse.Namespace, classes: list[str]) -> Sam3Segmenter:
     Raises:
         CommandError: no weights there, no such device, or a trunk too small for the preset.
     """
-    device = common.device(args.device)
+    device = models.device(args.device)
     try:
-        processor = Sam3Processor.from_pretrained(args.model)
-        model = Sam3Model.from_pretrained(args.model, dtype=DTYPES[args.precision])
+        model, processor = load_transformers(
+            Sam3Model, Sam3Processor, args.model, DTYPES[args.precision]
+        )
     except torch.OutOfMemoryError:
         raise
+    except HubError as error:
+        raise CommandError(f"{error}; {models.OFFLINE}") from None
     except Exception as error:  # of transformers, safetensors, the file system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CommandError(
-            f"cannot load {args.model}: {reason} To use facebook/sam3, accept its license on "
-            "huggingface.co, log in with `hf auth login`, or give --model the folder of a "
-            "download; without a network there is --model scenes, for drawn scenes only"
-        ) from None
+        raise CommandError(f"cannot load {args.model}: {first_line(error)}") from None
     try:
         config = _config(args, model)
     except ValueError as error:

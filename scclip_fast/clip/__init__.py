@@ -6,12 +6,12 @@ Models are open_clip's (the extra `clip`) or transformers', each without the oth
 from typing import TYPE_CHECKING
 
 from .config import SCCLIPConfig
-from .model import METHODS, SCCLIP
+from .model import METHODS, SCCLIP, NotFiniteError
 
 if TYPE_CHECKING:
     from .loading import create_model
 
-__all__ = ["METHODS", "SCCLIP", "SCCLIPConfig", "create_model"]
+__all__ = ["METHODS", "SCCLIP", "NotFiniteError", "SCCLIPConfig", "create_model"]
 
 
 def __getattr__(name: str):

@@ -1,24 +1,37 @@
-"""open_clip's loader, with its traps marked: unknown names, QuickGELU, a hub out of reach."""
+"""Loaders of open_clip's and transformers' CLIP: names, QuickGELU, a hub out of reach."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from ..extras import needs
 from .config import SCCLIPConfig
 from .model import SCCLIP
+from .sources import (
+    HubError,
+    Source,
+    check_hub,
+    find_source,
+    first_line,
+    hub_file,
+    load_transformers,
+)
 
 with needs("clip"):
     import open_clip
 
-SCENES = f"local-dir:{Path(__file__).parents[1] / 'scenes'}"
-_HUB_TIMEOUT = 10  # seconds for the one request that decides whether to download
+    from .openclip_tower import OpenClipTower
+
 _WEIGHT_FILES = ("open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+_HUB = "hf-hub:"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def create_model(
@@ -30,52 +43,102 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> tuple[SCCLIP, Callable]:
-    """A frozen open_clip model, calibrated, in evaluation mode, and its tokenizer.
+    """A frozen CLIP, calibrated, in evaluation mode, and its tokenizer.
 
     Args:
         name: what open_clip.create_model takes ("ViT-B-16-quickgelu", "hf-hub:...",
-            "local-dir:..."), or "scenes" for the small CLIP of drawn scenes that comes with this
-            package.
+            "local-dir:..."); OpenAI's name ("ViT-B/16"); transformers' CLIP, by its name on the hub
+            ("openai/clip-vit-base-patch16"); a folder with either library's files; or "scenes" for
+            the small CLIP of drawn scenes that comes with this package.
         pretrained: open_clip's tag of the weights ("openai", "laion2b_s34b_b88k", ...) or a file;
             None leaves them random, or is required where the name brings its weights. Weights that
             were trained with QuickGELU get it.
         method: see `SCCLIP`.
         config: see `SCCLIP`.
-        precision: open_clip's: "fp32", "fp16", "bf16", ... (norms stay float32), "pure_fp16", ...
+        precision: open_clip's: "fp32", "fp16", "bf16", ... (norms stay float32), "pure_fp16", ...;
+            "fp32", "fp16" or "bf16", for all weights, with transformers' CLIP.
         device: where the model goes.
 
     Returns:
-        The model, and open_clip's tokenizer for it: (list of texts) -> token ids (B, length).
+        The model, and for `Segmenter` open_clip's tokenizer, (list of texts) -> token ids
+        (B, length), or the CLIPProcessor of transformers' CLIP.
 
     Raises:
-        ValueError: an unknown name or tag, or what `SCCLIP` refuses.
-        RuntimeError: the weights cannot be downloaded or read; the message says why.
+        ValueError: an unknown name, tag or precision, another kind of model, or what `SCCLIP`
+            refuses.
+        RuntimeError: the weights cannot be downloaded or read; the message has the reason.
     """
-    brings_weights = name == "scenes" or ":" in name
-    if brings_weights and pretrained is not None:
+    source = find_source(name)
+    if source.brings_weights and pretrained is not None:
         raise ValueError(f"{name} brings its weights; pretrained must be None, got {pretrained!r}")
-    quick_gelu = not brings_weights and _fetch_named(name, pretrained)
-    source = SCENES if name == "scenes" else name
+    if source.kind == "sam3":
+        raise ValueError(f"{name} is a SAM3, which scclip_fast.sam3 calibrates, and no CLIP")
+    if source.kind == "transformers":
+        dtype = _dtype(precision)
+        with _one_line(name, pretrained):
+            model, tokenizer = _load_transformers(source.name, dtype, device)
+    else:
+        quick_gelu = _prepare(source, pretrained)
+        with _one_line(name, pretrained):
+            model, tokenizer = _load_open_clip(source, pretrained, quick_gelu, precision, device)
+    return SCCLIP(model.eval().requires_grad_(False), config, method), tokenizer
+
+
+@contextmanager
+def _one_line(name: str, pretrained: str | None) -> Iterator[None]:
+    """Turns the errors of the libraries, safetensors, pickle and files into one RuntimeError."""
     try:
+        yield
+    except (HubError, torch.OutOfMemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        weights = "" if pretrained is None else f" {pretrained}"
+        raise RuntimeError(f"cannot load {name}{weights}: {first_line(error)}") from error
+
+
+def _dtype(precision: str) -> torch.dtype:
+    if precision not in _DTYPES:
+        allowed = ", ".join(_DTYPES)
+        raise ValueError(f"precision must be one of {allowed} here, got {precision!r}")
+    return _DTYPES[precision]
+
+
+def _load_transformers(
+    name: str, dtype: torch.dtype, device: str | torch.device
+) -> tuple[nn.Module, Callable]:
+    with needs("sam3"):
+        from transformers import CLIPModel, CLIPProcessor
+    model, processor = load_transformers(CLIPModel, CLIPProcessor, name, dtype)
+    return model.to(device), processor
+
+
+def _load_open_clip(
+    source: Source,
+    pretrained: str | None,
+    quick_gelu: bool,
+    precision: str,
+    device: str | torch.device,
+) -> tuple[nn.Module, Callable]:
+    has_weights = source.brings_weights or pretrained is not None
+    with _silence(not has_weights):  # open_clip warns of random weights; here they are asked for
         model = open_clip.create_model(
-            source,
+            source.name,
             pretrained,
             precision=precision,
             device=device,
             force_quick_gelu=quick_gelu,
-            require_pretrained=brings_weights or pretrained is not None,
+            require_pretrained=has_weights,
         )
-        tokenizer = open_clip.get_tokenizer(source)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of open_clip, safetensors, pickle, the file system
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"cannot load {name} {pretrained or ''}: {reason}") from error
-    return SCCLIP(model.eval().requires_grad_(False), config, method), tokenizer
+    return model, open_clip.get_tokenizer(source.name)
 
 
-def _fetch_named(name: str, pretrained: str | None) -> bool:
-    """Check the names and bring the weights; returns whether they were trained with QuickGELU."""
+def _prepare(source: Source, pretrained: str | None) -> bool:
+    """Checks the names and brings the weights; returns whether QuickGELU was in their training."""
+    if source.brings_weights:
+        if source.name.startswith(_HUB):
+            _fetch_hub(source.name.removeprefix(_HUB))
+        return False
+    name = source.name
     known = open_clip.list_models()
     if name not in known:
         similar = difflib.get_close_matches(name, known, n=5) or known
@@ -85,29 +148,59 @@ def _fetch_named(name: str, pretrained: str | None) -> bool:
     if not open_clip.is_pretrained_cfg(name, pretrained):
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise ValueError(f"{name} has no weights {pretrained!r}; open_clip has {tags}")
+    _check_tower(name)
+    if tokenizer := open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name"):
+        hub_file(tokenizer, "tokenizer_config.json")
     if failure := fetch_weights(name, pretrained):
-        raise RuntimeError(f"cannot download {name} {pretrained}: {failure}")
+        raise HubError(f"cannot download {name} {pretrained}: {failure}")
     return open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
 
 
+def _check_tower(name: str) -> None:
+    """Raises ValueError for a tower that `SCCLIP` refuses, before gigabytes are downloaded."""
+    if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
+        return  # whose text tower would be asked of the hub
+    with _silence(), torch.device("meta"):
+        OpenClipTower(open_clip.create_model(name, device="meta"))
+
+
+def _fetch_hub(repository: str) -> None:
+    """Raises RuntimeError unless the config of an "hf-hub:" name is here and the hub answers."""
+    if hub_file(repository, "open_clip_config.json") is None:
+        raise RuntimeError(f"cannot load {repository}: it has no open_clip_config.json")
+    _ask_for_weights(repository, _WEIGHT_FILES)
+
+
 def fetch_weights(name: str, tag: str) -> str | None:
-    """Bring the weights into the hub's cache; returns why that failed, or None.
-
-    One short request comes first: without a network, open_clip would retry for most of a minute.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import EntryNotFoundError
-
+    """Brings the weights into the hub's cache; returns the reason of a failure, or None."""
     config = open_clip.get_pretrained_cfg(name, tag)
     repository, file = os.path.split(config["hf_hub"])
-    files = (file,) if file else _WEIGHT_FILES
     try:
-        if not any(isinstance(try_to_load_from_cache(repository, f), str) for f in files):
-            try:
-                get_hf_file_metadata(hf_hub_url(repository, files[0]), timeout=_HUB_TIMEOUT)
-            except EntryNotFoundError:
-                pass  # the hub answers; open_clip knows where else to look
+        _ask_for_weights(repository, (file,) if file else _WEIGHT_FILES)
         open_clip.download_pretrained(config)
     except Exception as error:  # errors of httpx or requests, by the version of the hub's client
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
+
+
+def _ask_for_weights(repository: str, files: tuple[str, ...]) -> None:
+    """Raises HubError where no file is in the hub's cache and the hub is out of reach."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.utils import EntryNotFoundError
+
+    if not any(isinstance(try_to_load_from_cache(repository, file), str) for file in files):
+        try:
+            check_hub(repository, files[0])
+        except EntryNotFoundError:
+            pass  # the hub answers, and open_clip knows where else to look
+
+
+@contextmanager
+def _silence(silent: bool = True) -> Iterator[None]:
+    previous = logging.root.manager.disable
+    if silent:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

@@ -22,6 +22,27 @@ METHODS = {
 }
 
 
+class NotFiniteError(ValueError):
+    """A model computes NaN or infinity: its weights are damaged, or its precision overflows."""
+
+
+def check_finite(what: str, *tensors: Tensor) -> None:
+    """Raises NotFiniteError unless every number of a model's results is finite.
+
+    Waits for the GPU. An argmax would make the first class of NaN, everywhere.
+
+    Args:
+        what: the results, in the plural, for the error.
+        tensors: the results.
+    """
+    for tensor in tensors:
+        if not tensor.isfinite().all():
+            raise NotFiniteError(
+                f"the model's {what} are not finite: its weights hold NaN or infinity, or its "
+                "precision overflows"
+            )
+
+
 class SCCLIP(nn.Module):
     """Dense features of a frozen vision transformer of CLIP.
 
