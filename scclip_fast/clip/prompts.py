@@ -24,7 +24,11 @@ def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
         ValueError: no classes, an empty name, or names that are equal but for case: of two classes'
             first names, and unless names may be shared, of any.
     """
-    if isinstance(classes, str) or not all(isinstance(entry, str) for entry in classes):
+    try:
+        entries = None if isinstance(classes, str) else list(classes)
+    except TypeError:  # of None, or of an array without a dimension
+        entries = None
+    if entries is None or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"classes must be a list of names, got {classes!r}")
     synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
     names = list(chain.from_iterable(synonyms))
