@@ -23,6 +23,7 @@ def needs(extra: str) -> Iterator[None]:
 
 def advice(error: ModuleNotFoundError, extra: str) -> str | None:
     """What to do about it; None where the module that is missing is one of ours."""
-    if error.name is None or error.name.split(".")[0] == __package__:
+    package = (error.name or __package__).partition(".")[0]
+    if package == __package__:
         return None
-    return f'needs the package {error.name}: pip install "scclip_fast[{extra}]"'
+    return f'needs the package {package}: pip install "scclip_fast[{extra}]"'

@@ -323,8 +323,8 @@ def test_error_is_one_line(run, named, message):
 
 
 def test_missing_extra(run, monkeypatch):
-    for name in ("open_clip", "open_clip.transform"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    monkeypatch.delitem(sys.modules, "open_clip.transform")
     monkeypatch.delitem(sys.modules, "scclip_fast.cli.lof_demo")
     monkeypatch.delattr(cli, "lof_demo")
     code, _, stderr = run("--force")
