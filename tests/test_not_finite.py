@@ -19,9 +19,10 @@ BROKEN = {
     "infs": [torch.inf, -torch.inf, torch.inf, torch.inf, 1.0, 2.0],
     "norm": [3e38, -3e38, 3e38, 3e38, 3e38, 0.0],
 }
-#: The two weight functions. The floor is below 0, so that a similarity of 0 would have a weight.
+#: The two weight functions. The floor is below 0, so that a similarity of 0 would have a weight,
+#: and near it, as negative weights could make a sum vanish, by which rows are divided.
 WEIGHTS = [None, 3.0]
-FLOOR = -0.3
+FLOOR = -0.05
 
 
 def others(x):
