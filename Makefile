@@ -8,7 +8,7 @@ demo: $(READY)
 	$(BIN)/scclip-fast lof --model scenes --force --out demo/lof.png
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)
 	$(BIN)/pytest --benchmark
@@ -22,6 +22,7 @@ clean:
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# The files that start processes of their own are few tests and long: in order, not at the end.
 # One resolve, so that pip picks a torchvision that fits its torch.
 $(READY): setup.py
 	@echo "Setting up .venv; the first time downloads PyTorch and takes a few minutes."
