@@ -7,6 +7,7 @@ demo: $(READY)
 	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --json --force --out demo
 	$(BIN)/scclip-fast lof --model scenes --force --out demo/lof.png
 
+# In the files' own order: those of few but long tests would otherwise come last, on one core.
 test: lint
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
@@ -22,7 +23,6 @@ clean:
 	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache demo
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# The files that start processes of their own are few tests and long: in order, not at the end.
 # One resolve, so that pip picks a torchvision that fits its torch.
 $(READY): setup.py
 	@echo "Setting up .venv; the first time downloads PyTorch and takes a few minutes."
