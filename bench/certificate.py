@@ -75,7 +75,7 @@ def giant_tokens(n: int, d: int) -> Tensor:
 
 
 def vit(n: int, d: int) -> Tensor:
-    """What the last block but one of the small CLIP of scenes makes of one, 160 wide."""
+    """The last block but one of the small CLIP of scenes, on a scene; 160 wide."""
     encoder, _ = create_model("scenes")
     side = math.ceil(n**0.5)
     drawn = scene("benchmark", 0, (16 * side, 16 * side)).image

@@ -1,4 +1,4 @@
-"""What a launcher hands to Triton, as data: to run, or to compile ahead of time without a GPU."""
+"""Launches as data: a launcher hands them to Triton to run, or to compile ahead without a GPU."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _bins_kernel(
 
 @triton.jit
 def share(count, BLOCK_M: tl.constexpr, programs, most):
-    """How many programs share the columns of a block when `count` rows are shared out."""
+    """Returns how many programs share the columns of a block when `count` rows are shared out."""
     blocks = tl.maximum(tl.cdiv(count, BLOCK_M), 1)
     return tl.maximum(tl.minimum(programs // blocks, most), 1)
 

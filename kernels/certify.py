@@ -178,7 +178,7 @@ def certify_launch(
 
 
 def gamma(d: int) -> float:
-    """What bounds the rounding of a sum of d products, as a share of the product of the norms.
+    """Returns a bound on the rounding of a sum of d products, as a share of the norms' product.
 
     Tensor cores add 16 products at a time to the sum and truncate each to the largest of them: 17
     units of 2^-23 a step.

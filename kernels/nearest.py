@@ -51,7 +51,7 @@ def nearest_triton(x: torch.Tensor, k: int, measure_all: bool) -> tuple[torch.Te
 
 
 class Rounded(NamedTuple):
-    """What the half-precision pass reads of an image batch: y, a^2, r and u of `rounding.py`."""
+    """The operands of the half-precision pass for a batch: y, a^2, r and u of `rounding.py`."""
 
     half: torch.Tensor
     square: torch.Tensor
@@ -156,7 +156,7 @@ def _centre(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def splits(batch: int, n: int, processors: int = 132) -> int:
-    """How many programs share the columns of a block of rows: enough for the GPU, and for bins."""
+    """Returns how many programs share the columns of a block: enough for the GPU, and for bins."""
     blocks = batch * triton.cdiv(n, candidates.BLOCK_M)
     least = 4 if n <= 1024 or blocks > processors else 3
     return max(least, min(8, processors // blocks))

@@ -34,14 +34,14 @@ def _rotation(tile):
 
 @triton.jit
 def position_of(token):
-    """Where a token is stored; int32."""
+    """Returns the position that a token is stored at; int32."""
     tile = token // TILE
     return tile * TILE + ((token % TILE + _rotation(tile)) & (TILE - 1))
 
 
 @triton.jit
 def token_at(position):
-    """Which token is stored there; int32."""
+    """Returns the token that is stored at a position; int32."""
     tile = position // TILE
     return tile * TILE + ((position % TILE - _rotation(tile)) & (TILE - 1))
 
@@ -200,5 +200,5 @@ def positions(n: int) -> torch.Tensor:
 
 
 def eta(d: int) -> float:
-    """What fp16 can lose below its normal range, over d channels."""
+    """Returns the most that fp16 loses below its normal range, over d channels."""
     return d**0.5 * 2.0**-25

@@ -38,7 +38,7 @@ from .ops.outliers import check_variant
 from .precision import true_float32
 from .search import (
     Search,
-    band,
+    candidates,
     finite_tokens,
     pair_distances,
     remedian,
@@ -205,8 +205,7 @@ def _pass(
         kept: the rows to return; the others only fill up tiles.
         own, centre: as for `search.Search`.
     """
-    wanted = min(k + band(k), shards.total - 1)
-    measured = wanted if every_distance else min(wanted, wanted - k + band(k))
+    wanted, measured = candidates(k, shards.total - 1, every_distance)
     search = Search(rows, wanted, tile.rows, own, centre)
     for first, (piece,) in shards.pieces(tile.columns, x):
         search.see(piece, first)

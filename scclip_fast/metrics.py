@@ -24,11 +24,12 @@ def nearest(x: Tensor, k: int, metric: str, queries: Tensor | None = None) -> tu
     products and the result have the type of x, and the distances that decide are measured in
     float64.
     """
-    exact = [part.double()[None] for part in (x, queries) if part is not None]
+    given = [part[None] for part in (x, queries) if part is not None]
+    exact = [part.double() for part in given]
     if metric == "cosine":
         exact = _unit(*exact)
     # Unit rows rounded to float32 would no longer be the rows that are measured.
-    parts = exact if metric == "cosine" else [part.to(x.dtype) for part in exact]
+    parts = exact if metric == "cosine" else given
     if queries is None and resolve(None, parts[0]) == "triton":
         _, candidates = knn(parts[0], min(k + search.band(k), len(x) - 1))
         measure = partial(search.pair_distances, exact[0], queries=exact[0])

@@ -45,6 +45,12 @@ def band(k: int) -> int:
     return max(4, k // 8)
 
 
+def candidates(k: int, others: int, every_distance: bool) -> tuple[int, int]:
+    """Returns how many other tokens a search keeps for each row, and how many it measures."""
+    wanted = min(k + band(k), others)
+    return wanted, wanted if every_distance else min(wanted, wanted - k + band(k))
+
+
 class Search:
     """The tokens nearest to rows (B, M, D), the tokens coming a few at a time.
 
@@ -94,12 +100,12 @@ class Search:
             _keep_smallest(self.scores[:, part], self.indices[:, part], tile, first)
 
     def _products(self, tokens: Tensor, centre: Tensor) -> Callable[[Tensor, slice, Tensor], None]:
-        candidates, norms = _centred(tokens, centre, multiple=GROUP)
+        columns, norms = _centred(tokens, centre, multiple=GROUP)
 
         def multiply(_: Tensor, part: slice, tile: Tensor) -> None:
             centred, squares = _centred(self._rows[:, part], centre)
             self.norms[:, part] = squares.sqrt()
-            torch.baddbmm(norms.unsqueeze(1), centred, candidates.mT, alpha=-2, out=tile)
+            torch.baddbmm(norms.unsqueeze(1), centred, columns.mT, alpha=-2, out=tile)
 
         return multiply
 
@@ -205,9 +211,8 @@ def _pass(
     batch, tokens, width = x.shape
     asked = rows.shape[1]
     tile = tile_of(batch, tokens, width, k, dtype or compute_dtype(x))
-    wanted = min(k + band(k), tokens - (own is not None))
-    n_measured = wanted if every_distance else min(wanted, wanted - k + band(k))
-    complete = wanted == tokens - (own is not None)
+    others = tokens - (own is not None)
+    wanted, n_measured = candidates(k, others, every_distance)
     group = max(1, rows_of_lists(tile.images, wanted) // tile.rows) * tile.rows
     step, last = min(tile.rows, asked), k if every_distance else 1
     distances = torch.empty(batch, asked, last, dtype=compute_dtype(measured[0]), device=x.device)
@@ -227,6 +232,7 @@ def _pass(
             found, indices[images, part] = settle_last(search.indices, k, n_measured, measure)
             distances[images, part] = found[..., -last:]
             if dtype is not None:
+                complete = wanted == others
                 is_open[images, part] = undecided(
                     search.scores, search.norms, found[..., -1], n_measured, width, complete
                 )

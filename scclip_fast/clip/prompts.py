@@ -30,10 +30,10 @@ def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
         entries = None
     if entries is None or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"classes must be a list of names, got {classes!r}")
-    synonyms = [[name.strip() for name in entry.split(",")] for entry in classes]
+    synonyms = [[name.strip() for name in entry.split(",")] for entry in entries]
     names = list(chain.from_iterable(synonyms))
     if not names or not all(names):
-        raise ValueError(f"classes must be names, none of them empty, got {list(classes)}")
+        raise ValueError(f"classes must be names, none of them empty, got {entries}")
     checked = [entry[0] for entry in synonyms] if shared else names
     counts = Counter(map(str.casefold, checked))
     if repeated := {name for name in checked if counts[name.casefold()] > 1}:
