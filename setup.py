@@ -29,7 +29,10 @@ ROOT = Path(__file__).parent
 # setuptools' plain editable install finds no folder elsewhere that lacks an __init__.py.
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
-SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
+SUBPACKAGES = (
+    *("cli", "clip", "evaluate", "ops", "sam3", "scenes"),
+    *("kernels", "kernels.aggregate_details", "kernels.knn_details"),
+)
 
 setup(
     name="scclip_fast",
@@ -56,6 +59,7 @@ setup(
     package_data={
         "scclip_fast": ["py.typed"],
         "scclip_fast.evaluate": ["names/*.txt"],
+        "scclip_fast.kernels.knn_details": ["README.md"],
         "scclip_fast.scenes": ["*.json", "*.safetensors"],
     },
     install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],

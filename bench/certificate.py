@@ -27,8 +27,9 @@ if not torch.cuda.is_available():
 import scclip_fast as sf
 from scclip_fast import search
 from scclip_fast.clip import create_model
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels.rounding import positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels._launch import architecture
+from scclip_fast.kernels.knn_details.table import positions
 from scclip_fast.scenes.draw import scene
 
 K = 30
@@ -121,13 +122,13 @@ def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = x[None].to(device)
     n, d = x.shape[1:]
-    splits = nearest.splits(1, n)
-    tokens = nearest.rounded(x, splits)[1]
-    table, undecided = nearest.decide(tokens, splits, 0, n, n, d, K)
-    listed = undecided.rows[0, : undecided.count.item()].long().cpu()
-    unbounded = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
-    nearest.collect(tokens, undecided, table, 0, n)
-    left = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
+    shares = knn.shares_of_columns(1, n, architecture(x.device))
+    tokens = knn.rounded(x, shares)
+    table, undecided = knn.decide(tokens, shares, 0, n, n, d, K)
+    listed = undecided.positions[0, : undecided.n_positions.item()].long().cpu()
+    unbounded = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
+    knn.collect(tokens, undecided, table, 0, n)
+    left = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
     position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))
     return table[0].cpu()[position], torch.cat([back[listed], unbounded]), left

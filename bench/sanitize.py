@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 import scclip_fast as sf
-from scclip_fast.kernels import aggregate, nearest
+from scclip_fast.kernels import aggregate, knn
 
 
 def check(call) -> None:
@@ -36,7 +36,7 @@ def main() -> None:
             check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
             q = x.unflatten(2, (1, d)).transpose(1, 2)
             check(lambda q=q, x=x: sf.blended_attention(q, q, q, x, backend="triton"))
-    aggregate.WORKSPACE_BYTES, nearest.BINS_BYTES = 2**12, 1  # the streaming kernel; several passes
+    aggregate.WORKSPACE_BYTES, knn.BINS_BYTES = 2**12, 1  # the streaming kernel; several passes
     for dtype in (torch.float32, torch.float16):
         x = torch.randn(2, 1100, 72, device="cuda").to(dtype)
         check(lambda x=x: sf.aggregate(x, x, backend="triton"))

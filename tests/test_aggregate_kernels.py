@@ -18,9 +18,9 @@ import scclip_fast as sf
 from scclip_fast import chunked, reference
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels._launch import Architecture
-from scclip_fast.kernels.panel import product_launch, weights_launch
-from scclip_fast.kernels.products import CHANNELS, Operand
-from scclip_fast.kernels.stream import stream_launch
+from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_launch
+from scclip_fast.kernels.aggregate_details.products import CHANNELS, Operand
+from scclip_fast.kernels.aggregate_details.stream import stream_launch
 
 DEVICES = [
     pytest.param(run.values[0], id=run.id, marks=run.marks)
@@ -47,7 +47,7 @@ def path(request, monkeypatch):
             lambda *a, _f=original, **k: launched.append(_f(*a, **k)) or launched[-1],
         )
     yield request.param
-    symmetric = [launch.constants.get("SYMMETRIC") for launch in launched]
+    symmetric = [launch.arguments.get("SYMMETRIC") for launch in launched]
     assert set(symmetric) == {dict(triangle=True, panels=False, stream=None)[request.param]}
 
 
@@ -202,7 +202,7 @@ def steps(gpu):
     split, panel = Operand(x, x), meta(1, 128, 5248, dtype=torch.float16)
     product = product_launch(Operand(panel, panel), split, sums, sums, EPS, x, 0, gpu)
     stream = stream_launch(split, split, sums, one, None, EPS, x, sums, gpu)
-    return {launch.constants["BLOCK_N"] for launch in (product, stream)}
+    return {launch.arguments["BLOCK_N"] for launch in (product, stream)}
 
 
 @pytest.mark.parametrize("tokens", [5184, 20_000, 82_944])

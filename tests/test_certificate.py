@@ -45,9 +45,10 @@ from cases import GPU
 from tolerance import assert_nearest
 
 import scclip_fast as sf
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels.certify import certify_launch, gamma
-from scclip_fast.kernels.rounding import eta, positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels.knn_details.certify import certify_launch, gamma
+from scclip_fast.kernels.knn_details.rounding import eta
+from scclip_fast.kernels.knn_details.table import Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 ROWS, WIDTH, CAPACITY, SURE = 64, 8, 64, 2**30
@@ -105,20 +106,20 @@ def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4
     table = torch.full((1, ROWS, CAPACITY), -7, dtype=torch.int32)
     integers = (torch.zeros(1, ROWS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     lists = (*integers, torch.zeros(1, ROWS), integers[0], *integers)
-    undecided = nearest.Undecided(*(t.clone().to(DEVICE) for t in lists))
+    undecided = Undecided(*(t.clone().to(DEVICE) for t in lists))
     ratio, table = torch.full((1,), model.u, device=DEVICE), table.to(DEVICE)
     state = (t.to(DEVICE) for t in (folded(c), square, error))
     certify_launch(*state, ratio, table, undecided, 0, n, WIDTH, k).run()
     entries = table[0, 0].cpu()
     entries = entries[entries != -1]
     at = positions(n)[(entries % SURE).long()]
-    listed = undecided.rows[0, : undecided.count.item()].tolist()
+    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
     token = (positions(n) == 0).nonzero().item()
     return Decision(
         set(at.tolist()),
         set(at[entries >= SURE].tolist()),
-        undecided.limit[0, listed.index(0)].item() if 0 in listed else None,
-        token in undecided.rest[0, : undecided.rest_count.item()].tolist(),
+        undecided.W[0, listed.index(0)].item() if 0 in listed else None,
+        token in undecided.tokens[0, : undecided.n_tokens.item()].tolist(),
     )
 
 
@@ -206,13 +207,13 @@ def test_rows_without_a_bound_are_measured(near, k, model):
 def table_of(x, k, first=0):
     """The table before and after `collect`, rows from `first` on, and the lists."""
     n, d = x.shape
-    _, tokens = nearest.rounded(x[None].to(DEVICE), 1)
-    before, undecided = nearest.decide(tokens, 1, first, n - first, n, d, k)
+    tokens = knn.rounded(x[None].to(DEVICE), 1)
+    before, undecided = knn.decide(tokens, 1, first, n - first, n, d, k)
     around = torch.full((1, first + before.shape[1], CAPACITY), -7, dtype=torch.int32)
     around = around.to(DEVICE)
     around[:, first:] = before
-    undecided.found[0, undecided.count.item() :] = 0  # as fresh memory may be
-    nearest.collect(tokens, undecided, around[:, first:], first, n)
+    undecided.n_candidates[0, undecided.n_positions.item() :] = 0  # as fresh memory may be
+    knn.collect(tokens, undecided, around[:, first:], first, n)
     return before[0].cpu(), around[0].cpu(), undecided
 
 
@@ -224,12 +225,16 @@ def test_the_second_look_finds_what_a_full_bin_dropped():
     query, near = token_at[0].item(), token_at[torch.arange(4) * 64 + 5]
     x[near] = x[query] + torch.eye(WIDTH)[:4]
     before, after, undecided = table_of(x, 4)
-    assert 0 in undecided.rows[0, : undecided.count.item()].tolist()
+    assert 0 in undecided.positions[0, : undecided.n_positions.item()].tolist()
     assert (before[0] == -1).all()
     found = after[0][after[0] >= 0]
     assert set(near.tolist()) <= set(found.tolist()) and query not in found.tolist()
-    assert len(found) == undecided.found[0][undecided.rows[0] == 0][0] == len(found.unique())
-    assert not undecided.rest_count.any()
+    assert (
+        len(found)
+        == undecided.n_candidates[0][undecided.positions[0] == 0][0]
+        == len(found.unique())
+    )
+    assert not undecided.n_tokens.any()
 
 
 def giant(first, seed):
@@ -249,7 +254,7 @@ def test_the_second_look_touches_no_row_but_the_listed(first, seed):
     """Rounding makes c of the giant and its duplicates -1 or less; the list ends within a block."""
     x = giant(first, seed)
     before, after, undecided = table_of(x, 3, first)
-    listed = (undecided.rows[0, : undecided.count.item()] - first).long().cpu()
+    listed = (undecided.positions[0, : undecided.n_positions.item()] - first).long().cpu()
     assert len(listed) % 64
     assert (after[:first] == -7).all()
     after = after[first:]
@@ -265,7 +270,7 @@ def test_a_row_with_more_candidates_is_listed_once():
     alike = torch.randperm(256)[:100]
     x[alike] = 1 + 1e-7 * torch.randn(100, WIDTH)
     _, _, undecided = table_of(x, 9)
-    rest = undecided.rest[0, : undecided.rest_count.item()].cpu()
+    rest = undecided.tokens[0, : undecided.n_tokens.item()].cpu()
     assert len(rest.unique()) == len(rest) and torch.isin(alike, rest.long()).all()
 
 

@@ -93,7 +93,7 @@ def test_ops_of_its_own(kernel, given, monkeypatch):
     x, *_ = given
     for silent, other in ((sf, kernel), (kernel, sf)):
         with monkeypatch.context() as patched:
-            nearest = import_module(f"{silent.__name__}.kernels.nearest")
+            nearest = import_module(f"{silent.__name__}.kernels.knn")
             patched.delattr(nearest, "nearest_triton")
             other.knn(x, 3, backend="triton")
             with pytest.raises(ImportError, match="nearest_triton"):

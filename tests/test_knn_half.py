@@ -7,11 +7,11 @@ from tolerance import assert_nearest, assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels._launch import Architecture
-from scclip_fast.kernels.candidates import bins_launch
-from scclip_fast.kernels.certify import certify_launch
-from scclip_fast.kernels.rounding import positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels._launch import Architecture, architecture
+from scclip_fast.kernels.knn_details.bins import bins_launch
+from scclip_fast.kernels.knn_details.certify import certify_launch
+from scclip_fast.kernels.knn_details.table import Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
@@ -37,16 +37,16 @@ KINDS = FEATURES | {"flat": flat, "giants": giants}
 @pytest.fixture
 def half(monkeypatch):
     """The half-precision chain for short inputs too; returns how many rows each pass leaves."""
-    monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
+    monkeypatch.setattr(knn, "LEAST_TOKENS_FOR_HALF", 1)
     left = []
-    search = nearest._search
+    search = knn._search
 
     def counting(x, indices, distances, undecided=None):
         if undecided is not None:
-            left.extend(undecided.rest_count.tolist())
+            left.extend(undecided.n_tokens.tolist())
         return search(x, indices, distances, undecided)
 
-    monkeypatch.setattr(nearest, "_search", counting)
+    monkeypatch.setattr(knn, "_search", counting)
     return left
 
 
@@ -54,11 +54,11 @@ def table_of(x, k):
     """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
-    _, tokens = nearest.rounded(x, splits=4)
-    table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
+    tokens = knn.rounded(x, shares=4)
+    table, undecided = knn.decide(tokens, 4, 0, n, n, d, k)
     order = positions(n)
-    listed = undecided.rows[0, : undecided.count.item()].tolist()
-    unbounded = undecided.rest[0, : undecided.rest_count.item()].tolist()
+    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
+    unbounded = undecided.tokens[0, : undecided.n_tokens.item()].tolist()
     left = [order.tolist().index(row) for row in listed] + unbounded
     return table[0].cpu()[order], torch.tensor(left).long()
 
@@ -91,11 +91,11 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
     """128 rows of 5184 x 1024, the features of SAM3's trunk."""
     x = clusters(1, 5184, 1024)[0].to(DEVICE)
     n, d = x.shape
-    splits = nearest.splits(1, n)
-    _, tokens = nearest.rounded(x[None], splits)
-    table, undecided = nearest.decide(tokens, splits, first, rows, n, d, K)
-    left = undecided.rows[0, : undecided.count.item()].tolist()
-    assert not undecided.rest_count.item() and len(left) < rows
+    shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+    tokens = knn.rounded(x[None], shares)
+    table, undecided = knn.decide(tokens, shares, first, rows, n, d, K)
+    left = undecided.positions[0, : undecided.n_positions.item()].tolist()
+    assert not undecided.n_tokens.item() and len(left) < rows
     token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
     d2 = torch.cdist(x[token_at].double(), x.double()).square()
     true = d2.scatter(1, token_at[:, None], torch.inf).topk(K, largest=False).indices.cpu()
@@ -146,7 +146,7 @@ def test_short_types_and_strides(dtype):
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_tiles_for_hopper(width, monkeypatch):
     """128 columns beside rows that are held, 256 for more channels."""
-    monkeypatch.setattr(nearest, "architecture", lambda device: Architecture(90, 227 * 1024))
+    monkeypatch.setattr(knn, "architecture", lambda device: Architecture(90, 227 * 1024))
     x = torch.randn(1, 1030, width)
     _, indices = sf.knn(x, 5, backend="triton")
     assert_neighbors(indices, x=x, k=5)
@@ -197,7 +197,7 @@ def test_passes_and_images_agree(half, monkeypatch):
     """Rows in several passes, images one by one or together: the same to the last bit."""
     x = torch.randn(2, 150, 20, device=DEVICE)
     whole = sf.knn(x, 9, backend="triton")
-    monkeypatch.setattr(nearest, "BINS_BYTES", 1)
+    monkeypatch.setattr(knn, "BINS_BYTES", 1)
     half.clear()
     parts = sf.knn(x, 9, backend="triton")
     assert len(half) == 4  # two images of two blocks of rows
@@ -208,12 +208,12 @@ def test_few_variants_of_a_kernel():
     """A new number of tokens compiles nothing anew, except where it asks for another tile."""
     constants = set()
     for n in (1025, 1500, 2304, 3600, 5184, 10_000):
-        splits = nearest.splits(1, n)
-        half = torch.empty(1, splits * 64 * -(-n // (splits * 64)), 1024, device="meta").half()
-        bins = torch.empty(1, 128, splits, 3, 64, dtype=torch.int32, device="meta")
+        shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+        half = torch.empty(1, shares * 64 * -(-n // (shares * 64)), 1024, device="meta").half()
+        bins = torch.empty(1, 128, shares, 3, 64, dtype=torch.int32, device="meta")
         square = torch.empty(half.shape[:2], device="meta")
         table = torch.empty(1, 128, 64, dtype=torch.int32, device="meta")
-        undecided = nearest.Undecided(*[table] * 6)
+        undecided = Undecided(*[table] * 6)
         launches = (
             bins_launch(half, square, bins, 0, 64),
             certify_launch(bins, square, square, square, table, undecided, 0, n, 1024, 30),

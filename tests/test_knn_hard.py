@@ -7,7 +7,7 @@ from tolerance import assert_nearest
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.kernels import nearest
+from scclip_fast.kernels import knn
 from scclip_fast.kernels.lof import simplified_lof_triton
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -80,7 +80,7 @@ def test_finite_then_overflowing_then_not_finite(n, k):
     x[12, 0], x[13, 2], x[14] = torch.nan, torch.inf, -torch.inf
     expected = (x[:, None].double() - x.double()).square().sum(dim=-1).float()
     expected[12:15] = expected[:, 12:15] = torch.nan
-    distances, indices = (t[0].cpu() for t in nearest.nearest_triton(x[None].to(DEVICE), k, True))
+    distances, indices = (t[0].cpu() for t in knn.nearest_triton(x[None].to(DEVICE), k, True))
     chosen = expected.gather(1, indices)
     assert torch.allclose(distances, chosen, rtol=1e-5, equal_nan=True)
     others = expected[~torch.eye(n, dtype=torch.bool)].view(n, n - 1)

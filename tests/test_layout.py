@@ -53,8 +53,9 @@ def wheel(source):
 
 
 def test_no_file_makes_kernels_a_package():
-    for path in ("kernels/__init__.py", "tests/__init__.py", "tests/kernels", "conftest.py"):
+    for path in ("tests/__init__.py", "tests/kernels", "conftest.py"):
         assert not (ROOT / path).exists(), path
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
     assert os.readlink(ROOT / "scclip_fast" / "kernels") == os.path.join("..", "kernels")
 
 
@@ -87,8 +88,9 @@ def test_archives_hold_the_package_as_files(source, wheel, tmp_path):
     tree = glob("scclip_fast/**/*", root_dir=source, recursive=True)
     paths = [source / path for path in tree if not path.startswith("scclip_fast/kernels")]
     files = {path.relative_to(source).as_posix(): path for path in paths if path.is_file()}
-    files |= {f"scclip_fast/kernels/{path.name}": path for path in source.glob("kernels/*.py")}
-    assert {"scclip_fast/py.typed", "scclip_fast/kernels/nearest.py"} <= files.keys()
+    kernels = (path for path in source.glob("kernels/**/*") if path.is_file())
+    files |= {f"scclip_fast/{path.relative_to(source).as_posix()}": path for path in kernels}
+    assert {"scclip_fast/py.typed", "scclip_fast/kernels/knn_details/table.py"} <= files.keys()
 
     assert_holds(wheel, files)
     (path,) = source.glob("dist/*.tar.gz")
@@ -117,10 +119,12 @@ def test_editable_install(python, source, tmp_path):
 from site import addsitedir
 addsitedir({str(site)!r})
 from scclip_fast.kernels import _launch
-print(_launch.__file__)
+from scclip_fast.kernels.knn_details import table
+print(_launch.__file__, table.__file__, sep="\\n")
 """
-    (found,) = python(code, cwd=tmp_path, path=(site,))
-    assert os.path.samefile(found, source / "kernels" / "_launch.py")
+    launch, table = python(code, cwd=tmp_path, path=(site,))
+    assert os.path.samefile(launch, source / "kernels" / "_launch.py")
+    assert os.path.samefile(table, source / "kernels" / "knn_details" / "table.py")
 
 
 @pytest.mark.parametrize("source", ["links"], indirect=True)  # the other wheel is the same
