@@ -1,7 +1,7 @@
-"""Table and roofline of what bench/targets.py measured: python bench/roofline.py RESULT.json
+"""Prints and draws the results of bench/targets.py: python bench/roofline.py RESULT.json
 
-Prints Markdown and draws RESULT.svg beside the file: operations a second over operations a byte,
-bytes being those of inputs and outputs, under the GPU's measured product and copy.
+Prints a Markdown table, and draws the roofline RESULT.svg beside the file: operations a second over
+operations a byte of inputs and outputs, under the measured rates of the GPU's product and copy.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ COLORS = {OURS: "#0072b2", "eager": "#d55e00", "matmul + topk": "#d55e00", "Flas
 
 
 def main(path: Path) -> None:
-    found = json.loads(path.read_text())
+    result = json.loads(path.read_text())
     groups: dict[tuple, dict[str, dict]] = {}
-    for entry in found["results"]:
+    for entry in result["results"]:
         key = entry["op"], tuple(entry["shape"]), entry["dtype"]
         groups.setdefault(key, {})[entry["provider"]] = entry
-    machine = found["machine_info"]
+    machine = result["machine_info"]
     packages = f"torch {machine['torch']}, triton {machine['triton']}"
-    print(f"{machine['device_name']}; {packages}; {found['datetime'][:10]}; {revision(found)}\n")
+    print(f"{machine['device_name']}; {packages}; {result['datetime'][:10]}; {revision(result)}\n")
     print("| op | shape | scclip_fast | of its floor | extra memory | beside it |")
     print("|---|---|--:|--:|--:|---|")
     for key, entries in groups.items():
@@ -39,7 +39,7 @@ def main(path: Path) -> None:
     for key, entries in groups.items():
         if FROZEN in entries:
             print("\n".join(stages(key[0], entries)))
-    path.with_suffix(".svg").write_text(picture(groups, found["ceilings"]) + "\n")
+    path.with_suffix(".svg").write_text(picture(groups, result["ceilings"]) + "\n")
 
 
 def row(key: tuple, entries: dict[str, dict]) -> str:

@@ -84,7 +84,7 @@ def _check_source(path: Path) -> None:
 
 
 def _digest(package: Path) -> str:
-    """Hash of all modules. It names the loaded module, so that one process can load several builds."""
+    """Hash of all modules. With it in the id, one process can load several builds."""
     digest = sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
@@ -101,7 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m scclip_fast.hub",
         description='Writes the ops as a kernel for Hugging Face\'s package "kernels".',
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where the folder build is written")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="where the folder build is written"
+    )
     folder = parser.parse_args(argv).folder
     try:
         build(folder)

@@ -1,4 +1,4 @@
-"""The tree, the wheel, and the folder `kernels/` beside Hugging Face's package of that name."""
+"""Tests the tree, the archives, and `kernels/` beside Hugging Face's package of that name."""
 
 import os
 import subprocess
@@ -28,9 +28,9 @@ def run(*arguments, cwd):
 
 @pytest.fixture(scope="module", params=["links", "no links"])
 def source(request, tmp_path_factory):
-    """A copy of the tree with `dist/`: no old build/ can join in, and none is left behind.
+    """A copy of the tree with `dist/`, so that no old build/ is used and none is left behind.
 
-    Without symbolic links git writes where a link points to into a text file.
+    Without symbolic links, git writes the target of a link into a text file.
     """
     source = tmp_path_factory.mktemp("source")
     for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
@@ -110,7 +110,7 @@ def assert_holds(wheel, files):
 
 
 def test_editable_install(python, source, tmp_path):
-    """It finds the kernels of the checkout, so that edits of them need no other install."""
+    """An editable install uses the kernels of the checkout, so that edits need no new install."""
     run("-c", "from setuptools import build_meta as b; b.build_editable('editable')", cwd=source)
     (path,) = source.glob("editable/*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -127,7 +127,7 @@ print(_launch.__file__, table.__file__, sep="\\n")
     assert os.path.samefile(table, source / "kernels" / "knn_details" / "table.py")
 
 
-@pytest.mark.parametrize("source", ["links"], indirect=True)  # the other wheel is the same
+@pytest.mark.parametrize("source", ["links"], indirect=True)  # both wheels are the same
 def test_wheel_works_from_anywhere(python, wheel, tmp_path):
     code = """
 from importlib.util import find_spec
@@ -155,7 +155,7 @@ def test_every_op_is_type_checked():
 
 
 def test_core_needs_torch_alone(python):
-    """Nothing that the core loads comes from elsewhere, and its ops run without all else."""
+    """`import scclip_fast` loads nothing but torch, and the ops run without other packages."""
     code = """
 import sys, torch
 before = set(sys.modules)
