@@ -208,7 +208,7 @@ def steps(gpu):
 @pytest.mark.parametrize("tokens", [5184, 20_000, 82_944])
 @pytest.mark.parametrize("gpu, extra_bits", [(A100, 1), (L4, 1), (H100, 2)])
 def test_float32_sums_on_tensor_cores_that_truncate(tokens, gpu, extra_bits):
-    """In one accumulator, the error would be 3e-5 (H100) at 5184 tokens and linear in tokens."""
+    """One accumulator would be off by 3e-5 (H100) at 5184 tokens, and linearly in their number."""
     weight, value = weights_and_values(tokens)
     (w, w2), (v, v2) = halves(weight), halves(value)
     exact = (weight * value).sum(axis=1)
@@ -219,7 +219,7 @@ def test_float32_sums_on_tensor_cores_that_truncate(tokens, gpu, extra_bits):
 
 @pytest.mark.parametrize("extra_bits, expected", [(1, 7e-4), (2, 4e-4)])
 def test_half_precision_sums_stay_on_the_tensor_cores(extra_bits, expected):
-    """At 82,944 tokens the error of one accumulator is within the tolerance of float16."""
+    """The error of one accumulator at 82,944 tokens is within the tolerance of float16."""
     weight, value = (halves(x)[0] for x in weights_and_values(82_944))
     error = emulated_error([(weight, value)], (weight * value).sum(axis=1), 82_944, extra_bits)
     assert error <= RELATIVE_ERROR[torch.float16]

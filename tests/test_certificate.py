@@ -142,7 +142,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_neighbour_that_the_pass_ranks_second_is_a_candidate(name):
-    """For k = 1, c of `other` is below that of `true` by as much as the errors of both admit."""
+    """The c of `other` is below that of `true` by as much as the errors of both admit; k = 1."""
     model = MODELS[name]
     other = model.length
     farthest = other + model.distance_error(other)
@@ -156,7 +156,7 @@ def test_a_neighbour_that_the_pass_ranks_second_is_a_candidate(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_only_a_neighbour_is_sure(name):
-    """For k = 3, c puts `other` among the three nearest. It is not, and so must not be sure."""
+    """`other` is among the three nearest by c alone, so it must not be sure; k = 3."""
     model = MODELS[name]
     near, first = 0.1 * model.length, model.length
     second = first * STEP
@@ -281,7 +281,7 @@ def test_a_row_with_more_candidates_is_listed_once():
 
 @pytest.mark.usefixtures("poisoned")
 def test_rows_that_nothing_decides_are_measured():
-    """In two clusters finer than fp16 resolves, neither `certify` nor `collect` decides a row."""
+    """Neither `certify` nor `collect` decides a row of two clusters finer than fp16 resolves."""
     x = 1e-7 * torch.randn(1, 200, WIDTH)
     x[:, ::2] += 1
     x[0, 7, 0] = torch.nan  # nothing bounds this row

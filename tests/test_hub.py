@@ -115,7 +115,7 @@ def test_compiles_and_differentiates(kernel, given):
 
 
 def test_a_checkout_without_links(tmp_path, monkeypatch):
-    """Without links, a text file stands in place of the kernels, and `build` must not copy it."""
+    """`build` must not copy the text file that stands in place of the kernels without links."""
     source = tmp_path / "scclip_fast"
     ignored = ignore_patterns("__pycache__", "kernels", "scenes")
     copytree(hub.PACKAGE, source, ignore=ignored)

@@ -67,7 +67,7 @@ def table_of(x, k):
 
 
 def check_table(entries, true):
-    """Asserts that a row holds all neighbours, sure ones alone; returns how many are sure."""
+    """Asserts that a row has all neighbours, and sure columns are some; returns their number."""
     entries = entries[entries >= 0]
     columns, sure = entries & (2**30 - 1), entries >= 2**30
     assert set(true.tolist()) <= set(columns.tolist())
@@ -107,7 +107,7 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
 
 
 def test_data_that_fp16_cannot_hold_are_measured(half):
-    """In two clusters of 100, finer than the step of fp16, each row has 99 candidates."""
+    """Each row has 99 candidates in two clusters of 100, finer than the step of fp16."""
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1
     _, undecided = table_of(x[0], 9)

@@ -32,7 +32,7 @@ from .table import LARGEST_FLOAT, Undecided, programs_for_lists, shares_of
 MAX_K = 128
 # Rows of a program, and the columns times channels of a step: 64 registers a thread of four warps.
 # The interpreter's time goes by the number of operations, not by their size.
-ROWS, PAIRS = (64, 4096) if triton.knobs.runtime.interpret else (8, 1024)
+BLOCK_M, PAIRS = (64, 4096) if triton.knobs.runtime.interpret else (8, 1024)
 MOST_SHARES = 32  # programs that share the columns of one block of rows
 NO_PAIR: tl.constexpr = tl.constexpr(2**63 - 1)  # a key without a column
 NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)  # one NaN, above the bits of every number
@@ -152,7 +152,7 @@ def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -
     listed = undecided is not None
     tokens, n_tokens = (undecided.tokens, undecided.n_tokens) if listed else (None, None)
     rows = tokens.shape[1] if listed else n
-    blocks = triton.cdiv(rows, ROWS)
+    blocks = triton.cdiv(rows, BLOCK_M)
     gpu = architecture(x.device)
     if listed:
         programs = max(programs_for_lists(gpu) // batch, blocks)
@@ -161,7 +161,7 @@ def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -
         programs = blocks * max(1, shares)
     block_k = power_of_two(k, 2, MAX_K)
     block_d = power_of_two(d, 16, 64)
-    keys = torch.empty(batch * programs, ROWS, block_k, dtype=torch.int64, device=x.device)
+    keys = torch.empty(batch * programs, BLOCK_M, block_k, dtype=torch.int64, device=x.device)
     return Launch(
         _search_kernel,
         batch * programs,
@@ -176,7 +176,7 @@ def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -
         programs=programs,
         **strides("x", x, "bnd"),
         LISTED=listed,
-        BLOCK_M=ROWS,
+        BLOCK_M=BLOCK_M,
         BLOCK_N=PAIRS // block_d,
         BLOCK_D=block_d,
         BLOCK_K=block_k,

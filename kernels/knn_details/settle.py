@@ -68,13 +68,13 @@ def _settle_kernel(
         for d in range(0, D, BLOCK_D):
             dims = d + tl.arange(0, BLOCK_D)
             offsets = dims.to(tl.int64) * stride_xd
-            has = dims < D
+            has_dim = dims < D
             xi = tl.load(
-                token_ptrs + offsets[None, :], mask=inside[:, None] & has[None, :], other=0.0
+                token_ptrs + offsets[None, :], mask=inside[:, None] & has_dim[None, :], other=0.0
             )  # [BLOCK_R, BLOCK_D]
             xj = tl.load(
                 column_ptrs + offsets[None, None, :],
-                mask=some_measured[:, :, None] & has[None, None, :],
+                mask=some_measured[:, :, None] & has_dim[None, None, :],
                 other=0.0,
             )  # [BLOCK_R, CHUNK, BLOCK_D]
             difference = infinities_to_nan(xi)[:, None, :] - infinities_to_nan(xj)

@@ -112,5 +112,8 @@ def shares_of(count, BLOCK_M: tl.constexpr, programs, most):
 
 
 def programs_for_lists(gpu: Architecture) -> int:
-    """The number of programs that share listed rows, whose count the host does not know."""
+    """The number of programs that share listed rows: two a multiprocessor.
+
+    The rows are counted on the device, so that the number of programs cannot depend on them.
+    """
     return min(MOST_PROGRAMS, 2 * gpu.multiprocessors)
