@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from tiny_clip import TEXT, images, randomise, tiny_clip
 
-from scclip_fast import outliers
+from scclip_fast import calibration
 from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig
 
 EXACT = 1e-9  # float64, and unit vectors: whatever is larger is another formula
@@ -174,8 +174,8 @@ def test_short_precisions(name, dtype, monkeypatch):
         scores.append((tokens.dtype, original(tokens, n_neighbors).dtype))
         return original(tokens, n_neighbors)
 
-    original = outliers.lof_scores
-    monkeypatch.setattr(outliers, "lof_scores", lof_scores)
+    original = calibration.lof_scores
+    monkeypatch.setattr(calibration, "lof_scores", lof_scores)
     x = images(2, 40, 34)  # resized, and another grid than the model's
     expected = SCCLIP(tiny_clip(layers=4), method=name).encode_dense(x)
     scores.clear()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from ..calibration import SCORES
 from ..ops import _check
-from ..outliers import SCORES
 
 
 @dataclass(frozen=True)

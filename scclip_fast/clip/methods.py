@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration import find_outliers
 from ..ops import aggregate, blended_attention, repair
-from ..outliers import find_outliers
 from .config import SCCLIPConfig
 from .tower import Tower
 

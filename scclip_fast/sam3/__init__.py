@@ -4,8 +4,8 @@ Of transformers (5.0 or newer, the extra `sam3`) or of Meta's package `sam3`; ne
 other.
 """
 
+from .calibrate import Calibration, calibrate
 from .config import Sam3CalibrationConfig
-from .plugin import Calibration, calibrate
 from .seed import to_seed_dict
 
 __all__ = ["Calibration", "Sam3CalibrationConfig", "calibrate", "to_seed_dict"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..calibration import SCORES
 from ..ops import _check
-from ..outliers import SCORES
 
 TRUNK_STAGES = ("trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion")
 OTHER_STAGES = ("cross_attention", "decoder_calibration", "mask_repair", "mask_threshold")

@@ -22,7 +22,7 @@ from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
 from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
-from .shared import TRUNK_FOUND
+from .state import TRUNK_FOUND
 
 ATTENTION = "scclip_blended"
 

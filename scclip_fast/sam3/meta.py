@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
-from .shared import TRUNK_FOUND
+from .state import TRUNK_FOUND
 
 
 class TappedBlock(vitdet.Block):

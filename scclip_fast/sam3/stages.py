@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..calibration import Outliers, find_outliers
 from ..ops import aggregate, repair
-from ..outliers import Outliers, find_outliers
 from .config import Sam3CalibrationConfig
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from .config import Sam3CalibrationConfig
-from .shared import Shared
+from .state import Shared
 
 
 class Calibration:
