@@ -1,66 +1,67 @@
-"""What the modules of one calibrated model leave for each other during a forward pass."""
+"""The tensors that the modules of a calibrated SAM3 pass to each other within one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from . import stages
 from .config import Sam3CalibrationConfig
 
-TRUNK_FOUND = ("outlier_mask", "lof_scores", "calibrated_features")
+TRUNK_RESULTS = ("outlier_mask", "lof_scores", "calibrated_features")
 
 
 @dataclass
-class Shared:
-    """Nothing of it outlives the forward pass of the model or its vision encoder.
+class ForwardState:
+    """One object for all modules of a calibrated model.
+
+    Its tensors are None before and after each forward pass of the model or its vision encoder.
 
     Attributes:
-        features: (B, N, D), what the trunk's last layer needs of earlier ones (`config.taps`).
-        found: what an output will show, or another module needs.
+        config: settings of the calibration.
+        pre, post: (B, N, D), outputs of `config.pre_layer` and `config.post_layer`.
+        level_sum: (B, N, D), sum of the outputs of `config.fused_layers`.
+        content: (B, N, D), features of the content attention. Meta's last block takes no keywords,
+            so its attention reads them here.
+        outlier_mask: (B, h, w) bool, see `CalibratedVisionOutput`.
+        lof_scores: (B, h, w).
+        calibrated_features: (B, N, D).
+        query_features: (L, B, Q, C), object queries after each layer of the DETR decoder.
+        query_norms, pixel_norms: (B, Q) and (B, h, w), for `stages.threshold_logits`.
     """
 
     config: Sam3CalibrationConfig
-    features: dict[str, Tensor] = field(default_factory=dict)
-    found: dict[str, Tensor] = field(default_factory=dict)
+    pre: Tensor | None = None
+    post: Tensor | None = None
+    level_sum: Tensor | None = None
+    content: Tensor | None = None
+    outlier_mask: Tensor | None = None
+    lof_scores: Tensor | None = None
+    calibrated_features: Tensor | None = None
+    query_features: Tensor | None = None
+    query_norms: Tensor | None = None
+    pixel_norms: Tensor | None = None
 
-    def tap(self, index: int, output: Tensor) -> Tensor:
-        """Keep what is read of a layer's output (B, h, w, D), by `config.taps`."""
-        tokens = output.flatten(1, 2)
-        for name, layers in self.config.taps.items():
-            if index in layers:
-                first = index == layers.start
-                self.features[name] = tokens if first else self.features[name] + tokens
+    def keep(self, index: int, output: Tensor) -> Tensor:
+        """Keep the output (B, h, w, D) of trunk layer `index`, if the last layer reads it."""
+        config, tokens = self.config, output.flatten(1, 2)
+        if index == config.pre_layer:
+            self.pre = tokens
+        if index == config.post_layer:
+            self.post = tokens
+        if index in config.fused_layers:
+            first = index == config.multi_start_idx
+            self.level_sum = tokens if first else self.level_sum + tokens
         return output
 
-    def run_last(self, x: Tensor, last: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """The trunk's last layer, calibrated, on x (B, h, w, D).
-
-        `last` is the frozen layer of such an x and the features (B, N, D) of its content attention
-        or None.
-        """
-        grid = (x.shape[1], x.shape[2])
-
-        def last_of_tokens(tokens: Tensor, content: Tensor | None) -> Tensor:
-            return last(tokens.unflatten(1, grid), content).flatten(1, 2)
-
-        tokens, outliers = stages.calibrate_trunk(
-            x.flatten(1, 2), self.features, last_of_tokens, grid, self.config
-        )
-        self.features.clear()
-        if outliers is not None:
-            self.found["outlier_mask"] = outliers.mask.unflatten(1, grid)
-            if self.config.outlier_score != "norm":
-                self.found["lof_scores"] = outliers.scores.unflatten(1, grid)
-        self.found["calibrated_features"] = tokens
-        return tokens.unflatten(1, grid)
-
-    def take(self, *names: str) -> dict[str, Tensor | None]:
-        return {name: self.found.pop(name, None) for name in names}
+    def trunk_results(self) -> dict[str, Tensor | None]:
+        """The tensors of `TRUNK_RESULTS` by name, for the output of the vision encoder."""
+        return {name: getattr(self, name) for name in TRUNK_RESULTS}
 
     def clear(self) -> None:
-        """After an error, too, no tensor stays."""
-        self.features.clear()
-        self.found.clear()
+        """Drop every tensor. Callers do so after an error, too."""
+        for name in _TENSORS:
+            setattr(self, name, None)
+
+
+_TENSORS = tuple(field.name for field in fields(ForwardState) if field.name != "config")
