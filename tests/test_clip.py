@@ -208,7 +208,7 @@ def test_degenerate_images(method, x):
 
 
 def test_tokens_all_alike():
-    """Without positions, all N tokens of a constant image are equal: no outlier, one feature."""
+    """A constant image has N equal tokens without positions: no outlier and one feature."""
     model = tiny_clip(layers=4)
     model.visual.positional_embedding.zero_()
     dense = SCCLIP(model).encode_dense(torch.full((1, 3, 32, 32), 0.3)).flatten(1, 2)

@@ -67,11 +67,7 @@ def test_names_of_open_clip(cache, name, expected):
 @pytest.mark.parametrize("place", ["folder", "hub"])
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [
-        ("clip", "transformers"),
-        ("sam3", "sam3"),
-        ("sam3_video", "sam3"),
-    ],  # facebook/sam3 is the last
+    [("clip", "transformers"), ("sam3", "sam3"), ("sam3_video", "sam3")],  # facebook/sam3: video
 )
 def test_kinds_by_their_config(cache, tmp_path, place, model_type, kind):
     config = json.dumps({"model_type": model_type}).encode()
@@ -125,7 +121,7 @@ def test_a_hub_out_of_reach(cache, name):
 
 @pytest.mark.parametrize("file", ["config.json", "open_clip_config.json"])
 def test_a_cached_config_without_its_weights(cache, file):
-    """Without a check, transformers and open_clip would retry the download for minutes."""
+    """transformers and open_clip would retry the download for minutes without a check."""
     store(cache, "someone/model", {file: b'{"model_type": "clip"}'})
     start = time.perf_counter()
     name = "someone/model" if file == "config.json" else "hf-hub:someone/model"

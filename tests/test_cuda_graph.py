@@ -37,7 +37,7 @@ print(torch.equal(out, expected))
 
 @on_gpu
 def test_first_call_in_a_capture_is_refused():
-    """In a new process no kernel is loaded, so a capture fails; a capture after a call works."""
+    """A capture fails in a new process, where no kernel is loaded; after a call it works."""
     done = subprocess.run(
         [sys.executable, "-c", FIRST_CALL], env=os.environ, capture_output=True, text=True
     )

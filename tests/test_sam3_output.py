@@ -55,11 +55,9 @@ def test_every_call_with_all_stages_off(model):
     for before, after in zip(frozen, off, strict=True):
         if not isinstance(before, tuple):
             assert isinstance(after, type(before))
-            (
-                before,
-                after,
-            ) = (  # transformers' fields in their order, without added ones
-                {name: getattr(out, name) for name in before} for out in (before, after)
+            names = list(before)  # transformers' fields in their order, without added ones
+            before, after = (
+                {name: getattr(out, name) for name in names} for out in (before, after)
             )
         first, second = tree_flatten(before)[0], tree_flatten(after)[0]
         assert len(first) == len(second) > 4 and all(map(torch.equal, first, second))

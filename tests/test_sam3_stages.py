@@ -268,7 +268,7 @@ def test_all_switches(model, switches):
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @torch.no_grad()
 def test_residual_weight(model, weight):
-    """At 0 the trunk is the frozen one, bit for bit."""
+    """The trunk is the frozen one at 0, bit for bit."""
     given = inputs(1)
     frozen = model(**given)
     config = replace(Sam3CalibrationConfig.for_depth(LAYERS), residual_weight=weight)

@@ -12,8 +12,8 @@ from ..ops import _check
 class SCCLIPConfig:
     """Settings of SC-CLIP (Bai et al., arXiv 2411.15869); the defaults are those for ViT-B.
 
-    Layer indices are 0-based: layer i is the output of block i. The output of the last block has no
-    index.
+    Layer indices are 0-based. Index i stands for the output of block i, and the output of the last
+    block has no index.
 
     Attributes:
         outlier_n_neighbors: k of the Local Outlier Factor; images of no more than k patches are not

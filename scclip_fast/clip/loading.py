@@ -51,7 +51,7 @@ def create_model(
             ("openai/clip-vit-base-patch16"); a folder with either library's files; or "scenes" for
             the small CLIP of drawn scenes that comes with this package.
         pretrained: open_clip's tag of the weights ("openai", "laion2b_s34b_b88k", ...) or a file.
-            None leaves the weights random; it is required if the name stands for weights too.
+            None leaves the weights random, or is required if the name stands for weights too.
             Models whose weights were trained with QuickGELU get QuickGELU.
         method: see `SCCLIP`.
         config: see `SCCLIP`.

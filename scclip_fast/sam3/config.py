@@ -12,9 +12,9 @@ from ..ops import _check
 class Sam3CalibrationConfig:
     """Settings of SC-CLIP's stages (Bai et al., arXiv 2411.15869) in a SAM3; `stages.py` runs them.
 
-    Layer indices are 0-based: layer i is the output of layer i of the trunk. The defaults are for
-    SAM3's 32 layers, at the relative depths that SC-CLIP uses: the repair comes after layer 30,
-    before the last layer, 31. Nothing was published for SAM3.
+    Layer indices are 0-based. Index i stands for the output of layer i of the trunk. The defaults
+    are for SAM3's 32 layers, at the relative depths that SC-CLIP uses: the repair comes after layer
+    30, before the last layer, 31. Nothing was published for SAM3.
 
     Attributes:
         outlier_n_neighbors: k of the Local Outlier Factor; images of no more than k tokens are not
@@ -99,6 +99,7 @@ class Sam3CalibrationConfig:
 
     @property
     def calibrates_trunk(self) -> bool:
+        """Whether a stage changes the trunk."""
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
     @property

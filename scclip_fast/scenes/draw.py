@@ -108,7 +108,7 @@ def _add_shape(
     shape: str,
     finish: str,
 ) -> bool:
-    """Draws a shape where no other is. Returns False if eight tries find no room."""
+    """Draws a shape where there is no other. Returns False if eight tries find no room."""
     height, width = labels.shape
     for _ in range(8):
         radius = rng.uniform(0.11, 0.26) * min(height, width)
