@@ -20,11 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import scclip_fast as sf
-from scclip_fast import chunked, distributed
+from scclip_fast import distributed
+from scclip_fast.chunked import tiles
 
 WORLD, LARGE = 3, (1500, 64)
 N, D, K = 131, 24, 5
-WORKSPACES = {"pieces": 2**14, "whole": chunked.WORKSPACE_BYTES}  # several tiles a rank, or one
+WORKSPACES = {"pieces": 2**14, "whole": tiles.WORKSPACE_BYTES}  # several tiles a rank, or one
 KINDS = ("clusters", "far", "ties", "broken")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINATIONS = [*product(["pieces"], KINDS, DTYPES), ("whole", "clusters", torch.float32)]
@@ -69,9 +70,9 @@ def results(module, values: Tensor, x: Tensor, **group) -> dict[str, tuple[Tenso
 
 @contextmanager
 def workspace(size: int) -> Iterator[None]:
-    before, chunked.WORKSPACE_BYTES = chunked.WORKSPACE_BYTES, size
+    before, tiles.WORKSPACE_BYTES = tiles.WORKSPACE_BYTES, size
     yield
-    chunked.WORKSPACE_BYTES = before
+    tiles.WORKSPACE_BYTES = before
 
 
 class Largest(TorchFunctionMode):

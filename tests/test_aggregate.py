@@ -7,7 +7,8 @@ from tolerance import assert_close
 from torch.autograd import gradcheck
 
 import scclip_fast as sf
-from scclip_fast import chunked, reference
+from scclip_fast import reference
+from scclip_fast.chunked import tiles
 
 
 def published_aggregate(values, features, beta=0.4):
@@ -55,7 +56,7 @@ def test_features(device, backend, kind, beta):
 @pytest.mark.parametrize("gamma", [None, 3.0, 20.0])
 def test_sums_of_weights(device, backend, gamma):
     """Both weight functions; slices of the values share one sum."""
-    from scclip_fast.ops.aggregation import weighted_mean
+    from scclip_fast.ops.aggregate import weighted_mean
 
     values, features = torch.randn(2, 70, 300), torch.randn(2, 70, 5)
     floor = torch.tensor([0.1, -0.2])
@@ -119,7 +120,7 @@ def test_gradients(device, backend, dtype):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("tile", [2**26, 2**11])
 def test_gradcheck(backend, tile, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", tile)
+    monkeypatch.setattr(tiles, "WORKSPACE_BYTES", tile)
     values = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
     features = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda v, f: sf.aggregate(v, f, backend=backend), (values, features))
@@ -133,7 +134,7 @@ def test_tiles_agree(monkeypatch):
     )
     expected = sf.aggregate(values, features)
     for bytes_ in (2**18, 2**14, 2**11):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         assert_close(sf.aggregate(values, features), ref=expected)
 
 

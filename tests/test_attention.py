@@ -6,7 +6,7 @@ from tolerance import RELATIVE_ERROR, assert_close, relative_error
 from torch.autograd import gradcheck
 
 import scclip_fast as sf
-from scclip_fast import chunked
+from scclip_fast.chunked import tiles
 from scclip_fast.kernels.attention import attention_triton
 
 
@@ -173,7 +173,7 @@ def test_gradients(device, backend, dtype):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("tile", [2**26, 2**11])
 def test_gradcheck(backend, tile, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", tile)
+    monkeypatch.setattr(tiles, "WORKSPACE_BYTES", tile)
     tensors = [t.requires_grad_() for t in inputs(2, 2, 7, 3, 4, 5, torch.float64)]
     assert gradcheck(lambda *t: sf.blended_attention(*t, backend=backend), tensors)
     x = torch.randn(
@@ -187,7 +187,7 @@ def test_tiles_agree(monkeypatch):
     tensors = inputs(3, 2, 90, 8, 6, 5, torch.float64)
     expected = sf.blended_attention(*tensors)
     for bytes_ in (2**18, 2**14, 2**11):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         assert_close(sf.blended_attention(*tensors), ref=expected)
 
 

@@ -6,7 +6,7 @@ import torch
 from tolerance import assert_close
 
 from scclip_fast import distributed
-from scclip_fast.shards import rows_of
+from scclip_fast.distributed.shards import rows_of
 
 CASES = [name for name, *_ in ranks.cases()]
 OPS = ("knn", "scclip", "breunig", "aggregate")

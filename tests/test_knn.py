@@ -5,6 +5,7 @@ from tolerance import assert_close, assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
+from scclip_fast.chunked import search, tiles
 
 
 def check(x, k, device, backend):
@@ -111,15 +112,13 @@ def test_tokens_that_are_not_finite_are_nobodys_neighbour(device, backend):
 
 def test_tiles_agree(monkeypatch):
     """Several tiles, and lists longer than a tile is wide, give what one tile gives."""
-    from scclip_fast import chunked, search
-
     x = torch.randn(5, 300, 24, dtype=torch.float64)
     expected = {k: search.nearest(x, k) for k in (1, 30, 250)}
     for bytes_ in (2**21, 2**17, 2**13):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         for k, whole in expected.items():
             assert all(map(torch.equal, search.nearest(x, k), whole))
-    assert chunked.plan(5, 300, 24, x.dtype).columns < 250
+    assert tiles.plan(5, 300, 24, x.dtype).columns < 250
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from own_process import output_of
 
 import scclip_fast as sf
-from scclip_fast import chunked
+from scclip_fast.chunked import tiles
 from scclip_fast.measure import measure
 
 MIB = 2**20
@@ -47,7 +47,7 @@ def backward(n, d):
 
 def peaks():
     """The peak of each call in bytes, or None where the system does not tell."""
-    chunked.WORKSPACE_BYTES = WORKSPACE
+    tiles.WORKSPACE_BYTES = WORKSPACE
     for name, call in (forward(N, 16) | backward(N, 16)).items():
         call()
         yield name, measure(call).peak_bytes

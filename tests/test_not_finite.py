@@ -6,8 +6,9 @@ from cases import GPU
 from tolerance import assert_close
 
 import scclip_fast as sf
-from scclip_fast import chunked, reference
-from scclip_fast.ops.aggregation import weighted_mean
+from scclip_fast import reference
+from scclip_fast.chunked import compute_dtype, tiles
+from scclip_fast.ops.aggregate import weighted_mean
 
 INTERPRETED = pytest.mark.skipif(GPU, reason="the kernels run on the GPU")
 BACKENDS = ["torch", "reference", pytest.param("triton", marks=INTERPRETED)]
@@ -41,7 +42,7 @@ def features(request):
 def backend(request, features, monkeypatch):
     """A backend; "tiles" is the torch path with less than all rows at a time."""
     if request.param == "tiles":
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 2**11)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", 2**11)
         return "torch"
     if request.param == "reference" and features[0, 3].isfinite().all():
         pytest.skip("the norm is finite in float64")
@@ -49,7 +50,7 @@ def backend(request, features, monkeypatch):
 
 
 def mean(values, features, gamma, backend):
-    floor = torch.full((len(values),), FLOOR, dtype=chunked.compute_dtype(values, features))
+    floor = torch.full((len(values),), FLOOR, dtype=compute_dtype(values, features))
     return weighted_mean(values, features, floor, gamma, backend)
 
 

@@ -11,9 +11,10 @@ from tolerance import assert_close
 from torch.backends.cuda import matmul
 
 import scclip_fast as sf
-from scclip_fast import chunked, distributed
-from scclip_fast.metrics import nearest
+from scclip_fast import distributed
+from scclip_fast.chunked.attention import plain_attention
 from scclip_fast.precision import true_float32
+from scclip_fast.sklearn.metrics import nearest
 
 CPU_AUTOCAST = [torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "reference"]
@@ -220,7 +221,7 @@ def test_attention_of_float32_on_a_gpu(width):
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(t.double() for t in (q, k, v)), scale=0.3
     )
-    assert_close(chunked._plain_attention(q, k, v, scale=0.3), ref=expected)
+    assert_close(plain_attention(q, k, v, scale=0.3), ref=expected)
 
 
 class TestTheGuard:

@@ -8,10 +8,10 @@ from torch.autograd import gradcheck
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.ops.repair import _pooled
+from scclip_fast.chunked.repair import pooled
 from scclip_fast.reference import repair as listed
 
-POOLED = pytest.param(("cpu", _pooled), id="pooled")
+POOLED = pytest.param(("cpu", pooled), id="pooled")
 
 
 @pytest.fixture(
@@ -20,8 +20,8 @@ POOLED = pytest.param(("cpu", _pooled), id="pooled")
 def run(request, monkeypatch):
     """(device, backend); the torch path has two ways, of which a CPU takes the first by itself."""
     device, backend = request.param
-    if backend is _pooled:
-        monkeypatch.setattr(reference, "repair", _pooled)
+    if backend is pooled:
+        monkeypatch.setattr(reference, "repair", pooled)
         backend = "torch"
     return device, backend
 

@@ -21,8 +21,9 @@ from sklearn.neighbors import LocalOutlierFactor as Theirs
 from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
-from scclip_fast import reference, search
-from scclip_fast.certificate import undecided
+from scclip_fast import reference
+from scclip_fast.chunked import search
+from scclip_fast.chunked.certificate import undecided
 
 
 def far_clusters(gap):
@@ -178,7 +179,7 @@ def test_ties_beyond_the_candidates():
 def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
     """Rows that are all searched again, by float64 or by differences, have the same neighbours."""
     x = image_like(1, 196, 48)
-    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
     again = []
 
     def all_of_them(scores, *_):
@@ -186,7 +187,7 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
         return torch.ones(scores.shape[:2], dtype=torch.bool)
 
     monkeypatch.setattr(search, "undecided", all_of_them)
-    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
     assert again == [torch.float32, torch.float64]
     assert all(map(torch.equal, found, expected))
 
@@ -195,10 +196,10 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
 def test_while_a_graph_is_captured_no_row_is_listed(monkeypatch, every):
     """Listing rows would wait for the GPU, so all of them are searched by differences."""
     x = torch.cat([image_like(1, 196, 48), far_clusters(50_000)[None, :196].repeat(1, 1, 24)])
-    expected = search.nearest(x, 9, every_distance=every)
+    expected = search.nearest(x, 9, measure_all=every)
     monkeypatch.setattr(search, "_is_captured", lambda x: True)
     monkeypatch.setattr(search, "undecided", None)
-    found = search.nearest(x, 9, every_distance=every)
+    found = search.nearest(x, 9, measure_all=every)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(*(indices.sort(dim=-1).values for indices in (found[1], expected[1])))
 

@@ -126,8 +126,8 @@ def test_parameters_that_change_nothing(algorithm, novelty):
 
 
 def test_more_queries_than_one_tile_holds(monkeypatch):
-    monkeypatch.setattr("scclip_fast.chunked.WORKSPACE_BYTES", 2**15)
-    monkeypatch.setattr("scclip_fast.chunked._MAX_COLUMNS", 96)
+    monkeypatch.setattr("scclip_fast.chunked.tiles.WORKSPACE_BYTES", 2**15)
+    monkeypatch.setattr("scclip_fast.chunked.tiles.MAX_COLUMNS", 96)
     x, new = rows(), rows(500, seed=1)
     found = LocalOutlierFactor().fit(x).kneighbors(new, 20)
     expected = Theirs(algorithm="brute").fit(x).kneighbors(new, 20)
