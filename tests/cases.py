@@ -11,7 +11,9 @@ from torch import Tensor
 
 GPU = torch.cuda.is_available()
 
-#: (device, backend): the reference is what they are compared with.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+#: (device, backend) of the implementations that are compared with the reference.
 RUNS = [
     pytest.param("cpu", "torch", id="torch"),
     pytest.param(

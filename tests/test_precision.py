@@ -59,7 +59,7 @@ OPS = SMOOTH | {
         lambda x, **b: sf.lof_scores(x, 20, variant="breunig", **b),
         lambda: [tight_clusters()],
     ),
-    "outlier_mask": (sf.outlier_mask, lambda: [torch.rand(2, 40)]),
+    "outlier_mask": (lambda s, backend: sf.outlier_mask(s), lambda: [torch.rand(2, 40)]),
 }
 
 SETTINGS = {
