@@ -67,7 +67,7 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
-    """The textbook LOF_i = mean_j lrd_j / lrd_i of plain, sorted distances (B, N, k)."""
+    """The textbook LOF mean_j lrd_j / lrd_i of plain, sorted distances, as in scikit-learn."""
     k_distance = distances[..., -1]
     density = reachability_density(distances, neighbors, k_distance)
     ratios = density_ratio(density, neighbors, density)

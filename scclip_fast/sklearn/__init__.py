@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import chunked, reference
+from .. import reference
 from ..extras import needs
 from ..ops import _check
 from .metrics import METRICS, nearest
@@ -24,8 +23,11 @@ with needs("sklearn"):
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.validation import check_is_fitted, validate_data
 
+    from .checks import check_parameters, check_tensor
+
+__all__ = ["METRICS", "LocalOutlierFactor"]
+
 Rows = np.ndarray | Tensor  # a result, of the kind that was fitted
-ALGORITHMS = ("auto", "ball_tree", "kd_tree", "brute")
 DUPLICATES = -1e7  # lower scores come from densities that only the added 1e-10 keeps finite
 
 
@@ -112,7 +114,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             TypeError, ValueError: a parameter or X that the class does not take, an X that is not
                 finite, or N = 1.
         """
-        self._check_parameters()
+        check_parameters(self)
         self._fit_X = self._rows(X, fitting=True)
         self._fitted_tensor = isinstance(X, Tensor)
         self.n_samples_fit_ = len(self._fit_X)
@@ -190,32 +192,10 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         distances, neighbors = (self._returned(tensor) for tensor in nearest_rows)
         return (distances, neighbors) if return_distance else neighbors
 
-    def _check_parameters(self) -> None:
-        _check.integer("n_neighbors", self.n_neighbors, 1)
-        _check.integer("leaf_size", self.leaf_size, 1)
-        if self.n_jobs is not None and not isinstance(self.n_jobs, Integral):
-            raise TypeError(f"n_jobs must be None or an int, got {type(self.n_jobs).__name__}")
-        for name, allowed in (("algorithm", ALGORITHMS), ("metric", ("minkowski", *METRICS))):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.metric == "minkowski" and self.p != 2:
-            raise ValueError(f'p must be 2 with metric="minkowski", got {self.p!r}')
-        if self.metric_params is not None:
-            raise ValueError(f"metric_params must be None, got {self.metric_params!r}")
-        if isinstance(self.contamination, str):
-            if self.contamination != "auto":
-                raise ValueError(
-                    f'contamination must be "auto" or in (0, 0.5], got {self.contamination!r}'
-                )
-        else:
-            _check.contamination(self.contamination)
-        if not isinstance(self.novelty, (bool, np.bool_)):
-            raise TypeError(f"novelty must be a bool, got {type(self.novelty).__name__}")
-
     def _rows(self, X: Any, fitting: bool = False) -> Tensor:
         """The checked rows X as a tensor (M, D) of float32 or float64."""
         if isinstance(X, Tensor):
-            rows = _checked(X)
+            rows = check_tensor(X)
             validate_data(self, rows, reset=fitting, skip_check_array=True)
         else:
             # A copy: torch warns of memory that is not writable.
@@ -259,18 +239,3 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     def _returned(self, result: Tensor) -> Rows:
         return result if self._fitted_tensor else result.numpy()
-
-
-def _checked(X: Tensor) -> Tensor:
-    """The tensor X, detached, as float32 or float64, if it is dense, real, (M, D) and finite."""
-    if X.layout != torch.strided or X.is_complex():
-        raise TypeError(f"X must be a dense real tensor, got {X.layout} of {X.dtype}")
-    if X.dim() != 2 or 0 in X.shape:
-        raise ValueError(
-            f"X must be (n_samples, n_features) with one of each at least, got shape "
-            f"{tuple(X.shape)}"
-        )
-    X = X.detach()
-    X = X.to(chunked.compute_dtype(X)) if X.is_floating_point() else X.double()
-    _check.all_finite("X", X[None])
-    return X
