@@ -94,7 +94,7 @@ def test_a_backend_without_effect_is_deprecated(op, recwarn):
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), "torch"), ((8, 0), "triton")])
 def test_gpus_before_ampere(capability, expected, monkeypatch):
-    """Triton multiplies matrices there without tensor cores, in registers that do not suffice."""
+    """Triton multiplies without tensor cores on these GPUs, and needs more registers than exist."""
     major, minor = capability
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor)
@@ -108,7 +108,7 @@ def test_gpus_before_ampere(capability, expected, monkeypatch):
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
-    """backend="triton" enters the launchers and the others do not."""
+    """backend="triton" calls the launchers, and the other backends do not."""
     from scclip_fast.kernels import aggregate, attention, nearest, repair
 
     launched = []

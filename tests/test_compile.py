@@ -12,7 +12,7 @@ from scclip_fast.ops.repair import _repair
 
 GRID = (5, 8)
 
-#: op -> (function of tensors with a leading batch, its inputs)
+#: By op: a function of tensors with a batch dimension in front, and its inputs.
 OPS = {
     "knn": (lambda x: sf.knn(x, 5), lambda: (torch.randn(3, 40, 8),)),
     "lof_scores": (lambda x: sf.lof_scores(x, 5), lambda: (torch.randn(3, 40, 8),)),
@@ -57,7 +57,7 @@ def test_compile_fullgraph(name):
     torch._dynamo.reset()
     op, inputs = OPS[name]
     tensors = inputs()
-    # `lof` counts its outliers: a size not known in advance, which a graph holds only on request.
+    # `lof` counts its outliers. A graph holds a size that depends on data only on request.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
         assert_same(compiled(*tensors), op(*tensors))
@@ -150,7 +150,7 @@ def test_opcheck_backward():
 
 
 def test_a_scoped_backend_reaches_the_graph():
-    """The choice is made while tracing and is an argument in the graph."""
+    """The backend is chosen during tracing and is an argument in the graph."""
     torch._dynamo.reset()
     seen = []
 

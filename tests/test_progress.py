@@ -1,4 +1,4 @@
-"""What a caller sees of a search that takes long."""
+"""The bar that a caller shows during a long search."""
 
 import pytest
 import torch
