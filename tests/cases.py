@@ -47,7 +47,7 @@ def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
 
 
 def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
-    """(B, N, D, dtype): all combinations on a GPU, else all pairs, for the interpreter small ones."""
+    """(B, N, D, dtype): all combinations on a GPU, else all pairs; the interpreter skips some."""
     pairs = in_turn(TOKENS, DTYPES)
     if run_id == "interpreter":
         kept = [case for case in pairs if case[1] * case[2] < 577 * 300]

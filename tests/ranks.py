@@ -170,7 +170,7 @@ def run(rank: int, folder: str) -> None:
 
 
 def gradients() -> list[bool]:
-    """For each result of the ops, whether it requires a gradient if the tokens do."""
+    """True for each result that requires a gradient, of tokens that do."""
     x = torch.randn(9, D, requires_grad=True)
     with torch.no_grad():
         means = distributed.aggregate(x, x)

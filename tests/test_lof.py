@@ -61,7 +61,7 @@ def test_shapes(device, backend, b, n, d, dtype, variant):
     "device, backend, kind, shape", runs_with(FEATURES, [(200, 64), (196, 768)])
 )
 def test_equals_the_published_equation(device, backend, kind, shape):
-    """At these N the rank of the threshold is not whole, so that rounding decides no outlier."""
+    """The rank of the threshold is not whole at these N, so that rounding decides no outlier."""
     n, d = shape
     x = FEATURES[kind](1, n, d)
     expected_indices, expected = published_lof(x[0].double())

@@ -37,9 +37,7 @@ def test_permuted_tokens_have_permuted_distances(x, k, backend, random):
 @given(st.integers(0, 2**31), st.integers(1, 6), variants, backends)
 def test_permuted_tokens_have_permuted_scores(seed, k, variant, backend):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(
-        30, 4, generator=generator, dtype=torch.float64
-    )  # without ties, whose order is the index
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)  # ties would go by index
     order = torch.randperm(30, generator=generator)
     expected = sf.lof_scores(x, k, variant=variant, backend=backend)
     assert torch.allclose(
