@@ -172,19 +172,19 @@ def _search(
         block = x[images]
         middle = None if dtype is None else centre(block, dtype)
         finite = finite_tokens(exact[0][images])
-        for part in spans(n_rows, group):
-            own = _of_part(self_index, part)
-            candidates = Candidates(rows[images, part], n_candidates, step, own, middle)
+        for span in spans(n_rows, group):
+            span_index = _at(self_index, span)
+            candidates = Candidates(rows[images, span], n_candidates, step, span_index, middle)
             for columns in tiles.each_tile.get()(list(spans(tokens, tile.columns))):
                 candidates.add(block[:, columns], columns.start)
-            queries = exact[1][images, part]
+            queries = exact[1][images, span]
             measure = partial(pair_distances, exact[0][images], queries=queries, finite=finite)
-            nearest_distances, indices[images, part] = settle_last(
+            nearest_distances, indices[images, span] = settle_last(
                 candidates.indices, k, n_measured, measure
             )
-            distances[images, part] = nearest_distances[..., -n_distances:]
+            distances[images, span] = nearest_distances[..., -n_distances:]
             if dtype is not None:
-                is_open[images, part] = undecided(
+                is_open[images, span] = undecided(
                     candidates.scores,
                     candidates.norms,
                     nearest_distances[..., -1],
@@ -195,11 +195,11 @@ def _search(
     return Found(distances, indices, is_open)
 
 
-def _of_part(self_index: int | Tensor | None, part: slice) -> int | Tensor | None:
-    """The `self_index` of the rows `part` alone."""
+def _at(self_index: int | Tensor | None, span: slice) -> int | Tensor | None:
+    """The `self_index` of the rows `span` alone."""
     if isinstance(self_index, Tensor):
-        return self_index[part]
-    return None if self_index is None else self_index + part.start
+        return self_index[span]
+    return None if self_index is None else self_index + span.start
 
 
 def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> Tile:
