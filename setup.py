@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
 SUBPACKAGES = (
-    *("cli", "clip", "evaluate", "ops", "sam3", "scenes"),
+    *("chunked", "cli", "clip", "distributed", "evaluate", "ops", "sam3", "scenes", "sklearn"),
     *("kernels", "kernels.aggregate_details", "kernels.knn_details"),
 )
 

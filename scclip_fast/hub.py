@@ -26,14 +26,10 @@ PACKAGE = Path(__file__).parent
 CORE = (
     "__init__.py",
     "backend.py",
-    "chunked.py",
     "dropin.py",
     "precision.py",
-    "progress.py",
     "reference.py",
-    "certificate.py",
-    "search.py",
-    "selection.py",
+    "chunked",
     "ops",
     "kernels",
 )

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, tiny_sam3
 from transformers import Sam3Model, Sam3Processor
 
-from scclip_fast import chunked
+from scclip_fast.chunked import tiles
 from scclip_fast.cli import overlay, segment_sam3
 from scclip_fast.cli.segment_sam3 import Sam3Segmenter, load
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
@@ -178,7 +178,7 @@ def test_compare(command, photo, tmp_path, monkeypatch):
     assert outliers.shape == (GRID, GRID) and stored(out / "photo_compare.png")["sam3_stages"]
 
 
-@pytest.mark.parametrize("columns", [chunked._MAX_COLUMNS, 300])
+@pytest.mark.parametrize("columns", [tiles.MAX_COLUMNS, 300])
 def test_bars(folder, photo, monkeypatch, columns):
     """One of the prompts, and one of each search that takes several steps: of 1024 pixels here."""
     bars = []
@@ -188,7 +188,7 @@ def test_bars(folder, photo, monkeypatch, columns):
         return steps
 
     monkeypatch.setattr(segment_sam3, "tqdm", bar)
-    monkeypatch.setattr(chunked, "_MAX_COLUMNS", columns)
+    monkeypatch.setattr(tiles, "MAX_COLUMNS", columns)
     segmenter = load(arguments(folder, sam3_stages="trunk_repair,mask_repair"), ["sky", "tree, a"])
     list(segmenter.bands(Image.open(photo)))
     searches = [] if columns > 1024 else 3 * [("outliers of pixels", 4)]

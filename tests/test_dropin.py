@@ -1,4 +1,4 @@
-"""This file plays a published repository, and its functions are then replaced by `dropin`'s."""
+"""A small model in the style of a published repository, whose functions `dropin` replaces."""
 
 import sys
 
@@ -14,7 +14,7 @@ EXACT = dict(rtol=1e-9, atol=1e-9)
 
 
 def lof_pytorch(x, n_neighbors=30, contamination=0.05):
-    """SC-CLIP's on (N, D): all differences, the nearest taken for the token itself."""
+    """SC-CLIP's LOF of (N, D): all differences, without the nearest, which is the token itself."""
     distances = (x[:, None] - x[None]).norm(dim=2) ** 2
     nearest, neighbors = distances.topk(n_neighbors + 1, largest=False)
     nearest, neighbors = nearest[:, 1:], neighbors[:, 1:]
@@ -117,7 +117,7 @@ def test_lof(name, settings):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_aggregate(name, batch):
     feats = torch.randn(70, batch, 12).double()
-    S = torch.rand(batch, 70, 70).double()  # not symmetric: rows are told from columns
+    S = torch.rand(batch, 70, 70).double()  # not symmetric, so that rows differ from columns
     found = getattr(dropin, name)(feats, S)
     torch.testing.assert_close(found, adaptively_aggregate(feats, S), **EXACT)
 

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import chunked, reference
-from .extras import needs
+from .. import reference
+from ..extras import needs
+from ..ops import _check
 from .metrics import METRICS, nearest
-from .ops import _check
 
 with needs("sklearn"):
     import numpy as np
@@ -24,13 +23,19 @@ with needs("sklearn"):
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.validation import check_is_fitted, validate_data
 
+    from .checks import check_parameters, check_tensor
+
+__all__ = ["METRICS", "LocalOutlierFactor"]
+
 Rows = np.ndarray | Tensor  # a result, of the kind that was fitted
-ALGORITHMS = ("auto", "ball_tree", "kd_tree", "brute")
-DUPLICATES = -1e7  # scores below come from densities that only 1e-10 keeps finite
+DUPLICATES = -1e7  # lower scores come from densities that only the added 1e-10 keeps finite
 
 
 def _only(novelty: bool, method: str, instead: str) -> Callable[[Callable], Any]:
-    """`available_if` for a method that exists with this `novelty` alone."""
+    """A decorator of a method that exists only with this value of `novelty`.
+
+    Elsewhere, the method raises AttributeError, whose message advises `instead`.
+    """
 
     def check(estimator: LocalOutlierFactor) -> bool:
         if bool(estimator.novelty) is not novelty:
@@ -50,31 +55,32 @@ def _only_novelty(method: str) -> Callable[[Callable], Any]:
 class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     """The textbook Local Outlier Factor (Breunig et al. 2000), as scikit-learn's class of the name.
 
-    Rows come as an array or anything that scikit-learn makes one of, or as a dense tensor on any
-    device, and results as what the rows were: numpy arrays, or tensors on that device, where all is
-    computed. float32 is kept, float16 and bfloat16 tensors become float32, everything else float64.
-    Results have the type that was fitted, in which neighbours are found; distances are measured in
-    float64. No N x N matrix is ever held.
+    Rows are an array, anything that scikit-learn makes one of, or a dense tensor on any device.
+    Results are of the same kind: numpy arrays, or tensors on that device, which computes them.
+    float32 is kept, float16 and bfloat16 tensors become float32, everything else float64. Results
+    and the search for neighbours have the dtype that was fitted; distances are measured in float64.
+    No N x N matrix is ever held.
 
     Args:
-        n_neighbors: k, at least 1; more than the other rows, and all of these are taken.
-        algorithm: "auto", "ball_tree", "kd_tree" or "brute": all pairs are compared whichever it
-            is, as it changes no result.
-        leaf_size: at least 1; there are no trees whose leaves it could size.
+        n_neighbors: k, at least 1. If there are fewer other rows, all of them are neighbours.
+        algorithm: "auto", "ball_tree", "kd_tree" or "brute". It changes no result, as all pairs are
+            compared in any case.
+        leaf_size: at least 1, without effect, as there are no trees.
         metric: "minkowski", which with `p=2` is "euclidean", "sqeuclidean" or "cosine". By cosine,
-            a row of zeros is at distance 1 of every other row, but for rows of zeros.
-        p: 2, the power of "minkowski"; the other metrics do not use it.
+            the distance of a row of zeros is 0 to other rows of zeros and 1 to all other rows.
+        p: 2, the power of "minkowski". The other metrics do not use it.
         metric_params: None, as no metric takes parameters.
-        contamination: the share of outliers, in (0, 0.5], or "auto": those that score below -1.5.
+        contamination: the share of outliers, in (0, 0.5], or "auto", which takes rows that score
+            below -1.5 for outliers.
         novelty: False to find outliers among the fitted rows (`fit_predict`), True to score new
             rows (`predict`, `decision_function`, `score_samples`).
-        n_jobs: None or an int; the number of threads is torch's (`torch.set_num_threads`).
+        n_jobs: None or an int, without effect: `torch.set_num_threads` sets the number of threads.
 
     Attributes (after `fit` on (N, D)):
-        negative_outlier_factor_: (N,) the negative LOF; about -1 for inliers, lower for outliers.
+        negative_outlier_factor_: (N,), the negative LOF, about -1 for inliers, lower for outliers.
         offset_: float; rows that score below it are outliers.
         n_neighbors_: the k used, at most N - 1.
-        n_samples_fit_, n_features_in_: N and D. feature_names_in_: (D,) of rows with names.
+        n_samples_fit_, n_features_in_: N and D. feature_names_in_: (D,), if the rows have names.
         effective_metric_: the metric, "euclidean" for "minkowski". effective_metric_params_: {}.
     """
 
@@ -102,13 +108,13 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         self.n_jobs = n_jobs
 
     def fit(self, X: Any, y: object = None) -> LocalOutlierFactor:
-        """Score the rows X (N, D). Waits for the GPU.
+        """Scores the rows X (N, D). Waits for the GPU.
 
         Raises:
-            TypeError, ValueError: a parameter or X is none that the class allows, X is not finite,
-                or N is 1.
+            TypeError, ValueError: a parameter or X that the class does not take, an X that is not
+                finite, or N = 1.
         """
-        self._check_parameters()
+        check_parameters(self)
         self._fit_X = self._rows(X, fitting=True)
         self._fitted_tensor = isinstance(X, Tensor)
         self.n_samples_fit_ = len(self._fit_X)
@@ -154,9 +160,9 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     @_only_novelty("score_samples")
     def score_samples(self, X: Any) -> Rows:
-        """Negative LOF (M,) of new rows X (M, D) among the fitted ones, each row for itself.
+        """Negative LOF (M,) of new rows X (M, D) among the fitted rows, each row by itself.
 
-        A fitted row is its own neighbour here, so that it scores other than when it was fitted.
+        A fitted row is its own neighbour here, so its score differs from the one of `fit`.
         """
         check_is_fitted(self)
         distances, neighbors = self._nearest(self._rows(X), self.n_neighbors_)
@@ -165,53 +171,31 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     def kneighbors(
         self, X: Any = None, n_neighbors: int | None = None, return_distance: bool = True
     ) -> tuple[Rows, Rows] | Rows:
-        """The fitted rows nearest to the rows X (M, D), or without X to each fitted row but itself.
+        """The fitted rows nearest to the rows X (M, D), or the others nearest to each fitted row.
 
         Args:
-            X: rows, of the kind and on the device that was fitted.
+            X: rows of the kind and on the device that was fitted; None for the fitted rows.
             n_neighbors: k; by default the parameter of that name.
-            return_distance: False for the indices alone.
+            return_distance: False to return the indices alone.
 
         Returns:
-            Distances (M, k) by the metric, ascending, and indices (M, k), int64; equal distances by
-            lower index.
+            Distances (M, k) by the metric, ascending, and indices (M, k), int64. Equal distances
+            come by lower index.
 
         Raises:
-            TypeError, ValueError: X is unlike the fitted rows, or there are fewer than k of them.
+            TypeError, ValueError: X is unlike the fitted rows, or k exceeds their number.
         """
         check_is_fitted(self)
         k = self.n_neighbors if n_neighbors is None else n_neighbors
         k = _check.integer("n_neighbors", k, 1)
-        found = self._nearest(None if X is None else self._rows(X), k)
-        distances, neighbors = (self._returned(each) for each in found)
+        nearest_rows = self._nearest(None if X is None else self._rows(X), k)
+        distances, neighbors = (self._returned(tensor) for tensor in nearest_rows)
         return (distances, neighbors) if return_distance else neighbors
 
-    def _check_parameters(self) -> None:
-        _check.integer("n_neighbors", self.n_neighbors, 1)
-        _check.integer("leaf_size", self.leaf_size, 1)
-        if self.n_jobs is not None and not isinstance(self.n_jobs, Integral):
-            raise TypeError(f"n_jobs must be None or an int, got {type(self.n_jobs).__name__}")
-        for name, allowed in (("algorithm", ALGORITHMS), ("metric", ("minkowski", *METRICS))):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        if self.metric == "minkowski" and self.p != 2:
-            raise ValueError(f'p must be 2 with metric="minkowski", got {self.p!r}')
-        if self.metric_params is not None:
-            raise ValueError(f"metric_params must be None, got {self.metric_params!r}")
-        if isinstance(self.contamination, str):
-            if self.contamination != "auto":
-                raise ValueError(
-                    f'contamination must be "auto" or in (0, 0.5], got {self.contamination!r}'
-                )
-        else:
-            _check.contamination(self.contamination)
-        if not isinstance(self.novelty, (bool, np.bool_)):
-            raise TypeError(f"novelty must be a bool, got {type(self.novelty).__name__}")
-
     def _rows(self, X: Any, fitting: bool = False) -> Tensor:
-        """X checked, as a tensor (M, D) of float32 or float64."""
+        """The checked rows X as a tensor (M, D) of float32 or float64."""
         if isinstance(X, Tensor):
-            rows = _checked(X)
+            rows = check_tensor(X)
             validate_data(self, rows, reset=fitting, skip_check_array=True)
         else:
             # A copy: torch warns of memory that is not writable.
@@ -222,8 +206,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             return rows
         if isinstance(X, Tensor) is not self._fitted_tensor or rows.device != self._fit_X.device:
             fitted = f"a tensor on {self._fit_X.device}" if self._fitted_tensor else "an array"
-            found = f"a tensor on {rows.device}" if isinstance(X, Tensor) else "an array"
-            raise ValueError(f"X must be like the fitted rows, {fitted}, got {found}")
+            given = f"a tensor on {rows.device}" if isinstance(X, Tensor) else "an array"
+            raise ValueError(f"X must be like the fitted rows, {fitted}, got {given}")
         return rows
 
     def _nearest(self, queries: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +229,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
         return -reference.density_ratio(self._density[None], neighbors[None], density[None])[0]
 
     def _predict(self, X: Any = None) -> Rows:
-        """Labels of new rows, or of the fitted ones."""
+        """Labels of new rows X, or of the fitted rows if X is None."""
         check_is_fitted(self)
         if X is None:
             outlier = self.negative_outlier_factor_ < self.offset_
@@ -255,18 +239,3 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
 
     def _returned(self, result: Tensor) -> Rows:
         return result if self._fitted_tensor else result.numpy()
-
-
-def _checked(X: Tensor) -> Tensor:
-    """A dense real tensor (M, D) with finite rows, of floats of at least 32 bits."""
-    if X.layout != torch.strided or X.is_complex():
-        raise TypeError(f"X must be a dense real tensor, got {X.layout} of {X.dtype}")
-    if X.dim() != 2 or 0 in X.shape:
-        raise ValueError(
-            f"X must be (n_samples, n_features) with one of each at least, got shape "
-            f"{tuple(X.shape)}"
-        )
-    X = X.detach()
-    X = X.to(chunked.compute_dtype(X)) if X.is_floating_point() else X.double()
-    _check.all_finite("X", X[None])
-    return X

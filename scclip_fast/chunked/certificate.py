@@ -1,6 +1,7 @@
-"""A bound a row on the rounding of a search by products.
+"""A bound on the rounding of a search by products, row by row.
 
-A search (`search.py`, `distributed.py`) ranks the tokens j of a row i by a rounded value c_ij of
+A search (`search.py`, `distributed/search.py`) ranks the tokens j of a row i by a rounded value
+c_ij of
 
     s_ij = ||y_j||^2 - 2 y_i y_j,        y = fl(x - m)
 
@@ -35,17 +36,17 @@ def undecided(
     scores: Tensor,
     norms: Tensor,
     k_distance: Tensor,
-    measured: int,
+    n_measured: int,
     width: int,
     complete: bool,
 ) -> Tensor:
-    """The rows (B, M) bool for which the module's conditions do not hold.
+    """The rows (B, M) bool for which the conditions of this module do not hold.
 
     Args:
-        scores: (B, M, n) the n smallest c of each row, ascending.
-        norms: (B, M) a.
-        k_distance: (B, M) r^2.
-        measured: how many of these n candidates were measured, the last ones.
+        scores: (B, M, n), the n smallest c of each row, ascending.
+        norms: (B, M), a.
+        k_distance: (B, M), r^2.
+        n_measured: number of these n candidates that were measured, the last ones.
         width: D.
         complete: True if the candidates are all tokens there are.
     """
@@ -55,13 +56,14 @@ def undecided(
     a, r = norms, k_distance.to(scores.dtype).sqrt()
     decided = r.isfinite()
     if not complete:
-        v = r * (1 + rho)
-        bound = gamma * ((a + v).square() + 2 * a * (a + v))
-        # Tokens of equal features tie at the distance 0, where none can be nearer.
-        decided &= (scores[..., -1] + a.square() > v.square() + bound) | (r == 0)
-    settled = scores.shape[-1] - measured
-    if settled > 0:
-        tau = scores[..., settled - 1] + a.square() * (1 + 3 * gamma)
+        V = r * (1 + rho)
+        g = gamma * ((a + V).square() + 2 * a * (a + V))
+        # Tokens of equal features tie at the distance 0, where no token can be nearer.
+        decided &= (scores[..., -1] + a.square() > V.square() + g) | (r == 0)
+    n_unmeasured = scores.shape[-1] - n_measured
+    if n_unmeasured > 0:
+        # Solves d^2 - g(d) = tau + a^2 for the largest d that such a candidate can have.
+        tau = scores[..., n_unmeasured - 1] + a.square() * (1 + 3 * gamma)
         root = (4 * (gamma * a).square() + tau.clamp(min=0)).sqrt()
         decided &= (2 * gamma * a + root) / (1 - gamma) <= r * (1 - rho)
     return ~decided

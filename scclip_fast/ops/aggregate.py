@@ -1,8 +1,7 @@
-"""Cosine similarity of tokens and the aggregation of values by it."""
+"""Means of tokens weighted by the cosine similarity of their features."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from .. import chunked, reference
 from ..backend import NAMESPACE, operands, resolve
 from ..precision import true_float32
 from . import _check
-from .product import product
 
 
 @torch.library.custom_op(f"{NAMESPACE}::aggregate", mutates_args=())
@@ -85,90 +83,19 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 weighted_mean.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-def similarity(
-    features: Tensor, beta: float = 0.4, normalize: bool = True, *, backend: str | None = None
-) -> Tensor:
-    """The explicit matrix S 1[S >= beta], S = f_hat f_hat^T, for small N and for teaching.
-
-    `aggregate` gives what one usually wants it for, without the matrix. Differentiable. Rows and
-    columns of tokens that are not finite are NaN.
-
-    Args:
-        features: (N, D) or (B, N, D), floating.
-        beta: threshold, finite or -inf, which keeps every entry; -1 keeps every cosine but for
-            rounding, and without `normalize` products lie anywhere.
-        normalize: divide the features by their norms first; without it S = f f^T.
-        backend: "reference", in float64, or "torch" and "triton", which both run torch's matrix
-            product.
-
-    Returns:
-        (N, N) or (B, N, N), in the dtype of `features`.
-
-    Raises:
-        TypeError, ValueError: not floating, wrong rank, or a beta that is NaN or inf.
-    """
-    batch = _check.tokens("features", features)
-    beta = beta if beta == -math.inf else _check.number("beta", beta)
-    if resolve(backend, features) == "reference":
-        s = reference.similarity(batch.double(), beta, normalize)
-    else:
-        f = batch.to(chunked.compute_dtype(batch))
-        f = reference.unit_vectors(f) if normalize else f
-        s = reference.threshold(product(f, f.mT), beta)
-    s = s.to(features.dtype)
-    return s if features.dim() == 3 else s[0]
-
-
-def adaptive_aggregate(
-    features: Tensor, similarity_matrix: Tensor, *, backend: str | None = None
-) -> Tensor:
-    """Aggregate by an explicit similarity matrix: S features / (rowsum(S) + 1e-6). Differentiable.
-
-    SC-CLIP's function of this name takes features as (N, B, D); here, as everywhere, the batch
-    comes first.
-
-    Args:
-        features: (N, D) or (B, N, D), floating.
-        similarity_matrix: (N, N) or (B, N, N), floating, such as `similarity` returns.
-        backend: as `similarity`.
-
-    Returns:
-        Of the shape and dtype of `features`.
-
-    Raises:
-        TypeError, ValueError: not floating, or shapes or devices that do not fit.
-    """
-    batch = _check.tokens("features", features)
-    matrix = _check.tokens("similarity_matrix", similarity_matrix)
-    _check.same_rank(features=features, similarity_matrix=similarity_matrix)
-    _check.same_device(features=features, similarity_matrix=similarity_matrix)
-    n = batch.shape[1]
-    _check.shape(
-        "similarity_matrix", matrix, (batch.shape[0], n, n), "(B, N, N) for features (B, N, D)"
-    )
-    if resolve(backend, features, similarity_matrix) == "reference":
-        out = reference.adaptive_aggregate(batch.double(), matrix.double())
-    else:
-        dtype = chunked.compute_dtype(batch, matrix)
-        # Dividing D columns afterwards is cheaper than N of the matrix before.
-        row_sum = matrix.sum(dim=-1, keepdim=True, dtype=dtype)
-        out = product(matrix.to(dtype), batch.to(dtype)) / (row_sum + reference.AGGREGATE_EPS)
-    return out.to(features.dtype).view_as(features)
-
-
 def aggregate(
     values: Tensor, features: Tensor, beta: float = 0.4, *, backend: str | None = None
 ) -> Tensor:
-    """SC-CLIP's adaptive aggregation, N x N matrix never made: means of tokens that are alike.
+    """SC-CLIP's adaptive aggregation: means of tokens that are alike, without an N x N matrix.
 
-    out_i = sum_j S_ij v_j / (sum_j S_ij + 1e-6) over j with S_ij >= beta, S the cosine similarity
-    of the features. Differentiable by values and features (once, in reverse mode); the backward
-    pass recomputes S and is chunked torch code.
+    out_i = sum_j S_ij v_j / (sum_j S_ij + 1e-6) over j with S_ij >= beta, where S is the cosine
+    similarity of the features. Differentiable by values and features (once, in reverse mode). The
+    backward pass recomputes S and is chunked torch code.
 
     A token whose features are not finite, or whose norm overflows float32 (float64 for float64 and
-    on the reference), has weight 0 for all others whatever its values, and its own row is NaN; no
-    gradient goes to or comes from it. Values of all other tokens must be finite: 0 times NaN is
-    NaN, which may reach rows that have no weight for that token.
+    on the reference), has weight 0 for all others whatever its values are, and its own row is NaN.
+    No gradient goes to such a token or comes from it. Values of all other tokens must be finite,
+    because 0 times NaN is NaN, which may reach rows that have no weight for that token.
 
     Args:
         values: (N, Dv) or (B, N, Dv), floating.
@@ -177,7 +104,7 @@ def aggregate(
         backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
 
     Returns:
-        Of the shape and dtype of `values`; sums are float32 at least.
+        A tensor of the shape and dtype of `values`. Sums are float32 at least.
 
     Raises:
         TypeError: not floating.
@@ -196,6 +123,7 @@ def aggregate(
 
 
 def value_and_feature_tokens(values: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """The checked arguments as batches (B, N, Dv) and (B, N, D)."""
     v, f = _check.tokens("values", values), _check.tokens("features", features)
     _check.same_rank(values=values, features=features)
     _check.same_device(values=values, features=features)
