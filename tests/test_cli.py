@@ -17,7 +17,7 @@ from PIL import Image
 
 from scclip_fast import __version__, cli
 from scclip_fast.cli import app_page, classes, models
-from scclip_fast.cli.common import CommandError
+from scclip_fast.cli.options import CommandError
 
 COMMAND = [sys.executable, "-c", "import sys; from scclip_fast.cli import main; sys.exit(main())"]
 

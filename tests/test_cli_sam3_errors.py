@@ -13,8 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_sam3 import save_tiny_sam3
 
-from scclip_fast import cli
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -81,6 +79,8 @@ def test_every_option_is_looked_at(command):
 WRONG = {
     "256": ("--classes", ",".join(map(str, range(256))), "has 256 classes; .* at most 255"),
     "background": ("--classes", "tree, background", "names the background"),
+    "case": ("--classes", "Brick, brick", "not by case alone, got Brick, brick more than once"),
+    "a shared synonym": ("--classes", "person|man, worker|man", "got man more than once"),
     "long": ("--classes", " ".join("x" * 100), "is too long a prompt: 102 tokens of 32"),
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
@@ -118,7 +118,5 @@ def test_weights_that_are_not_finite(folder, command, tmp_path):
 
 def test_missing_extra(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_sam3")
-    monkeypatch.delattr(cli, "segment_sam3")
     stderr = command()[2]
     assert 'needs the package transformers: pip install "scclip_fast[demo,sam3]"' in stderr

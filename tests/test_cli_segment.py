@@ -8,7 +8,7 @@ import pytest
 from cli_runs import save_tiny, segment, written
 from PIL import Image
 
-from scclip_fast.cli import overlay, results, segment_images
+from scclip_fast.cli import files, overlay, segment_images
 from scclip_fast.clip import create_model
 from scclip_fast.scenes.draw import CLASSES, scene
 from scclip_fast.segment import Segmenter
@@ -155,7 +155,7 @@ def test_same_stems_through_the_command(command, tmp_path):
     assert command("a", "b")[2].startswith("2 of 2 done already")
     for folder in "ab":
         with Image.open(tmp_path / "segments" / f"{folder}_x.png_labels.png") as mask:
-            digest = results._digest(tmp_path / folder / "x.png")
+            digest = files._digest(tmp_path / folder / "x.png")
             assert json.loads(mask.info["scclip_fast"])["image"] == digest
 
 

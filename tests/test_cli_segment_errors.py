@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scclip_fast import cli
-from scclip_fast.cli.common import CommandError, read_photo
+from scclip_fast.cli.files import read_photo
+from scclip_fast.cli.options import CommandError
 from scclip_fast.segment import Segmenter
 
 

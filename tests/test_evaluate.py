@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from scclip_fast.evaluate import (
     PROTOCOLS,
     MissingResultsError,
-    Progress,
     Ranks,
+    RunRecord,
     SettingsChangedError,
     confidence_interval,
     confusion_matrix,
@@ -57,7 +57,7 @@ class Stub:
 
 def evaluate(dataset, out, world_size=1, settings=SETTINGS):
     """All processes of a run, one after the other; returns the report and the images segmented."""
-    progress, segmenter = Progress(out, settings), Stub()
+    progress, segmenter = RunRecord(out, settings), Stub()
     for rank in range(world_size):
         run(segmenter, dataset, progress, Ranks(rank, world_size))
     found = report(dataset, progress, CLASSES)
@@ -200,7 +200,7 @@ def test_changed_settings(voc, tmp_path):
     changed = {"model": "stub", "config": {"alpha": 0.4}, "new": 1}
     with pytest.raises(SettingsChangedError, match=r"rank0\.jsonl .* \(config\.alpha, new\)"):
         evaluate(voc, out, settings=changed)
-    Progress(out, changed).clear()
+    RunRecord(out, changed).clear()
     assert evaluate(voc, out, settings=changed)[1] == 5
 
 
@@ -230,14 +230,14 @@ def test_no_image_can_be_read(voc, tmp_path):
 
 
 def test_results_on_another_disk(voc, tmp_path):
-    progress = Progress(tmp_path / "out.json", SETTINGS)
+    progress = RunRecord(tmp_path / "out.json", SETTINGS)
     run(Stub(), voc, progress, Ranks(0, 2))
     with pytest.raises(MissingResultsError, match="no result of 2 images, image_1 for one"):
         report(voc, progress, CLASSES)
 
 
 def test_errors_of_the_segmenter_are_not_hidden(voc, tmp_path):
-    progress = Progress(tmp_path / "out.json", SETTINGS)
+    progress = RunRecord(tmp_path / "out.json", SETTINGS)
     stub = Stub()
 
     def segmenter(image):
@@ -253,9 +253,9 @@ def test_errors_of_the_segmenter_are_not_hidden(voc, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_json_has_no_numbers_that_are_none(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Progress(tmp_path / "out.json", {"beta": value})
-    with Progress(tmp_path / "out.json", SETTINGS).appending(0) as append:
+        RunRecord(tmp_path / "out.json", {"beta": value})
+    with RunRecord(tmp_path / "out.json", SETTINGS).appending(0) as append:
         with pytest.raises(ValueError, match="not JSON compliant"):
             append({"name": "a", "cells": [], "seconds": value})
         append({"name": "b", "cells": [], "seconds": 1})
-    assert list(Progress(tmp_path / "out.json", SETTINGS).read()) == ["b"]
+    assert list(RunRecord(tmp_path / "out.json", SETTINGS).read()) == ["b"]

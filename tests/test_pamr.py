@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from scclip_fast.pamr import DILATIONS, pamr
+from scclip_fast.segment.pamr import DILATIONS, pamr
 
 OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 

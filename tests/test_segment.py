@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP
-from scclip_fast.pamr import pamr
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment.pamr import pamr
 
 CLASSES = ["sky", "person, man, old woman", "tree", "a red car, taxi"]
 NAMES = ["sky", "person", "man", "old woman", "tree", "a red car", "taxi"]

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
-from scclip_fast import picture, segment
 from scclip_fast.clip import SCCLIP, NotFiniteError
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment import clip as segment_clip
+from scclip_fast.segment import image as images
 
 CLASSES = ["sky", "person, man", "tree"]
 
@@ -84,8 +85,8 @@ def test_the_picture_stays_as_it_was(make, image):
 def test_bands_do_not_change_the_answer(make, image, settings, monkeypatch):
     segmenter = make(**settings)
     whole, probabilities = segmenter(image), segmenter.probabilities(image)
-    monkeypatch.setattr(picture, "_BAND_BYTES", 4096)  # a few rows
-    assert len(list(picture.upsampled(torch.rand(4, 12, 16), (60, 80)))) > 5
+    monkeypatch.setattr(images, "_BAND_BYTES", 4096)  # a few rows
+    assert len(list(images.upsampled(torch.rand(4, 12, 16), (60, 80)))) > 5
     assert torch.equal(segmenter(image), whole)
     torch.testing.assert_close(segmenter.probabilities(image), probabilities)
 
@@ -101,7 +102,7 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)
     assert torch.equal(segmenter.probabilities(image), expected)
-    monkeypatch.setattr(segment, "_WINDOWS", 4)
+    monkeypatch.setattr(segment_clip, "_MAX_WINDOWS", 4)
     torch.testing.assert_close(segmenter.probabilities(image), expected, rtol=0, atol=1e-5)
     assert batches == [6, 4, 2]
 

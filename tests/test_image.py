@@ -10,15 +10,15 @@ import torch
 from PIL import ExifTags, Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
-from scclip_fast import picture
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment import image as images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def pixels(image):
-    return np.asarray(picture.to_rgb(image)).reshape(-1, 3).tolist()
+    return np.asarray(images.to_rgb(image)).reshape(-1, 3).tolist()
 
 
 def palette(mode, colors):
@@ -84,7 +84,7 @@ MODES = {
 @pytest.mark.parametrize(("image", "expected"), MODES.values(), ids=MODES.keys())
 def test_modes(image, expected):
     assert pixels(image) == [list(color) for color in expected]
-    assert picture.to_rgb(picture.to_rgb(image)) == picture.to_rgb(image)
+    assert images.to_rgb(images.to_rgb(image)) == images.to_rgb(image)
 
 
 @pytest.mark.parametrize("name", ["I;16", "I;16 of 12 bits"])
@@ -92,20 +92,20 @@ def test_modes(image, expected):
 def test_deep_files(name, suffix, tmp_path):
     image, expected = MODES[name]
     image.save(tmp_path / f"deep.{suffix}")
-    assert pixels(picture.read(tmp_path / f"deep.{suffix}")) == [list(c) for c in expected]
+    assert pixels(images.read(tmp_path / f"deep.{suffix}")) == [list(c) for c in expected]
 
 
 @pytest.mark.parametrize("name", ["1", "LA", "P with transparency", "RGB with a key", "RGBA"])
 def test_files_with_transparency(name, tmp_path):
     image, expected = MODES[name]
     image.save(tmp_path / "picture.png", transparency=image.info.get("transparency"))
-    assert pixels(picture.read(tmp_path / "picture.png")) == [list(color) for color in expected]
+    assert pixels(images.read(tmp_path / "picture.png")) == [list(color) for color in expected]
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_values_that_are_no_grey(value):
     with pytest.raises(ValueError, match="grey values must be finite and not below 0"):
-        picture.to_rgb(with_pixels("F", [0.0, value]))
+        images.to_rgb(with_pixels("F", [0.0, value]))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -124,7 +124,7 @@ def test_orientation(orientation, tmp_path):
         8: Image.Transpose.ROTATE_90,
     }
     upright = stored.transpose(method[orientation]) if orientation > 1 else stored
-    found = picture.read(tmp_path / "turned.png")
+    found = images.read(tmp_path / "turned.png")
     assert found.size == upright.size and found.tobytes() == upright.tobytes()
 
 
@@ -157,7 +157,7 @@ def test_a_deep_image_is_segmented_as_its_eight_bits(segmenter):
 def test_the_first_frame_of_an_animation(suffix, tmp_path):
     first, second = (Image.new("RGB", (8, 8), color) for color in (WHITE, (0, 0, 0)))
     first.save(tmp_path / f"two.{suffix}", save_all=True, append_images=[second])
-    assert pixels(picture.read(tmp_path / f"two.{suffix}")) == 64 * [list(WHITE)]
+    assert pixels(images.read(tmp_path / f"two.{suffix}")) == 64 * [list(WHITE)]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "gif"])
@@ -165,14 +165,14 @@ def test_truncated_files(suffix, tmp_path):
     path = tmp_path / f"cut.{suffix}"
     Image.fromarray(photo(60, 80).numpy()).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(picture.PictureError, match=rf"{path}: [^\n]+$"):
-        picture.read(path)
+    with pytest.raises(images.ImageError, match=rf"{path}: [^\n]+$"):
+        images.read(path)
 
 
 @pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="this Pillow has no AVIF")
 def test_avif(tmp_path):
     Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "red.avif", quality=100)
-    found = np.asarray(picture.read(tmp_path / "red.avif")).astype(int)
+    found = np.asarray(images.read(tmp_path / "red.avif")).astype(int)
     assert abs(found - [200, 100, 50]).max() <= 3
 
 
@@ -181,11 +181,11 @@ def test_heic_by_pillow_heif(tmp_path, monkeypatch):
     plugin = ModuleType("pillow_heif")
     plugin.register_heif_opener = Mock()
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    picture._register_heif.cache_clear()
+    images._register_heif.cache_clear()
     Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
-    picture.read(tmp_path / "black.png")
-    picture.read(tmp_path / "black.png")
-    picture._register_heif.cache_clear()
+    images.read(tmp_path / "black.png")
+    images.read(tmp_path / "black.png")
+    images._register_heif.cache_clear()
     plugin.register_heif_opener.assert_called_once_with()
 
 
@@ -201,5 +201,5 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
         "text.png": "not an image, or a damaged one$",
     }
     for name, reason in reasons.items():
-        with pytest.raises(picture.PictureError, match=f"{name}: .*{reason}"):
-            picture.read(tmp_path / name, max_pixels=1999)
+        with pytest.raises(images.ImageError, match=f"{name}: .*{reason}"):
+            images.read(tmp_path / name, max_pixels=1999)

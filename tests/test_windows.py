@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from scclip_fast import picture
+from scclip_fast.segment import image as images
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from scclip_fast import picture
     ],
 )
 def test_places_of_windows(size, crop, stride):
-    found = [(y.start, y.stop, x.start, x.stop) for y, x in picture.windows(size, crop, stride)]
+    found = [(y.start, y.stop, x.start, x.stop) for y, x in images.windows(size, crop, stride)]
     clipped = [(t, min(b, size[0]), le, min(r, size[1])) for t, b, le, r in found]
     assert clipped == plain_segment.windows(size, crop, stride)
     covered = torch.zeros(size)
@@ -51,7 +51,7 @@ def test_places_of_windows(size, crop, stride):
     ],
 )
 def test_the_size_an_image_is_seen_in(size, short, seen):
-    assert picture.seen_size(size, short) == seen
+    assert images.input_size(size, short) == seen
 
 
 PLACES = {
@@ -68,7 +68,7 @@ PLACES = {
 @pytest.mark.parametrize(("size", "crop", "stride"), PLACES.values(), ids=PLACES.keys())
 def test_rows_of_windows_are_means_of_upsampled_maps(size, crop, stride, band):
     """A band at a time and in any order, the mean of the maps of the windows over a pixel."""
-    places = picture.windows(size, crop, stride)
+    places = images.windows(size, crop, stride)
     maps = [torch.randn(3, 2, 3) for _ in places]
     total, count = torch.zeros(3, *size), torch.zeros(size)
     for (rows, columns), own in zip(places, maps, strict=True):
@@ -76,21 +76,21 @@ def test_rows_of_windows_are_means_of_upsampled_maps(size, crop, stride, band):
         total[:, rows, columns] += F.interpolate(own[None], shape, mode="bilinear")[0]
         count[rows, columns] += 1
     expected, found = total / count, torch.full((3, *size), float("nan"))
-    windows = picture.WindowMaps(maps, places, size)
+    windows = images.WindowMaps(maps, places, size)
     assert windows.shape == (3, *size)
     for top in reversed(range(0, size[0], band)):
         found[:, top : top + band] = windows.rows(top, min(top + band, size[0]))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for scaled in (size, (2 * size[0], 3 * size[1])):
         whole = F.interpolate(expected[None], scaled, mode="bilinear")[0]
-        bands = torch.cat(list(picture.upsampled(windows, scaled)), dim=1)
+        bands = torch.cat(list(images.upsampled(windows, scaled)), dim=1)
         torch.testing.assert_close(bands, whole, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [(60, 80), (12, 16), (5, 7), (1, 1), (13, 16)], ids=str)
 @pytest.mark.parametrize("band", [1, 2000, 2**26])
 def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):
-    monkeypatch.setattr(picture, "_BAND_BYTES", band)
+    monkeypatch.setattr(images, "_BAND_BYTES", band)
     maps = torch.randn(3, 12, 16)
-    found = torch.cat(list(picture.upsampled(maps, size)), dim=1)
+    found = torch.cat(list(images.upsampled(maps, size)), dim=1)
     torch.testing.assert_close(found, F.interpolate(maps[None], size, mode="bilinear")[0])
