@@ -1,4 +1,4 @@
-"""The files of `scclip-fast segment`: found, named, written."""
+"""Finding images, naming their results, and writing files whole."""
 
 import os
 
@@ -36,8 +36,8 @@ def test_finding_images(tmp_path, monkeypatch):
         path.touch()
 
     def find(*given, recursive=False):
-        found = files.find_images(given, recursive, tmp_path / "in" / "out")
-        return [path.as_posix() for path in found]
+        paths = files.find_images(given, recursive, tmp_path / "in" / "out")
+        return [path.as_posix() for path in paths]
 
     assert find("in") == ["in/a.png", "in/b.JPG"]
     assert find("in", recursive=True) == ["in/a.png", "in/b.JPG", "in/deep/c.webp"]
@@ -54,7 +54,7 @@ def test_finding_images(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_other_files(tmp_path):
-    """The reason is their format, and --recursive would find no more."""
+    """The message names their format, with and without --recursive."""
     (tmp_path / "IMG_1.HEIC").touch()
     for recursive in (False, True):
         with pytest.raises(CommandError, match=r"files end in \.heic, images in \.avif, .*ebp$"):
@@ -64,12 +64,12 @@ def test_a_folder_of_other_files(tmp_path):
 def test_a_plug_in_brings_its_suffix(tmp_path, monkeypatch):
     (tmp_path / "IMG_1.HEIC").touch()
     monkeypatch.setitem(Image.registered_extensions(), ".heic", "HEIF")
-    found = files.find_images([str(tmp_path)], False, tmp_path / "out")
-    assert found == [tmp_path / "IMG_1.HEIC"]
+    paths = files.find_images([str(tmp_path)], False, tmp_path / "out")
+    assert paths == [tmp_path / "IMG_1.HEIC"]
 
 
 def test_long_names_are_an_error(tmp_path):
-    """The name of the photo fits a file system, that of its results does not."""
+    """The photo's name fits the file system, and the names of its results are too long."""
     photo = tmp_path / f"{250 * 'x'}.png"
     (job,) = files.jobs([photo], tmp_path, {}, kinds=["labels"], force=False)
     with pytest.raises(CommandError, match="File name too long"):

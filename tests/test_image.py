@@ -1,4 +1,4 @@
-"""Pictures of every mode, turned, deep, transparent and damaged, become upright 8-bit RGB."""
+"""Images of every mode, turned, deep or transparent, become upright 8-bit RGB."""
 
 import sys
 from types import ModuleType
@@ -22,7 +22,7 @@ def pixels(image):
 
 
 def palette(mode, colors):
-    """A picture of mode P or PA, a pixel a colour."""
+    """Returns an image of mode P or PA with one pixel for each colour."""
     image = Image.new("P", (len(colors), 1))
     image.putpalette([value for color in colors for value in color])
     image.putdata(range(len(colors)))
@@ -48,7 +48,7 @@ def palette_with_alpha():
 
 
 def key_color():
-    """PNG's transparent colour of a picture without alpha."""
+    """Returns an image without alpha in which one colour is transparent, as PNG allows."""
     image = with_pixels("RGB", [RED, BLUE])
     image.info["transparency"] = BLUE
     return image
@@ -57,7 +57,7 @@ def key_color():
 MODES = {
     "1": (with_pixels("1", [0, 255]), [(0, 0, 0), WHITE]),
     "L": (with_pixels("L", [0, 7, 255]), [(0, 0, 0), (7, 7, 7), WHITE]),
-    # 100 of 255 at 51 of 255 over white: 255 - 155 / 5
+    # grey 100 with an alpha of 51 / 255 = 1 / 5 over white: 255 - 155 / 5
     "LA": (with_pixels("LA", [(100, 255), (100, 0), (100, 51)]), [[100] * 3, WHITE, [224] * 3]),
     "P": (palette("P", [RED, BLUE]), [RED, BLUE]),
     "P with transparency": (transparent_palette(), [RED, WHITE, GREEN]),
@@ -71,7 +71,10 @@ MODES = {
     "I;16": (with_pixels("I;16", [0, 256, 65535]), [(0, 0, 0), (1, 1, 1), WHITE]),
     "I;16 of 12 bits": (with_pixels("I;16", [0, 2048, 4095]), [(0, 0, 0), [128] * 3, WHITE]),
     "I;16 of 8 bits": (with_pixels("I;16", [0, 7, 255]), [(0, 0, 0), (7, 7, 7), WHITE]),
-    "I;16 dim": (with_pixels("I;16", [0, 32000]), [(0, 0, 0), [125] * 3]),  # not of 15 bits
+    "I;16 dim": (
+        with_pixels("I;16", [0, 32000]),
+        [(0, 0, 0), [125] * 3],
+    ),  # of 16 bits, not 15
     "I": (with_pixels("I", [0, 256, 65535]), [(0, 0, 0), (1, 1, 1), WHITE]),
     "I of 24 bits": (with_pixels("I", [1 << 23, (1 << 24) - 1]), [[128] * 3, WHITE]),
     "F to 1": (with_pixels("F", [0.0, 0.2, 1.0]), [(0, 0, 0), (51, 51, 51), WHITE]),
@@ -177,7 +180,7 @@ def test_avif(tmp_path):
 
 
 def test_heic_by_pillow_heif(tmp_path, monkeypatch):
-    """The package registers its decoder only when it is told to."""
+    """pillow-heif registers its decoder only on request, and once is enough."""
     plugin = ModuleType("pillow_heif")
     plugin.register_heif_opener = Mock()
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)

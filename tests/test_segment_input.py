@@ -1,4 +1,4 @@
-"""Segmenter: the images it takes, memory that does not change the answer, and what it refuses."""
+"""The images and settings that Segmenter takes and refuses, and its memory."""
 
 import math
 
@@ -18,7 +18,7 @@ CLASSES = ["sky", "person, man", "tree"]
 
 @pytest.fixture(scope="module")
 def encoder():
-    """In float64: there no rounding decides which tokens are similar."""
+    """A model in float64, where rounding does not decide which tokens are similar."""
     return SCCLIP(tiny_clip(layers=3).double())
 
 
@@ -55,7 +55,7 @@ def test_pictures_of_all_kinds(make, image):
 
 
 def test_a_read_only_array(make, image):
-    """As numpy shows a PIL image; torch warns of those, once a process if not told otherwise."""
+    """numpy shows a PIL image as a read-only array, of which torch warns once a process."""
     shown = np.asarray(Image.fromarray(image.numpy()))
     assert not shown.flags.writeable
     always = torch.is_warn_always_enabled()
@@ -213,7 +213,7 @@ def test_an_array_of_names(make):
 
 @pytest.mark.parametrize("broken", ["visual.proj", "text_projection"])
 def test_weights_that_are_not_finite(broken):
-    """An argmax of NaN would be the first class, everywhere."""
+    """The argmax of NaN would be the first class at every pixel."""
     encoder = SCCLIP(tiny_clip(layers=3))
     encoder.model.state_dict()[broken][0, 0] = math.nan
     what = "image" if broken == "visual.proj" else "text"

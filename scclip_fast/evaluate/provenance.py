@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import platform
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .. import __version__
-from .datasets import Dataset
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
 
 
 def weights_digest(encoder: nn.Module) -> str:
