@@ -18,6 +18,7 @@ from PIL import Image
 from scclip_fast import __version__, cli
 from scclip_fast.cli import app_page, classes, models
 from scclip_fast.cli.options import CommandError
+from scclip_fast.clip.config import STAGES
 
 COMMAND = [sys.executable, "-c", "import sys; from scclip_fast.cli import main; sys.exit(main())"]
 
@@ -89,6 +90,7 @@ def test_the_commands_share_the_options_of_a_model():
         assert len(variants) == 1, option
     for command, names in OPTIONS.items():
         assert set(SHARED) <= set(names), command
+    assert models.SWITCHES.keys() == set(STAGES)
 
 
 WORDS = {  # the least that each command needs
