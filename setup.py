@@ -31,7 +31,7 @@ LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
 SUBPACKAGES = (
     *("chunked", "cli", "clip", "distributed", "evaluate", "kernels", "ops", "sam3", "scenes"),
-    "sklearn",
+    *("segment", "sklearn"),
 )
 
 setup(
