@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
-from .cli.common import Parser
+from .cli.options import Parser
 
 PACKAGE = Path(__file__).parent
 CORE = (

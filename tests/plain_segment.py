@@ -1,4 +1,4 @@
-"""The published rules of segmentation, one window, one name and one class at a time."""
+"""The published rules of segmentation, written out for one window, name and class at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def text_features(encoder, names, templates):
 
 @torch.no_grad()
 def cosines(encoder, text, pixels):
-    """(names, H, W) of pixels (1, 3, H, W), at their own size."""
-    found = (encoder(pixels) @ text.T).permute(0, 3, 1, 2)
-    return F.interpolate(found, pixels.shape[2:], mode="bilinear")[0]
+    """Returns the cosines (names, H, W) of pixels (1, 3, H, W), upsampled to their size."""
+    patches = (encoder(pixels) @ text.T).permute(0, 3, 1, 2)
+    return F.interpolate(patches, pixels.shape[2:], mode="bilinear")[0]
 
 
 def windows(size, crop, stride):
-    """(top, bottom, left, right), one by one, as the published loop has them."""
+    """Returns (top, bottom, left, right) of each window, in the order of the published loop."""
     steps = [max(side - crop + stride - 1, 0) // stride + 1 for side in size]
     ends = [
         [min(step * stride + crop, side) for step in range(count)]
@@ -37,7 +37,7 @@ def windows(size, crop, stride):
 
 
 def maps(encoder, text, pixels, crop, stride):
-    """The average over windows that are encoded one at a time."""
+    """Returns the mean over windows, which are encoded one at a time."""
     total = torch.zeros(len(text), *pixels.shape[2:], dtype=text.dtype)
     count = torch.zeros(pixels.shape[2:])
     for top, bottom, left, right in windows(pixels.shape[2:], crop, stride):
@@ -48,7 +48,7 @@ def maps(encoder, text, pixels, crop, stride):
 
 
 def probabilities(cosines, owners, scale=40.0):
-    """(classes, H, W): softmax over names, then a class's best name."""
+    """Returns (classes, H, W): a softmax over names, then the best name of each class."""
     softmax = (scale * cosines).softmax(dim=0)
     best = [
         torch.stack([softmax[i] for i, owner in enumerate(owners) if owner == c]).amax(dim=0)

@@ -10,7 +10,7 @@ from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
 from scclip_fast.cli import fonts, overlay
-from scclip_fast.cli.common import CommandError
+from scclip_fast.cli.options import CommandError
 
 NAMES = ["字", "典"]
 NUMBERS = ["class 0 (no font has its name)", "class 1 (no font has its name)"]

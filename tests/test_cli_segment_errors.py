@@ -1,4 +1,4 @@
-"""What `scclip-fast segment` says when something is wrong: one line, and exit code 2."""
+"""Errors of `scclip-fast segment` are one line and exit code 2."""
 
 import subprocess
 import sys
@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from scclip_fast import cli
-from scclip_fast.cli.common import CommandError, read_photo
+from scclip_fast.cli.files import read_photo
+from scclip_fast.cli.options import CommandError
 from scclip_fast.segment import Segmenter
 
 
@@ -25,14 +26,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def command(tiny, tmp_path, monkeypatch):
-    """Run `scclip-fast segment` in `tmp_path`."""
+    """Runs `scclip-fast segment` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     return partial(segment, model=tiny, classes="sky, tree")
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """photo.png in the folder where the command runs."""
+    """The file photo.png in the folder where the command runs."""
     path = tmp_path / "photo.png"
     Image.effect_noise((60, 40), 50).save(path)
     return path

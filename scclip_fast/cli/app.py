@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import common, models
-from .common import CommandError
+from . import models, options
+from .options import CommandError
 
 
 def add(commands: argparse._SubParsersAction) -> None:
     """The parser of `scclip-fast app`."""
-    parser = common.add_command(
+    parser = options.add_command(
         commands,
         "app",
         "open a local web page: drop a photo, type classes, see what each stage changes",
@@ -21,18 +21,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets the network in")
-    add("--port", type=common.positive, default=7860, help="to listen at")
+    add("--port", type=options.positive, default=7860, help="to listen at")
     add(
         "--max-upload",
         metavar="MB",
-        type=common.positive,
+        type=options.positive,
         default=20,
         help="largest photo, in megabytes",
     )
     add(
         "--short-side",
         metavar="PIXELS",
-        type=common.positive,
+        type=options.positive,
         default=224,
         help="of a photo, as the model sees it",
     )

@@ -20,8 +20,9 @@ from ..scenes.draw import scene
 from . import app_html
 from . import classes as class_lists
 from .app_result import Explorer
-from .common import CommandError, out_of_memory, read_photo
+from .files import read_photo
 from .models import SWITCHES
+from .options import CommandError, out_of_memory
 from .segment_images import EXAMPLE
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded

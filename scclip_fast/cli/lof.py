@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import models
-from .common import CommandError, add_command, check_output, file_path, positive
+from . import files, models
+from .files import check_output
+from .options import CommandError, add_command, file_path, positive
 
 if TYPE_CHECKING:  # of the extra demo
     from ..measure import Measurement
@@ -112,19 +113,19 @@ def _weights(args: argparse.Namespace) -> str:
 
 def _write(args: argparse.Namespace, comparisons: list[Comparison]) -> None:
     """Writes what the options name, each file whole or not at all."""
-    from . import lof_data, lof_picture, results
+    from . import lof_data, lof_picture
 
     heading = f"Outlier patches of {args.model}, weights: {_weights(args)}"
     format = args.out.suffix[1:].lower() or "png"
-    results.write(args.out, lof_picture.draw(comparisons, heading, format))
+    files.write(args.out, lof_picture.draw(comparisons, heading, format))
     print(f"\nPicture: {args.out}")
     if args.json is not None:
         settings = {name: getattr(args, name) for name in _SETTINGS} | {"weights": _weights(args)}
-        results.write(args.json, results.encode_json(lof_data.report(comparisons, settings)))
+        files.write(args.json, files.encode_json(lof_data.report(comparisons, settings)))
         print(f"Data: {args.json}")
     if args.npy is not None:
         for path, comparison in zip(_arrays(args), comparisons, strict=True):
-            results.write(path, lof_data.encode_npy(comparison))
+            files.write(path, lof_data.encode_npy(comparison))
             print(f"Scores: {path}")
 
 

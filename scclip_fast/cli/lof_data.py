@@ -14,7 +14,7 @@ from .lof_demo import Comparison
 
 
 def report(comparisons: list[Comparison], settings: dict) -> dict:
-    """All numbers of a run, for `results.encode_json`.
+    """All numbers of a run, for `files.encode_json`.
 
     Rows and columns are those of the patches, from the upper left one on.
     """

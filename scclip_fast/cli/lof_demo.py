@@ -19,8 +19,9 @@ from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..measure import Measurement, measure
 from ..ops import lof, lof_scores
-from ..segment import normalisation
-from .common import CommandError, read_photo
+from ..segment.clip import normalisation
+from .files import read_photo
+from .options import CommandError
 
 REPEATS = 5
 

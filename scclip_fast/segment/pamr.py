@@ -1,4 +1,4 @@
-"""Pixel-adaptive mask refinement."""
+"""Pixel-adaptive mask refinement (PAMR)."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DILATIONS = (8, 16)  # SC-CLIP's
-_CONTRAST = 0.1  # affinities fall off by this share of the local standard deviation
+DILATIONS = (8, 16)  # pixels, as in SC-CLIP
+_CONTRAST = 0.1  # the scale of a difference, as a share of the local standard deviation
 _EPS = 1e-8
 
 
 def pamr(image: Tensor, maps: Tensor, steps: int, dilations: Sequence[int] = DILATIONS) -> Tensor:
-    """Smooth maps along the edges of an image (PAMR; Araslanov and Roth, CVPR 2020).
+    """Smooths maps along the edges of an image (PAMR; Araslanov and Roth, CVPR 2020).
 
-    Each step replaces a pixel by the mean of its 8 neighbours at each dilation d, weighted by the
-    softmax over them of -|x_i - x_j| / (0.1 sigma_i), averaged over the channels, where sigma_i is
-    the standard deviation of a channel over these neighbours and the pixel. Beyond the border stand
-    the pixels of the border.
+    Each step replaces a pixel i of the maps by a weighted mean of its neighbours j, 8 at each
+    dilation. The weights are the softmax over j of -|x_i - x_j| / (0.1 sigma_i), averaged over the
+    channels of the image x, where sigma_i is the standard deviation of a channel over the
+    neighbours and the pixel itself. Beyond the border, the pixels of the border are repeated.
 
     Args:
-        image: (B, K, H, W), floating; what scale its channels have does not matter. SC-CLIP's
-            evaluation gives the resized photo, scaled back to the size of the original.
+        image: (B, K, H, W), floating. The scale of its channels does not matter. SC-CLIP's
+            evaluation passes the resized photo, scaled back to the size of the original.
         maps: (B, C, H, W), floating.
-        steps: how often, >= 0.
+        steps: number of steps, at least 0.
         dilations: distances of the neighbours, in pixels.
 
     Returns:
         (B, C, H, W).
 
     Raises:
-        TypeError: not floating.
-        ValueError: sizes that do not fit, steps below 0, no dilations or one below 1.
+        TypeError: image or maps are not floating.
+        ValueError: the sizes do not fit, steps is below 0, or there is no dilation or one below 1.
     """
     if not (image.is_floating_point() and maps.is_floating_point()):
         raise TypeError(f"image and maps must be floating, got {image.dtype} and {maps.dtype}")
@@ -59,8 +59,8 @@ def pamr(image: Tensor, maps: Tensor, steps: int, dilations: Sequence[int] = DIL
 
 
 def _affinities(image: Tensor, dilations: Sequence[int]) -> Tensor:
-    """Weights (B, P, H, W) of a pixel's P = 8 len(dilations) neighbours."""
-    # The pixel itself counts once for each dilation, as published.
+    """Returns the weights (B, P, H, W) of a pixel's P = 8 len(dilations) neighbours."""
+    # The pixel itself counts once for each dilation, as in the published code.
     around = [*_neighbors(image, dilations), *[image] * len(dilations)]
     deviation = torch.stack(around).std(dim=0)
     contrast = [
@@ -71,7 +71,7 @@ def _affinities(image: Tensor, dilations: Sequence[int]) -> Tensor:
 
 
 def _neighbors(x: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:
-    """x (B, C, H, W) as each of the neighbours sees it, shifted by d in 8 directions."""
+    """Yields x (B, C, H, W), shifted by each dilation in each of 8 directions."""
     height, width = x.shape[2:]
     for d in dilations:
         padded = F.pad(x, [d] * 4, mode="replicate")

@@ -1,20 +1,23 @@
-"""What results depend on beyond the options: weights, the data set's files, versions."""
+"""The provenance of a run beyond its options: weights, files of the data set, versions."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .. import __version__
-from .datasets import FolderDataset, Scenes
+
+if TYPE_CHECKING:
+    from .datasets import Dataset
 
 
 def weights_digest(encoder: nn.Module) -> str:
-    """Of all weights: the name of a model may stand for others tomorrow."""
+    """Returns a SHA-256 of all weights, shortened, because a model's name does not pin them."""
     sha = hashlib.sha256()
     for name, tensor in encoder.state_dict().items():
         sha.update(name.encode())
@@ -22,8 +25,8 @@ def weights_digest(encoder: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def files(dataset: FolderDataset | Scenes) -> dict[str, str]:
-    """The data set's folder and a digest of the names of all its images."""
+def dataset_files(dataset: Dataset) -> dict[str, str]:
+    """Returns the data set's folder and a digest of the names of all its images."""
     if dataset.folder is None:
         return {}
     names = "\n".join(dataset.all_names)
@@ -34,7 +37,7 @@ def files(dataset: FolderDataset | Scenes) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, and of those that results depend on."""
+    """Returns the versions of Python, this package and the packages that results depend on."""
     packages = ("torch", "open_clip_torch", "torchmetrics", "numpy", "pillow")
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""The files of `scclip-fast segment`: found, named, written."""
+"""Finding images, naming their results, and writing files whole."""
 
 import os
 
@@ -6,8 +6,8 @@ import pytest
 from cli_runs import written
 from PIL import Image
 
-from scclip_fast.cli import results
-from scclip_fast.cli.common import CommandError
+from scclip_fast.cli import files
+from scclip_fast.cli.options import CommandError
 
 
 def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
@@ -20,9 +20,9 @@ def test_a_file_is_written_whole_or_not(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", killed)
-        results.write(path, b"new")
+        files.write(path, b"new")
     assert (path.read_bytes(), written(tmp_path)) == (b"old", ["x.png"])
-    results.write(path, b"new")
+    files.write(path, b"new")
     assert (path.read_bytes(), written(tmp_path)) == (b"new", ["x.png"])
 
 
@@ -36,8 +36,8 @@ def test_finding_images(tmp_path, monkeypatch):
         path.touch()
 
     def find(*given, recursive=False):
-        found = results.find_images(given, recursive, tmp_path / "in" / "out")
-        return [path.as_posix() for path in found]
+        paths = files.find_images(given, recursive, tmp_path / "in" / "out")
+        return [path.as_posix() for path in paths]
 
     assert find("in") == ["in/a.png", "in/b.JPG"]
     assert find("in", recursive=True) == ["in/a.png", "in/b.JPG", "in/deep/c.webp"]
@@ -54,33 +54,33 @@ def test_finding_images(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_other_files(tmp_path):
-    """The reason is their format, and --recursive would find no more."""
+    """The message names their format, with and without --recursive."""
     (tmp_path / "IMG_1.HEIC").touch()
     for recursive in (False, True):
         with pytest.raises(CommandError, match=r"files end in \.heic, images in \.avif, .*ebp$"):
-            results.find_images([str(tmp_path)], recursive, tmp_path / "out")
+            files.find_images([str(tmp_path)], recursive, tmp_path / "out")
 
 
 def test_a_plug_in_brings_its_suffix(tmp_path, monkeypatch):
     (tmp_path / "IMG_1.HEIC").touch()
     monkeypatch.setitem(Image.registered_extensions(), ".heic", "HEIF")
-    found = results.find_images([str(tmp_path)], False, tmp_path / "out")
-    assert found == [tmp_path / "IMG_1.HEIC"]
+    paths = files.find_images([str(tmp_path)], False, tmp_path / "out")
+    assert paths == [tmp_path / "IMG_1.HEIC"]
 
 
 def test_long_names_are_an_error(tmp_path):
-    """The name of the photo fits a file system, that of its results does not."""
+    """The photo's name fits the file system, and the names of its results are too long."""
     photo = tmp_path / f"{250 * 'x'}.png"
-    (job,) = results.jobs([photo], tmp_path, {}, kinds=["labels"], force=False)
+    (job,) = files.jobs([photo], tmp_path, {}, kinds=["labels"], force=False)
     with pytest.raises(CommandError, match="File name too long"):
-        results.write(job.files["labels"], b"")
+        files.write(job.files["labels"], b"")
 
 
 def test_no_nan_is_written():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.encode_json({"share": float("nan")})
+        files.encode_json({"share": float("nan")})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        results.encode_png(Image.new("L", (1, 1)), {"share": float("nan")})
+        files.encode_png(Image.new("L", (1, 1)), {"share": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_no_nan_is_written():
     ],
 )
 def test_names_of_results(tmp_path, paths, expected):
-    assert results.names([tmp_path / path for path in paths]) == expected
+    assert files.names([tmp_path / path for path in paths]) == expected
 
 
 def test_names_that_cannot_differ(tmp_path):
     paths = [tmp_path / path for path in ("a/x.jpg", "b/x.jpg", "a_x.jpg.png")]
     with pytest.raises(CommandError, match=r"a_x.jpg.png would have one name"):
-        results.names(paths)
+        files.names(paths)

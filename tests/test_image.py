@@ -1,4 +1,4 @@
-"""Pictures of every mode, turned, deep, transparent and damaged, become upright 8-bit RGB."""
+"""Images of every mode, turned, deep or transparent, become upright 8-bit RGB."""
 
 import sys
 from types import ModuleType
@@ -10,19 +10,19 @@ import torch
 from PIL import ExifTags, Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
-from scclip_fast import picture
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment import image as images
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def pixels(image):
-    return np.asarray(picture.to_rgb(image)).reshape(-1, 3).tolist()
+    return np.asarray(images.to_rgb(image)).reshape(-1, 3).tolist()
 
 
 def palette(mode, colors):
-    """A picture of mode P or PA, a pixel a colour."""
+    """Returns an image of mode P or PA with one pixel for each colour."""
     image = Image.new("P", (len(colors), 1))
     image.putpalette([value for color in colors for value in color])
     image.putdata(range(len(colors)))
@@ -48,7 +48,7 @@ def palette_with_alpha():
 
 
 def key_color():
-    """PNG's transparent colour of a picture without alpha."""
+    """Returns an image without alpha in which one colour is transparent, as PNG allows."""
     image = with_pixels("RGB", [RED, BLUE])
     image.info["transparency"] = BLUE
     return image
@@ -57,7 +57,7 @@ def key_color():
 MODES = {
     "1": (with_pixels("1", [0, 255]), [(0, 0, 0), WHITE]),
     "L": (with_pixels("L", [0, 7, 255]), [(0, 0, 0), (7, 7, 7), WHITE]),
-    # 100 of 255 at 51 of 255 over white: 255 - 155 / 5
+    # grey 100 with an alpha of 51 / 255 = 1 / 5 over white: 255 - 155 / 5
     "LA": (with_pixels("LA", [(100, 255), (100, 0), (100, 51)]), [[100] * 3, WHITE, [224] * 3]),
     "P": (palette("P", [RED, BLUE]), [RED, BLUE]),
     "P with transparency": (transparent_palette(), [RED, WHITE, GREEN]),
@@ -71,7 +71,10 @@ MODES = {
     "I;16": (with_pixels("I;16", [0, 256, 65535]), [(0, 0, 0), (1, 1, 1), WHITE]),
     "I;16 of 12 bits": (with_pixels("I;16", [0, 2048, 4095]), [(0, 0, 0), [128] * 3, WHITE]),
     "I;16 of 8 bits": (with_pixels("I;16", [0, 7, 255]), [(0, 0, 0), (7, 7, 7), WHITE]),
-    "I;16 dim": (with_pixels("I;16", [0, 32000]), [(0, 0, 0), [125] * 3]),  # not of 15 bits
+    "I;16 dim": (
+        with_pixels("I;16", [0, 32000]),
+        [(0, 0, 0), [125] * 3],
+    ),  # of 16 bits, not 15
     "I": (with_pixels("I", [0, 256, 65535]), [(0, 0, 0), (1, 1, 1), WHITE]),
     "I of 24 bits": (with_pixels("I", [1 << 23, (1 << 24) - 1]), [[128] * 3, WHITE]),
     "F to 1": (with_pixels("F", [0.0, 0.2, 1.0]), [(0, 0, 0), (51, 51, 51), WHITE]),
@@ -84,7 +87,7 @@ MODES = {
 @pytest.mark.parametrize(("image", "expected"), MODES.values(), ids=MODES.keys())
 def test_modes(image, expected):
     assert pixels(image) == [list(color) for color in expected]
-    assert picture.to_rgb(picture.to_rgb(image)) == picture.to_rgb(image)
+    assert images.to_rgb(images.to_rgb(image)) == images.to_rgb(image)
 
 
 @pytest.mark.parametrize("name", ["I;16", "I;16 of 12 bits"])
@@ -92,20 +95,20 @@ def test_modes(image, expected):
 def test_deep_files(name, suffix, tmp_path):
     image, expected = MODES[name]
     image.save(tmp_path / f"deep.{suffix}")
-    assert pixels(picture.read(tmp_path / f"deep.{suffix}")) == [list(c) for c in expected]
+    assert pixels(images.read(tmp_path / f"deep.{suffix}")) == [list(c) for c in expected]
 
 
 @pytest.mark.parametrize("name", ["1", "LA", "P with transparency", "RGB with a key", "RGBA"])
 def test_files_with_transparency(name, tmp_path):
     image, expected = MODES[name]
     image.save(tmp_path / "picture.png", transparency=image.info.get("transparency"))
-    assert pixels(picture.read(tmp_path / "picture.png")) == [list(color) for color in expected]
+    assert pixels(images.read(tmp_path / "picture.png")) == [list(color) for color in expected]
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_values_that_are_no_grey(value):
     with pytest.raises(ValueError, match="grey values must be finite and not below 0"):
-        picture.to_rgb(with_pixels("F", [0.0, value]))
+        images.to_rgb(with_pixels("F", [0.0, value]))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -124,7 +127,7 @@ def test_orientation(orientation, tmp_path):
         8: Image.Transpose.ROTATE_90,
     }
     upright = stored.transpose(method[orientation]) if orientation > 1 else stored
-    found = picture.read(tmp_path / "turned.png")
+    found = images.read(tmp_path / "turned.png")
     assert found.size == upright.size and found.tobytes() == upright.tobytes()
 
 
@@ -157,7 +160,7 @@ def test_a_deep_image_is_segmented_as_its_eight_bits(segmenter):
 def test_the_first_frame_of_an_animation(suffix, tmp_path):
     first, second = (Image.new("RGB", (8, 8), color) for color in (WHITE, (0, 0, 0)))
     first.save(tmp_path / f"two.{suffix}", save_all=True, append_images=[second])
-    assert pixels(picture.read(tmp_path / f"two.{suffix}")) == 64 * [list(WHITE)]
+    assert pixels(images.read(tmp_path / f"two.{suffix}")) == 64 * [list(WHITE)]
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "gif"])
@@ -165,27 +168,27 @@ def test_truncated_files(suffix, tmp_path):
     path = tmp_path / f"cut.{suffix}"
     Image.fromarray(photo(60, 80).numpy()).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(picture.PictureError, match=rf"{path}: [^\n]+$"):
-        picture.read(path)
+    with pytest.raises(images.ImageError, match=rf"{path}: [^\n]+$"):
+        images.read(path)
 
 
 @pytest.mark.skipif(".avif" not in Image.registered_extensions(), reason="this Pillow has no AVIF")
 def test_avif(tmp_path):
     Image.new("RGB", (16, 16), (200, 100, 50)).save(tmp_path / "red.avif", quality=100)
-    found = np.asarray(picture.read(tmp_path / "red.avif")).astype(int)
+    found = np.asarray(images.read(tmp_path / "red.avif")).astype(int)
     assert abs(found - [200, 100, 50]).max() <= 3
 
 
 def test_heic_by_pillow_heif(tmp_path, monkeypatch):
-    """The package registers its decoder only when it is told to."""
+    """pillow-heif registers its decoder only on request, and once is enough."""
     plugin = ModuleType("pillow_heif")
     plugin.register_heif_opener = Mock()
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
-    picture._register_heif.cache_clear()
+    images._register_heif.cache_clear()
     Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
-    picture.read(tmp_path / "black.png")
-    picture.read(tmp_path / "black.png")
-    picture._register_heif.cache_clear()
+    images.read(tmp_path / "black.png")
+    images.read(tmp_path / "black.png")
+    images._register_heif.cache_clear()
     plugin.register_heif_opener.assert_called_once_with()
 
 
@@ -201,5 +204,5 @@ def test_files_that_are_refused(tmp_path, monkeypatch):
         "text.png": "not an image, or a damaged one$",
     }
     for name, reason in reasons.items():
-        with pytest.raises(picture.PictureError, match=f"{name}: .*{reason}"):
-            picture.read(tmp_path / name, max_pixels=1999)
+        with pytest.raises(images.ImageError, match=f"{name}: .*{reason}"):
+            images.read(tmp_path / name, max_pixels=1999)

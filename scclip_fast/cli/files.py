@@ -1,4 +1,4 @@
-"""The files of `scclip-fast segment`: finding images, naming their results, writing them whole."""
+"""Files of the sub-commands: finding and reading images, naming and writing results."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from .options import CommandError
 
-from .common import CommandError
+if TYPE_CHECKING:  # of the extras
+    from PIL import Image
 
-# Of what is taken from folders and globs.
+# Suffixes of the files that are taken from folders and globs.
 _SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_PLUGINS = {".heic", ".heif"}  # where a plug-in of Pillow is registered for them
-_ENDINGS = {
+_PLUGINS = {".heic", ".heif"}  # taken too if a plug-in of Pillow is registered for them
+_ENDINGS = {  # of the results, by kind
     "labels": "_labels.png",
     "overlay": "_overlay.png",
     "compare": "_compare.png",
     "json": ".json",
 }
-_OURS = tuple(ending for ending in _ENDINGS.values() if ending.startswith("_"))
-_KEY = "scclip_fast"  # of the text in a PNG that holds the settings it was made with
+_PICTURES = tuple(ending for ending in _ENDINGS.values() if ending.startswith("_"))
+_KEY = "scclip_fast"  # the name of the text in a PNG that holds the settings it was made with
 
 
 class Job(NamedTuple):
-    """An image and what is to be made of it."""
+    """An image and the results to make from it."""
 
     path: Path | None  # None for the example
-    files: dict[str, Path]  # results by kind, of `_ENDINGS`, that are not there yet
-    settings: dict  # all that they depend on
+    files: dict[str, Path]  # the results to write, by their kind in `_ENDINGS`
+    settings: dict  # everything that the results depend on
+
+
+def read_photo(path: Path, max_pixels: int | None = None) -> Image.Image:
+    """Returns the image in a file by `segment.image.read`, or raises CommandError."""
+    from ..segment import image
+
+    try:
+        return image.read(path, max_pixels)
+    except image.ImageError as error:
+        raise CommandError(f"cannot read the photo {error}") from None
 
 
 def find_images(given: Iterable[str], recursive: bool, out: Path) -> list[Path]:
-    """The images of files, folders and globs, each once; folders and globs are sorted.
+    """Returns the images of files, folders and globs, each once; folders and globs are sorted.
 
-    Folders and globs give no hidden files, no files without an image's suffix, and none of the
-    results in `out`.
+    Hidden files, files without an image's suffix, and results in `out` are left out of folders and
+    globs.
 
     Raises:
         CommandError: one of `given` is not there, or holds no image.
@@ -50,34 +60,35 @@ def find_images(given: Iterable[str], recursive: bool, out: Path) -> list[Path]:
     images = {}
     for text in given:
         try:
-            found = _found(text, recursive, out)
+            paths = _matches(text, recursive, out)
         except OSError as error:
             raise CommandError(f"cannot read {text}: {error.strerror or error}") from None
-        for image in found:
-            images.setdefault(image.resolve(), image)
+        for path in paths:
+            images.setdefault(path.resolve(), path)
     return list(images.values())
 
 
-def _found(text: str, recursive: bool, out: Path) -> list[Path]:
+def _matches(text: str, recursive: bool, out: Path) -> list[Path]:
+    """Returns the images that one argument of the command names."""
     if not text:
         raise CommandError("an IMAGE has an empty name")
     path = Path(text)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = _images(path.rglob("*") if recursive else path.iterdir(), out)
+        images = _images(path.rglob("*") if recursive else path.iterdir(), out)
     elif glob.has_magic(text):
-        found = _images(map(Path, glob.glob(text, recursive=True)), out)
+        images = _images(map(Path, glob.glob(text, recursive=True)), out)
     else:
         raise CommandError(f"there is no file or folder {text}")
-    if not found:
+    if not images:
         hint = _hint(path, recursive) if path.is_dir() else ""
         raise CommandError(f"there is no image in {text}{hint}")
-    return found
+    return images
 
 
 def _hint(folder: Path, recursive: bool) -> str:
-    """What is in a folder without images, as the end of an error."""
+    """Returns the end of an error: what a folder without images holds instead."""
     entries = list(folder.rglob("*") if recursive else folder.iterdir())
     endings = sorted({path.suffix.lower() for path in entries if path.is_file()} - {""})
     hint = ""
@@ -90,32 +101,36 @@ def _hint(folder: Path, recursive: bool) -> str:
 
 
 def _suffixes() -> set[str]:
+    """Returns the suffixes of images, in small letters."""
+    from PIL import Image
+
     return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
 
 
 def _images(paths: Iterable[Path], out: Path) -> list[Path]:
+    """Returns the images among paths, sorted, without the results in `out`."""
     out, suffixes = out.resolve(), _suffixes()
     return sorted(
         path
         for path in paths
         if path.suffix.lower() in suffixes
         and not path.name.startswith(".")
-        and not (path.name.endswith(_OURS) and path.resolve().is_relative_to(out))
+        and not (path.name.endswith(_PICTURES) and path.resolve().is_relative_to(out))
         and path.is_file()
     )
 
 
 def names(images: list[Path]) -> list[str]:
-    """What the results of each image are called: its stem.
+    """Returns the names of the results of each image, without their endings.
 
-    Images that share a stem are called by their path, ending included, from the folder that holds
-    all of them: a/x.jpg and b/x.jpg are "a_x.jpg" and "b_x.jpg".
+    The name is the image's stem. Images that share a stem are named by their path from the folder
+    that holds all of them, with their suffix: a/x.jpg and b/x.jpg give "a_x.jpg" and "b_x.jpg".
 
     Raises:
-        CommandError: two have one name even so.
+        CommandError: two images have the same name even so.
     """
     groups = {}
-    for image in images:  # file systems may not tell x and X apart
+    for image in images:  # some file systems do not tell x and X apart
         groups.setdefault(image.stem.casefold(), []).append(image.resolve())
     roots = {stem: os.path.commonpath(path.parent for path in p) for stem, p in groups.items()}
     named = []
@@ -132,7 +147,7 @@ def names(images: list[Path]) -> list[str]:
 def jobs(
     images: list[Path | None], folder: Path, settings: dict, *, kinds: Sequence[str], force: bool
 ) -> list[Job]:
-    """What is to be made of each image; a result that is there is not, unless with force.
+    """Lists the missing results of each image, or all of them with `force`.
 
     Raises:
         CommandError: a result is there that another image or other settings gave.
@@ -140,34 +155,38 @@ def jobs(
     stems = ["example"] if images == [None] else names(images)
     jobs = []
     for image, stem in zip(images, stems, strict=True):
-        known = settings | {"image": image and _digest(image)}
+        image_settings = settings | {"image": image and _digest(image)}
         files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
             for file in filter(os.path.exists, files.values()):
-                _check_same(file, known)
+                _check_same(file, image_settings)
             files = {kind: file for kind, file in files.items() if not os.path.exists(file)}
-        jobs.append(Job(image, files, known))
+        jobs.append(Job(image, files, image_settings))
     return jobs
 
 
 def _digest(path: Path) -> str:
+    """Returns the SHA-256 of a file, shortened; "" if it cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError:  # reading the photo will say why
+    except OSError:  # `read_photo` reports the reason later
         return ""
 
 
 def _check_same(path: Path, settings: dict) -> None:
-    found = _stored_settings(path)
-    if changed := [name for name in settings if found.get(name) != settings[name]]:
-        how = f"with another {', '.join(changed)}" if found else "by something else"
+    """Raises CommandError if a result was made with other settings or by another program."""
+    stored = _stored_settings(path)
+    if changed := [name for name in settings if stored.get(name) != settings[name]]:
+        how = f"with another {', '.join(changed)}" if stored else "by something else"
         raise CommandError(
             f"{path} is there, made {how}; --force replaces it, another --out keeps both"
         )
 
 
 def _stored_settings(path: Path) -> dict:
-    """The settings that a result was made with; empty where it is none of ours."""
+    """Returns the settings that a result was made with; empty for a file of another program."""
+    from PIL import Image
+
     try:
         if path.suffix == ".json":
             return dict(json.loads(path.read_text(encoding="utf-8"))["settings"])
@@ -178,7 +197,9 @@ def _stored_settings(path: Path) -> dict:
 
 
 def encode_png(image: Image.Image, settings: dict) -> bytes:
-    """A PNG file that holds its settings."""
+    """Returns a PNG file with the settings it was made with in its text."""
+    from PIL.PngImagePlugin import PngInfo
+
     text, file = PngInfo(), io.BytesIO()
     text.add_text(_KEY, json.dumps(settings, allow_nan=False))
     image.save(file, format="PNG", pnginfo=text)
@@ -186,12 +207,12 @@ def encode_png(image: Image.Image, settings: dict) -> bytes:
 
 
 def encode_json(report: dict) -> bytes:
-    """A JSON file."""
+    """Returns a JSON file, or raises ValueError for NaN and infinity."""
     return (json.dumps(report, indent=1, allow_nan=False) + "\n").encode()
 
 
 def make_folder(path: Path) -> None:
-    """CommandError unless the folder is there afterwards and files can be written in it."""
+    """Makes a folder, or raises CommandError if files cannot be written into it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -200,8 +221,35 @@ def make_folder(path: Path) -> None:
         raise CommandError(f"cannot write into {path}: permission denied")
 
 
+def check_output(option: str, path: Path, suffixes: Sequence[str], *, force: bool) -> None:
+    """Checks that an output file can be written, and makes its folder, before the work starts.
+
+    Args:
+        option: the option that names the file, for errors.
+        path: the file.
+        suffixes: the endings allowed, one for each format; a path without an ending is allowed too.
+        force: whether an existing file may be replaced.
+
+    Raises:
+        CommandError: the file cannot be written, is there already, or has another ending.
+    """
+    if path.suffix and path.suffix.lower() not in suffixes:
+        allowed = ", ".join(suffixes)
+        raise CommandError(f"{option} must end in {allowed}, got {path.name}")
+    if os.path.isdir(path):
+        raise CommandError(f"cannot write {path}: it is a directory")
+    if os.path.exists(path) and not force:
+        raise CommandError(f"{path} is there; --force replaces it, another {option} keeps both")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from None
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise CommandError(f"cannot write {path}: permission denied")
+
+
 def write(path: Path, data: bytes) -> None:
-    """Write all of a file or nothing, or CommandError."""
+    """Writes a file whole or not at all; raises CommandError if that fails."""
     partial = path.with_name(f".{os.getpid()}.part")
     try:
         try:

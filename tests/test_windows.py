@@ -1,11 +1,11 @@
-"""Windows, the size a picture is seen in, and upsampling in bands."""
+"""The size of the model's input, its windows, and upsampling in bands."""
 
 import plain_segment
 import pytest
 import torch
 import torch.nn.functional as F
 
-from scclip_fast import picture
+from scclip_fast.segment import image as images
 
 
 @pytest.mark.parametrize(
@@ -22,19 +22,19 @@ from scclip_fast import picture
     ],
 )
 def test_places_of_windows(size, crop, stride):
-    found = [(y.start, y.stop, x.start, x.stop) for y, x in picture.windows(size, crop, stride)]
-    clipped = [(t, min(b, size[0]), le, min(r, size[1])) for t, b, le, r in found]
+    places = [(y.start, y.stop, x.start, x.stop) for y, x in images.windows(size, crop, stride)]
+    clipped = [(t, min(b, size[0]), le, min(r, size[1])) for t, b, le, r in places]
     assert clipped == plain_segment.windows(size, crop, stride)
     covered = torch.zeros(size)
     for top, bottom, left, right in clipped:
         covered[top:bottom, left:right] = 1
     assert covered.all()
     if size == (336, 448):
-        assert len(found) == 6
+        assert len(places) == 6
 
 
 @pytest.mark.parametrize(
-    ("size", "short", "seen"),
+    ("size", "short", "resized"),
     [
         ((336, 448), 336, (336, 448)),
         ((500, 375), 336, (448, 336)),
@@ -46,12 +46,12 @@ def test_places_of_windows(size, crop, stride):
         ((100, 1000), 336, (205, 2048)),  # the long side decides
         ((1, 5000), 336, (1, 2048)),
         ((5000, 1), 336, (2048, 1)),
-        ((3000, 4000), 3000, (2250, 3000)),  # as mmseg sorts the two: the longer limit is 3000
+        ((3000, 4000), 3000, (2250, 3000)),  # mmseg sorts 2048 and 3000, so the long side has 3000
         ((7, 9), None, (7, 9)),
     ],
 )
-def test_the_size_an_image_is_seen_in(size, short, seen):
-    assert picture.seen_size(size, short) == seen
+def test_the_size_of_the_input(size, short, resized):
+    assert images.input_size(size, short) == resized
 
 
 PLACES = {
@@ -67,30 +67,30 @@ PLACES = {
 @pytest.mark.parametrize("band", [1, 3, 100])
 @pytest.mark.parametrize(("size", "crop", "stride"), PLACES.values(), ids=PLACES.keys())
 def test_rows_of_windows_are_means_of_upsampled_maps(size, crop, stride, band):
-    """A band at a time and in any order, the mean of the maps of the windows over a pixel."""
-    places = picture.windows(size, crop, stride)
+    """A pixel has the mean over its windows, in bands of any height and in any order."""
+    places = images.windows(size, crop, stride)
     maps = [torch.randn(3, 2, 3) for _ in places]
     total, count = torch.zeros(3, *size), torch.zeros(size)
-    for (rows, columns), own in zip(places, maps, strict=True):
+    for (rows, columns), window_maps in zip(places, maps, strict=True):
         shape = count[rows, columns].shape
-        total[:, rows, columns] += F.interpolate(own[None], shape, mode="bilinear")[0]
+        total[:, rows, columns] += F.interpolate(window_maps[None], shape, mode="bilinear")[0]
         count[rows, columns] += 1
     expected, found = total / count, torch.full((3, *size), float("nan"))
-    windows = picture.WindowMaps(maps, places, size)
+    windows = images.WindowMaps(maps, places, size)
     assert windows.shape == (3, *size)
     for top in reversed(range(0, size[0], band)):
         found[:, top : top + band] = windows.rows(top, min(top + band, size[0]))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     for scaled in (size, (2 * size[0], 3 * size[1])):
         whole = F.interpolate(expected[None], scaled, mode="bilinear")[0]
-        bands = torch.cat(list(picture.upsampled(windows, scaled)), dim=1)
+        bands = torch.cat(list(images.upsampled(windows, scaled)), dim=1)
         torch.testing.assert_close(bands, whole, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("size", [(60, 80), (12, 16), (5, 7), (1, 1), (13, 16)], ids=str)
 @pytest.mark.parametrize("band", [1, 2000, 2**26])
 def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):
-    monkeypatch.setattr(picture, "_BAND_BYTES", band)
+    monkeypatch.setattr(images, "_BAND_BYTES", band)
     maps = torch.randn(3, 12, 16)
-    found = torch.cat(list(picture.upsampled(maps, size)), dim=1)
+    found = torch.cat(list(images.upsampled(maps, size)), dim=1)
     torch.testing.assert_close(found, F.interpolate(maps[None], size, mode="bilinear")[0])
