@@ -68,30 +68,30 @@ class Candidates:
         width = -(-tokens.shape[1] // GROUP) * GROUP
         # One tile for all rows: allocating and freeing one this large each time takes longer.
         scores = self.scores.new_empty(len(tokens), self._step, width)
-        for part in spans(self._rows.shape[1], self._step):
-            tile = scores[:, : part.stop - part.start]
+        for span in spans(self._rows.shape[1], self._step):
+            tile = scores[:, : span.stop - span.start]
             if self._centre is not None:
-                self._multiply(y, squares, self._centre, part, tile)
+                self._multiply(y, squares, self._centre, span, tile)
             else:
-                self._measure(tokens, part, tile)
-            self._leave_out_self(tile, part, first)
-            _keep_smallest(self.scores[:, part], self.indices[:, part], tile, first)
+                self._measure(tokens, span, tile)
+            self._leave_out_self(tile, span, first)
+            _keep_smallest(self.scores[:, span], self.indices[:, span], tile, first)
 
     def _multiply(
-        self, columns: Tensor, squares: Tensor, centre: Tensor, part: slice, tile: Tensor
+        self, columns: Tensor, squares: Tensor, centre: Tensor, span: slice, tile: Tensor
     ) -> None:
-        """Writes ||x_j||^2 - 2 x_i x_j of centred tokens to the tile, for the rows of `part`."""
-        rows, row_squares = centred(self._rows[:, part], centre)
-        self.norms[:, part] = row_squares.sqrt()
+        """Writes ||x_j||^2 - 2 x_i x_j of centred tokens to the tile, for the rows of `span`."""
+        rows, row_squares = centred(self._rows[:, span], centre)
+        self.norms[:, span] = row_squares.sqrt()
         torch.baddbmm(squares.unsqueeze(1), rows, columns.mT, alpha=-2, out=tile)
 
-    def _measure(self, tokens: Tensor, part: slice, tile: Tensor) -> None:
-        """Writes ||x_i - x_j|| to the tile, for the rows of `part`.
+    def _measure(self, tokens: Tensor, span: slice, tile: Tensor) -> None:
+        """Writes ||x_i - x_j|| to the tile, for the rows of `span`.
 
         Finite pairs come first, then those whose square overflows, then tokens that are not finite,
         then the columns that only fill up the tile.
         """
-        rows, tokens = self._rows[:, part].to(tile.dtype), tokens.to(tile.dtype)
+        rows, tokens = self._rows[:, span].to(tile.dtype), tokens.to(tile.dtype)
         mode = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(rows, tokens, compute_mode=mode)
         largest = torch.finfo(tile.dtype).max
@@ -101,12 +101,12 @@ class Candidates:
         n = tokens.shape[1]
         tile[..., :n], tile[..., n:] = distances, torch.inf
 
-    def _leave_out_self(self, tile: Tensor, part: slice, first: int) -> None:
+    def _leave_out_self(self, tile: Tensor, span: slice, first: int) -> None:
         if isinstance(self._self_index, Tensor):
             columns = torch.arange(first, first + tile.shape[-1], device=tile.device)
-            tile.masked_fill_(self._self_index[part].unsqueeze(-1) == columns, torch.inf)
+            tile.masked_fill_(self._self_index[span].unsqueeze(-1) == columns, torch.inf)
         elif self._self_index is not None:
-            offset = self._self_index + part.start - first
+            offset = self._self_index + span.start - first
             tile.diagonal(offset=offset, dim1=-2, dim2=-1).fill_(torch.inf)
 
 

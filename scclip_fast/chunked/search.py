@@ -31,7 +31,7 @@ from . import tiles
 from .candidates import Candidates, centre, list_sizes
 from .certificate import Found, undecided
 from .distances import finite_tokens, pair_distances, settle_last
-from .symmetric import search_symmetric
+from .symmetric import has_room, search_symmetric
 from .tiles import Tile, compute_dtype, plan, spans
 from .topk import GROUP
 
@@ -70,7 +70,7 @@ def nearest(
         found = _search(*exact, first_token, k, None, exact, measure_all)
         return found.distances, found.indices
     counts["product"] += rows.shape[0] * rows.shape[1]
-    if queries is None and x.device.type == "cpu":
+    if queries is None and has_room(x, k):
         found = search_symmetric(x, k, exact[0], measure_all)
     else:
         found = _search(x, rows, first_token, k, compute_dtype(x), exact, measure_all)
@@ -167,19 +167,19 @@ def _search(
         block = x[images]
         middle = None if dtype is None else centre(block, dtype)
         finite = finite_tokens(exact[0][images])
-        for part in spans(n_rows, group):
-            own = _of_part(self_index, part)
-            candidates = Candidates(rows[images, part], n_candidates, step, own, middle)
+        for span in spans(n_rows, group):
+            span_index = _at(self_index, span)
+            candidates = Candidates(rows[images, span], n_candidates, step, span_index, middle)
             for columns in tiles.each_tile.get()(list(spans(tokens, tile.columns))):
                 candidates.add(block[:, columns], columns.start)
-            queries = exact[1][images, part]
+            queries = exact[1][images, span]
             measure = partial(pair_distances, exact[0][images], queries=queries, finite=finite)
-            nearest_distances, indices[images, part] = settle_last(
+            nearest_distances, indices[images, span] = settle_last(
                 candidates.indices, k, n_measured, measure
             )
-            distances[images, part] = nearest_distances[..., -n_distances:]
+            distances[images, span] = nearest_distances[..., -n_distances:]
             if dtype is not None:
-                is_open[images, part] = undecided(
+                is_open[images, span] = undecided(
                     candidates.scores,
                     candidates.norms,
                     nearest_distances[..., -1],
@@ -190,11 +190,11 @@ def _search(
     return Found(distances, indices, is_open)
 
 
-def _of_part(self_index: int | Tensor | None, part: slice) -> int | Tensor | None:
-    """The `self_index` of the rows `part` alone."""
+def _at(self_index: int | Tensor | None, span: slice) -> int | Tensor | None:
+    """The `self_index` of the rows `span` alone."""
     if isinstance(self_index, Tensor):
-        return self_index[part]
-    return None if self_index is None else self_index + part.start
+        return self_index[span]
+    return None if self_index is None else self_index + span.start
 
 
 def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> Tile:

@@ -30,6 +30,9 @@ from .distances import pair_distances, settle_last, squared_differences
 from .tiles import compute_dtype, spans
 
 ROWS = 128  # rows of a product within a tile of the diagonal; 64 are as fast
+#: Channels of one product. Products of more channels are sums of products, whose rounding grows with
+#: DEPTH + D / DEPTH instead of D: a sixth of the rows of Gaussian tokens stays open, not one half.
+DEPTH = 128
 FLOAT64_TOKENS = 3072  # above, measuring the candidates takes less time than products in float64
 
 
@@ -42,6 +45,12 @@ class Lists(NamedTuple):
     scores: Tensor  # (R, n)
     indices: Tensor  # (R, n)
     norms: Tensor  # (R,)
+
+
+def has_room(x: Tensor, k: int) -> bool:
+    """True on a CPU if the candidates of all rows of an image fit the workspace."""
+    row_bytes = 12 * sum(list_sizes(k, x.shape[1] - 1, True)[:1])
+    return x.device.type == "cpu" and 0 < len(x) and x.shape[1] * row_bytes <= tiles.WORKSPACE_BYTES
 
 
 def search_symmetric(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found:
@@ -62,9 +71,12 @@ def search_symmetric(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Fou
 def _search_images(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found:
     """`search_symmetric` of a few images."""
     batch, tokens, width = x.shape
+    if width > DEPTH:
+        width = DEPTH + -(-width // DEPTH)
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
     in_float32 = compute_dtype(exact) == torch.float32
     by_products = measure_all and in_float32 and tokens <= FLOAT64_TOKENS
+    width = _sum_length(x.shape[-1])
     middle = centre(x, torch.float64 if by_products else compute_dtype(x))
     lists, finite = _candidates(x, middle, n)
     first_token = torch.arange(0, batch * tokens, tokens)[:, None, None]
@@ -86,6 +98,8 @@ def _search_images(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found
         is_open = undecided(
             kept.scores, kept.norms, distances[..., -1], n_measured, width, n == tokens - 1
         )
+        if measure_all:  # more than k equal tokens, which go by their index
+            is_open |= distances[..., -1] == 0
         found.distances[some] = distances[0, :, -found.distances.shape[1] :]
         found.indices[some], found.undecided[some] = indices[0], is_open[0]
     found = Found(*(t.unflatten(0, (batch, tokens)) for t in found))
@@ -148,7 +162,7 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> tuple[Lists, bool]:
             torch.sub(by_column, tile, alpha=2, out=tile)
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         else:
-            torch.bmm(y[:, rows], y[:, columns].mT, out=tile)
+            _product(y[:, rows], y[:, columns], tile)
             flipped = workspace[1, : math.prod(shape)].view(batch, *shape[:0:-1])
             torch.sub(by_row, tile.mT, alpha=2, out=flipped)
             lists[columns.start] = _merged(lists.get(columns.start), flipped, rows.start, n)
@@ -176,6 +190,18 @@ def _merged(
 def _fill_symmetric(out: Tensor, y: Tensor) -> None:
     """Writes y y^T to out (b, N, N) by products of its upper triangle."""
     for rows in spans(y.shape[1], ROWS):
-        torch.bmm(y[:, rows], y[:, rows.start :].mT, out=out[:, rows, rows.start :])
+        _product(y[:, rows], y[:, rows.start :], out[:, rows, rows.start :])
         if rows.stop < y.shape[1]:
             out[:, rows.stop :, rows] = out[:, rows, rows.stop :].mT
+
+
+def _sum_length(width: int) -> int:
+    """The number of roundings in a product of `width` channels by `_product`."""
+    return min(width, DEPTH) + (-(-width // DEPTH) - 1)
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor) -> None:
+    """Writes the products of rows (b, r, D) and columns (b, c, D) to out (b, r, c)."""
+    for channels in spans(rows.shape[-1], DEPTH):
+        operands = rows[..., channels], columns[..., channels].mT
+        torch.baddbmm(out, *operands, beta=min(channels.start, 1), out=out)

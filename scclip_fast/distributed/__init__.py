@@ -100,10 +100,10 @@ def lof_scores(
     distances, neighbors = nearest(shards, x, k, measure_all=variant == "breunig")
     k_distance, neighbors = shards.all_rows(distances[:, -1]), neighbors[None]
     if variant == "scclip":
-        return reference.simplified_lof(k_distance, neighbors, shards.own)[0]
+        return reference.simplified_lof(k_distance, neighbors, shards.own_rows)[0]
     density = reference.reachability_density(distances[None].sqrt(), neighbors, k_distance.sqrt())
     scores = reference.density_ratio(shards.all_rows(density[0]), neighbors, density)
-    return torch.where(k_distance[:, shards.own].isnan(), torch.nan, scores)[0]
+    return torch.where(k_distance[:, shards.own_rows].isnan(), torch.nan, scores)[0]
 
 
 @true_float32
@@ -134,17 +134,17 @@ def aggregate(
     beta = _check.number("beta", beta)
     dtype = compute_dtype(values, features)
     tile = plan(1, shards.total, values.shape[1] + features.shape[1], dtype)
-    rows, _, own = shards.whole_tiles(features, tile.rows)
-    parts = list(spans(rows.shape[1], tile.rows))
-    unit = [rows[:, part].to(dtype) * inverse_norms(rows[:, part]) for part in parts]
+    rows, _, kept = shards.whole_tiles(features, tile.rows)
+    row_spans = list(spans(rows.shape[1], tile.rows))
+    unit = [rows[:, span].to(dtype) * inverse_norms(rows[:, span]) for span in row_spans]
     out = rows.new_zeros(1, rows.shape[1], values.shape[1], dtype=dtype)
     total = rows.new_zeros(1, rows.shape[1], dtype=dtype)
     floor = rows.new_full((1,), beta, dtype=dtype)
     for _, (keys, key_values) in shards.pieces(tile.columns, features, values):
         scale = inverse_norms(keys)
-        for part, queries in zip(parts, unit, strict=True):
+        for span, queries in zip(row_spans, unit, strict=True):
             value_sum, weight_sum = weighted_sums(queries, keys, scale, key_values, floor, None)
-            out[:, part] += value_sum
-            total[:, part] += weight_sum
+            out[:, span] += value_sum
+            total[:, span] += weight_sum
     out /= (total + reference.AGGREGATE_EPS).unsqueeze(-1)
-    return out[0, own].to(values.dtype)
+    return out[0, kept].to(values.dtype)

@@ -31,13 +31,13 @@ def nearest(shards: Shards, x: Tensor, k: int, measure_all: bool) -> tuple[Tenso
     dtype = compute_dtype(x)
     drawn = shards.rows_at(sample(shards.total, x.device), x.to(dtype))
     tile = tile_of(1, shards.total, width, k, dtype)
-    rows, first_row, own = shards.whole_tiles(x, tile.rows)
+    rows, first_row, kept = shards.whole_tiles(x, tile.rows)
     search = partial(_search, shards, x, k=k)
-    found = search(rows, own, first_row, remedian(drawn), tile, measure_all=measure_all)
+    found = search(rows, kept, first_row, remedian(drawn), tile, measure_all=measure_all)
 
     def search_some(places: Tensor, centre: Tensor | None) -> Found:
         tile = tile_of(1, shards.total, width, k, torch.float64)
-        everything, self_index = slice(len(places)), places + shards.own.start
+        everything, self_index = slice(len(places)), places + shards.own_rows.start
         return search(x[None, places], everything, self_index, centre, tile, measure_all=True)
 
     places = (found.undecided & finite_tokens(x[None])[0]).nonzero()[:, 0]

@@ -92,14 +92,14 @@ class Shards:
 
     Attributes:
         total: N.
-        own: the slice of this rank's rows.
+        own_rows: the slice of this rank's rows.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, sizes: list[int], device: torch.device):
         self._group, self._rank, self._device = group, dist.get_rank(group), device
         self._starts = [0, *accumulate(sizes)]
         self.total = self._starts[-1]
-        self.own = slice(*self._starts[self._rank : self._rank + 2])
+        self.own_rows = slice(*self._starts[self._rank : self._rank + 2])
 
     def pieces(self, step: int, *tensors: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
         """Yields all rows of each of the tensors (n, ...), as (first row, pieces (1, `step`, ...)).
@@ -120,9 +120,9 @@ class Shards:
 
     def rows_at(self, positions: Tensor, x: Tensor) -> Tensor:
         """The rows (1, p, D) at some positions (p,) among all; x (n, D) are this rank's rows."""
-        is_own = (positions >= self.own.start) & (positions < self.own.stop)
+        is_own = (positions >= self.own_rows.start) & (positions < self.own_rows.stop)
         rows = x.new_zeros(len(positions), x.shape[1])
-        rows[is_own] = x[positions[is_own] - self.own.start]
+        rows[is_own] = x[positions[is_own] - self.own_rows.start]
         dist.all_reduce(rows, group=self._group)  # exact: every other rank has zeros
         return rows[None]
 
@@ -138,12 +138,12 @@ class Shards:
         Returns these tiles (1, m, D), zero where another rank's rows are, the index of their first
         row, and the slice of this rank's rows in them.
         """
-        first = self.own.start // step * step
-        last = min(self.total, -(-self.own.stop // step) * step)
-        own = slice(self.own.start - first, self.own.stop - first)
+        first = self.own_rows.start // step * step
+        last = min(self.total, -(-self.own_rows.stop // step) * step)
+        kept = slice(self.own_rows.start - first, self.own_rows.stop - first)
         rows = x.new_zeros(1, last - first, x.shape[1])
-        rows[0, own] = x
-        return rows, first, own
+        rows[0, kept] = x
+        return rows, first, kept
 
     def _broadcast(
         self, span: slice, tensors: tuple[Tensor, ...]
@@ -154,12 +154,12 @@ class Shards:
         for owner, (start, stop) in enumerate(pairwise(self._starts)):
             first, last = max(start, span.start), min(stop, span.stop)
             for tensor, piece in zip(tensors, pieces, strict=True) if first < last else ():
-                part = piece[first - span.start : last - span.start]
+                owner_rows = piece[first - span.start : last - span.start]
                 if owner == self._rank:
-                    part.copy_(tensor[first - start : last - start])
+                    owner_rows.copy_(tensor[first - start : last - start])
                 # Broadcast as bytes, because not every backend supports every dtype.
-                part = part.view(torch.uint8)
-                work = dist.broadcast(part, group_src=owner, group=self._group, async_op=True)
+                owner_rows = owner_rows.view(torch.uint8)
+                work = dist.broadcast(owner_rows, group_src=owner, group=self._group, async_op=True)
                 works.append(work)
         return pieces, works
 

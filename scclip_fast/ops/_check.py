@@ -66,15 +66,15 @@ def tokens(name: str, tensor: Tensor) -> Tensor:
 def same_device(**tensors: Tensor) -> None:
     """Raises ValueError if the tensors lie on several devices."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"all tensors must be on one device, got {found}")
+        given = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {given}")
 
 
 def same_rank(**tensors: Tensor) -> None:
     """Raises ValueError if some tensors have a batch dimension and others none."""
     if len({tensor.dim() for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"either all tensors or none must have a batch dimension, got {found}")
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"either all tensors or none must have a batch dimension, got {given}")
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:

@@ -79,8 +79,8 @@ def check_search(
 ) -> tuple[Tensor, int, str]:
     """The checked arguments of a search: tokens (B, N, D), k, and the backend that runs it.
 
-    The torch path runs in place of Triton where k exceeds `MAX_NEIGHBORS`, unless the caller asked
-    for Triton by argument.
+    The torch path takes the place of Triton if k exceeds `MAX_NEIGHBORS`. If the argument `backend`
+    itself asks for Triton, this k raises ValueError.
     """
     tokens = _check.tokens(name, x).detach()
     k = _check.neighbor_count(k_name, k, tokens.shape[1])

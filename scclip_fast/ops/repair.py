@@ -72,8 +72,8 @@ def repair(
     _check.floating("tokens", tokens)
     batch = _check.batched("tokens", tokens, "B, N, D")  # N = 1 is allowed, as the grid confirms it
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True for outliers, got {found}")
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, True for outliers, got {given}")
     _check.shape("mask", mask, tuple(tokens.shape[:-1]), "(that of tokens without the last dim)")
     _check.same_device(tokens=tokens, mask=mask)
     _check.no_tangent("repair", batch)
