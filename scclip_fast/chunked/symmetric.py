@@ -30,7 +30,7 @@ from .distances import pair_distances, settle_last, squared_differences
 from .tiles import compute_dtype, spans
 
 ROWS = 128  # rows of a product within a tile of the diagonal; 64 are as fast
-#: Channels of one product. Products of more channels are sums of products, whose rounding grows with
+#: Channels of one product. More channels are summed over products, so that rounding grows with
 #: DEPTH + D / DEPTH instead of D: a sixth of the rows of Gaussian tokens stays open, not one half.
 DEPTH = 128
 FLOAT64_TOKENS = 3072  # above, measuring the candidates takes less time than products in float64
