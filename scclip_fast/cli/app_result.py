@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..calibration import find_outliers
 from ..clip import SCCLIP, SCCLIPConfig
-from ..outliers import find_outliers
 from ..segment import Segmenter
 from .lof_picture import pca_colours
 from .models import SWITCHES
