@@ -1,7 +1,4 @@
-"""The search among the tokens themselves on a CPU: each product of two tokens is made once.
-
-The matrix of products is symmetric, so that one triangle of it is computed and the other is copied.
-On one core that takes 1/1.2 (196 tokens of 768 channels) to 1/1.6 (2304) of the time of the whole.
+"""The search among the tokens themselves on a CPU, with each product of two tokens made once.
 
 Measuring a distance reads the features of two tokens, which takes longer than their product. So the
 first look measures as little as it can, and only rows that it leaves open have their candidates
@@ -17,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -27,9 +23,9 @@ from . import tiles
 from .candidates import centre, centred, list_sizes
 from .certificate import Found, error_bound, undecided
 from .distances import pair_distances, settle_last, squared_differences
+from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, spans
 
-ROWS = 128  # rows of a product within a tile of the diagonal; 64 are as fast
 #: Channels of one product. More channels are summed over products, so that rounding grows with
 #: DEPTH + D / DEPTH instead of D: a sixth of the rows of Gaussian tokens stays open, not one half.
 DEPTH = 128
@@ -61,10 +57,8 @@ def search_symmetric(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Fou
         measure_all: as for `nearest`.
     """
     batch, tokens, width = x.shape
-    step = max(1, tiles.WORKSPACE_BYTES // 8 // (tokens * max(tokens, width) * 4))
-    parts = [
-        _search_images(x[images], k, exact[images], measure_all) for images in spans(batch, step)
-    ]
+    steps = spans(batch, images_per_step(tokens, width))
+    parts = [_search_images(x[images], k, exact[images], measure_all) for images in steps]
     return parts[0] if len(parts) == 1 else Found(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -148,27 +142,24 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> tuple[Lists, bool]:
     y, squares = centred(tokens, middle)
     finite = bool((squares < torch.finfo(squares.dtype).max).all())
     batch, total, _ = y.shape
-    side = max(1, int((tiles.WORKSPACE_BYTES // 8 / y.itemsize) ** 0.5))
-    parts = list(spans(total, -(-total // -(-total // side))))  # of nearly equal sizes
-    workspace = y.new_empty(2 if len(parts) > 1 else 1, batch * parts[0].stop ** 2)
+    pairs = tile_pairs(total, y.dtype)
+    workspace = y.new_empty(1 if len(pairs) == 1 else 2, batch * pairs[0][0].stop ** 2)
     lists: dict[int, tuple[Tensor, Tensor]] = {}
-    pairs = list(combinations_with_replacement(parts, 2))
     for rows, columns in tiles.each_tile.get()(pairs):
         shape = batch, rows.stop - rows.start, columns.stop - columns.start
         tile = workspace[0, : math.prod(shape)].view(shape)
-        by_row, by_column = (squares[:, None, part] for part in (rows, columns))
-        if rows is columns:
-            _fill_symmetric(tile, y[:, rows])
-            torch.sub(by_column, tile, alpha=2, out=tile)
-            tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        else:
-            _product(y[:, rows], y[:, columns], tile)
+        y_rows = y[:, rows]
+        on_diagonal = rows == columns
+        gram(y_rows, y_rows if on_diagonal else y[:, columns], tile, DEPTH)
+        if not on_diagonal:
             flipped = workspace[1, : math.prod(shape)].view(batch, *shape[:0:-1])
-            torch.sub(by_row, tile.mT, alpha=2, out=flipped)
+            torch.sub(squares[:, None, rows], tile.mT, alpha=2, out=flipped)
             lists[columns.start] = _merged(lists.get(columns.start), flipped, rows.start, n)
-            torch.sub(by_column, tile, alpha=2, out=tile)
+        torch.sub(squares[:, None, columns], tile, alpha=2, out=tile)
+        if on_diagonal:
+            tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
         lists[rows.start] = _merged(lists.get(rows.start), tile, columns.start, n)
-    in_order = [lists[part.start] for part in parts]
+    in_order = [lists[start] for start in sorted(lists)]
     scores, indices = (torch.cat(some, dim=1) for some in zip(*in_order, strict=True))
     return Lists(scores, indices, squares.sqrt()), finite
 
@@ -187,21 +178,6 @@ def _merged(
     return values, indices
 
 
-def _fill_symmetric(out: Tensor, y: Tensor) -> None:
-    """Writes y y^T to out (b, N, N) by products of its upper triangle."""
-    for rows in spans(y.shape[1], ROWS):
-        _product(y[:, rows], y[:, rows.start :], out[:, rows, rows.start :])
-        if rows.stop < y.shape[1]:
-            out[:, rows.stop :, rows] = out[:, rows, rows.stop :].mT
-
-
 def _sum_length(width: int) -> int:
-    """The number of roundings in a product of `width` channels by `_product`."""
+    """The number of roundings in a product of `width` channels by `gram`."""
     return min(width, DEPTH) + (-(-width // DEPTH) - 1)
-
-
-def _product(rows: Tensor, columns: Tensor, out: Tensor) -> None:
-    """Writes the products of rows (b, r, D) and columns (b, c, D) to out (b, r, c)."""
-    for channels in spans(rows.shape[-1], DEPTH):
-        operands = rows[..., channels], columns[..., channels].mT
-        torch.baddbmm(out, *operands, beta=min(channels.start, 1), out=out)
