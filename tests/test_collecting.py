@@ -33,12 +33,14 @@ def collected(text):
     return {line.split("::")[0] for line in text.splitlines() if "::" in line}
 
 
+@pytest.mark.slow
 def test_benchmark_only_collects_the_benchmarks():
     text = output("--benchmark-only", "--collect-only", "-q")
     assert collected(text) == {f"bench/{path.name}" for path in ROOT.glob("bench/bench_*.py")}
     assert "[cpu-1x196x768-float32-scclip_fast torch]" in text and "[cuda" not in text
 
 
+@pytest.mark.slow
 def test_benchmark_runs_them(tmp_path):
     """The JSON file holds the commit and the versions that were measured."""
     path = tmp_path / "results.json"
