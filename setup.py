@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent
 # setuptools' plain editable install finds no folder elsewhere that lacks an __init__.py.
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
-SUBPACKAGES = ("cli", "clip", "evaluate", "kernels", "ops", "sam3", "scenes")
+SUBPACKAGES = ("app", "cli", "clip", "evaluate", "kernels", "ops", "plots", "sam3", "scenes")
 
 setup(
     name="scclip_fast",

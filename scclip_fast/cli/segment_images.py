@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..plots import fonts
+from ..plots import segmentation as overlay
 from ..scenes.draw import scene
 from ..segment import Segmenter
-from . import fonts, overlay, results
+from . import results
 from .common import CommandError, read_photo
 from .results import Job
 
