@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import open_clip
-import plain_clip
+import published_clip as plain_clip
 import pytest
 import torch
 import torch.nn.functional as F

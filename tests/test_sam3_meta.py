@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
-import plain_sam3
+import published_sam3 as plain_sam3
 import pytest
 import torch
 import torch.nn.functional as F
+from published_lof import lof_mask
 
 from scclip_fast.sam3 import calibrate
 from scclip_fast.sam3.config import STAGES
@@ -162,7 +163,7 @@ def test_mask_repair_on_the_tokens(model):
     (maps, _), (_, found) = seen
     repaired = []
     for tokens in maps[-1].flatten(2).mT:
-        _, mask = plain_sam3.outliers(tokens, 30, 0.05)
+        mask = lof_mask(tokens, 30, 0.05)
         repaired.append(plain_sam3.repaired(tokens, mask, GRID, GRID).T.view(-1, GRID, GRID))
     assert torch.allclose(found, decoder([*maps[:-1], torch.stack(repaired)]), **CLOSE)
     assert not torch.allclose(found, decoder(maps), **CLOSE)

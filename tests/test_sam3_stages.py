@@ -3,9 +3,10 @@
 from dataclasses import replace
 from itertools import product
 
-import plain_sam3
+import published_sam3 as plain_sam3
 import pytest
 import torch
+from published_lof import lof_mask
 from tiny_sam3 import GRID, LAYERS, NONE, QUERIES, SIDE, inputs, tiny_sam3
 
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
@@ -234,7 +235,7 @@ def test_mask_repair_on_the_tokens(model):
         model(**given)
     hook.remove()
     (maps, _), (_, found) = seen
-    _, mask = plain_sam3.outliers(maps[-1][0].flatten(1).T, 30, 0.05)
+    mask = lof_mask(maps[-1][0].flatten(1).T, 30, 0.05)
     repaired = plain_sam3.repaired(maps[-1][0].flatten(1).T, mask, GRID, GRID)
     coarsest = torch.stack([repaired.T.view(-1, GRID, GRID)])
     first = [m[:1] for m in maps[:-1]]
