@@ -1,4 +1,4 @@
-"""A plugin of pytest that decides which tests a run collects: benchmarks, and tests of a GPU."""
+"""A plugin of pytest that selects the collected tests: benchmarks, and tests that need a GPU."""
 
 import pytest
 import torch
@@ -10,37 +10,37 @@ def pytest_addoption(parser):
     parser.addoption(
         "--benchmark",
         action="store_true",
-        help="run the benchmarks, those of bench/ where no path is given, and no test",
+        help="run benchmarks and no test; without a path, all benchmarks of bench/",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config, args):
-    """Puts bench/ in the place of `testpaths`, whose conftest would turn the interpreter on."""
-    known = early_config.known_args_namespace
-    if known.benchmark:
+    """Replaces `testpaths` by bench/, as the conftest of tests/ would turn the interpreter on."""
+    options = early_config.known_args_namespace
+    if options.benchmark:
         args.append("--benchmark-only")
-    elif not getattr(known, "benchmark_only", False):
+    elif not getattr(options, "benchmark_only", False):
         return
-    if not known.file_or_dir and early_config.invocation_params.dir == early_config.rootpath:
+    if not options.file_or_dir and early_config.invocation_params.dir == early_config.rootpath:
         args.append("bench")
-        known.file_or_dir.append("bench")
+        options.file_or_dir.append("bench")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Comes after -k and -m, so that the count is of tests that were asked for."""
+    """Deselects tests that need a GPU, after -k and -m, so that the count is of selected tests."""
     if torch.cuda.is_available():
         return
-    needy = [item for item in items if item.get_closest_marker("gpu")]
-    if needy:
+    deselected = [item for item in items if item.get_closest_marker("gpu")]
+    if deselected:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=needy)
-        config.stash[DESELECTED] = len(needy)
+        config.hook.pytest_deselected(items=deselected)
+        config.stash[DESELECTED] = len(deselected)
 
 
 def pytest_sessionfinish(session):
-    """A worker of pytest-xdist tells the process that prints the summary."""
+    """Sends the count of a worker of pytest-xdist to the process that prints the summary."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["needs_gpu"] = session.config.stash.get(DESELECTED, 0)
 

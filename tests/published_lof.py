@@ -39,7 +39,12 @@ def lof(
     return torch.where(scores > threshold)[0], scores
 
 
-def lof_mask(x: Tensor, n_neighbors: int, contamination: float) -> Tensor:
+def lof_mask(
+    x: Tensor,
+    n_neighbors: int,
+    contamination: float,
+    squared_distances: Callable[[Tensor], Tensor] = explicit_distances,
+) -> Tensor:
     """Computes the mask (N,) of the outliers."""
-    indices, _ = lof(x, n_neighbors, contamination)
+    indices, _ = lof(x, n_neighbors, contamination, squared_distances)
     return torch.zeros(len(x), dtype=torch.bool, device=x.device).index_fill_(0, indices, True)

@@ -1,4 +1,4 @@
-"""The plugin `collecting`: commands that run the benchmarks, and tests of a GPU without one."""
+"""The plugin `collecting`: commands that run the benchmarks, and GPU tests without a GPU."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def output(*arguments, cwd=ROOT, expected=0):
-    """The output of `pytest` with the arguments, in a process without a GPU."""
+    """Runs `pytest` with the arguments in a process without a GPU; returns its output."""
     env = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -26,7 +26,7 @@ def output(*arguments, cwd=ROOT, expected=0):
 
 
 def collected(text):
-    """The files of the collected tests."""
+    """Returns the files of the collected tests."""
     return {line.split("::")[0] for line in text.splitlines() if "::" in line}
 
 
@@ -37,13 +37,16 @@ def test_benchmark_only_collects_the_benchmarks():
 
 
 def test_benchmark_runs_them(tmp_path):
-    """The JSON file names what was measured: the commit, the versions."""
+    """The JSON file has the commit and the versions that were measured."""
     path = tmp_path / "results.json"
     output("--benchmark", "-k", "test_repair and 1x196", f"--benchmark-json={path}")
-    found = json.loads(path.read_text())
-    providers = {entry["extra_info"]["provider"] for entry in found["benchmarks"]}
+    results = json.loads(path.read_text())
+    providers = {entry["extra_info"]["provider"] for entry in results["benchmarks"]}
     assert providers == {"scclip_fast torch", "published"}
-    assert found["commit_info"].keys() == {"id", "time", "dirty"} and found["machine_info"]["torch"]
+    assert (
+        results["commit_info"].keys() == {"id", "time", "dirty"}
+        and results["machine_info"]["torch"]
+    )
 
 
 def test_benchmark_leaves_paths_alone():
