@@ -24,8 +24,8 @@ def main(paths: list[str]) -> None:
     print("\n\n".join(filter(None, tables)))
 
 
-def table(results: dict | list) -> str:
-    """Returns the table of a result file; it is empty for files of other scripts."""
+def table(results: dict) -> str:
+    """Returns the table of a result file, or "" for a file of another script."""
     for key, write in WRITERS.items():
         if key in results:
             return write(results)
@@ -190,7 +190,8 @@ def ablation_table(results: dict) -> str:
     return "\n".join(lines)
 
 
-WRITERS = {"benchmarks": race_table, "results": target_table, "rows": ablation_table}
+# The key that only the results of one script have, and the table of these results.
+WRITERS = {"benchmarks": race_table, "results": target_table, "seeds": ablation_table}
 
 
 if __name__ == "__main__":
