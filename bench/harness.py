@@ -156,9 +156,9 @@ def race(
 
 def assert_close(out: Tensor, expected: Tensor) -> None:
     assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
-    limit = RELATIVE_ERROR[out.dtype]
+    tolerance = RELATIVE_ERROR[out.dtype]
     error = ((out.float() - expected.float()).norm() / expected.float().norm()).item()
-    assert error <= limit, f"relative error {error:.1e}, allowed {limit:.0e}"
+    assert error <= tolerance, f"relative error {error:.1e}, allowed {tolerance:.0e}"
 
 
 def assert_same_outliers(result: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
@@ -171,9 +171,9 @@ def assert_same_outliers(result: tuple[Tensor, Tensor], expected: tuple[Tensor, 
 
 def assert_same_neighbors(indices: Tensor, expected: Tensor, x: Tensor) -> None:
     """Asserts that the sets (B, N, k) are the same, but for tokens at tied distances."""
-    found, expected = indices.sort(dim=-1).values, expected.sort(dim=-1).values
-    assert found.shape == expected.shape and (found.diff(dim=-1) > 0).all()
-    image, row = (found != expected).any(dim=-1).nonzero(as_tuple=True)
+    indices, expected = indices.sort(dim=-1).values, expected.sort(dim=-1).values
+    assert indices.shape == expected.shape and (indices.diff(dim=-1) > 0).all()
+    image, row = (indices != expected).any(dim=-1).nonzero(as_tuple=True)
     centred = x.double() - x.double().mean(dim=1, keepdim=True)
     token = centred[image, row].unsqueeze(1)
 
@@ -181,8 +181,8 @@ def assert_same_neighbors(indices: Tensor, expected: Tensor, x: Tensor) -> None:
         others = centred[image.unsqueeze(1), neighbors[image, row]]
         return (others - token).square().sum(dim=-1).sort(dim=-1).values
 
-    off = (distances(found) - distances(expected)).abs() / token.square().sum(dim=-1)
-    assert (off <= TIE).all(), f"{len(row)} sets differ, a distance by {off.max().item():.1e}"
+    error = (distances(indices) - distances(expected)).abs() / token.square().sum(dim=-1)
+    assert (error <= TIE).all(), f"{len(row)} sets differ, a distance by {error.max().item():.1e}"
 
 
 def _free_bytes(device: str) -> int:

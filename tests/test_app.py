@@ -163,9 +163,9 @@ def test_upload_type_segment(page, tmp_path):
     large = photo.resize((672, 480), Image.Resampling.BICUBIC)
     labels = labels.repeat(3, axis=0).repeat(3, axis=1)
     expected = np.asarray(segmentation.draw(large, labels, segmenter.classes))
-    found = picture(page, "#segmentation")
-    assert found.shape == expected.shape
-    assert (found != expected).any(axis=2).mean() < 0.002  # pixels that nearly tie
+    shown = picture(page, "#segmentation")
+    assert shown.shape == expected.shape
+    assert (shown != expected).any(axis=2).mean() < 0.002  # pixels that nearly tie
 
 
 def test_sliders_and_stages_change_the_result(page):
@@ -219,6 +219,6 @@ def test_nothing_leaves_this_machine(page, server):
     urls = {request["request"]["url"] for request in sent}
     assert any(address.startswith(f"{url}assets/") for address in urls)
     assert not [u for u in urls if not u.startswith((url, "data:", "blob:"))]
-    own = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
+    this_machine = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
     connected = notes.read_text().split()
-    assert set(connected) <= {*own} and "127.0.0.1" in connected
+    assert set(connected) <= {*this_machine} and "127.0.0.1" in connected

@@ -115,7 +115,7 @@ def test_random_weights_are_announced(demo):
 
 
 def test_no_random_weights_unless_asked(run, tmp_path):
-    """As in the other commands, weights out of reach are an error, and a quick one."""
+    """Weights out of reach are an error within seconds, as in the other commands."""
     start = time.perf_counter()
     code, stdout, stderr = run(pretrained=TAG, out=tmp_path / "lof.png")
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)

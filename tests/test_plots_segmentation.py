@@ -139,11 +139,13 @@ def test_compare(sought):
 
 
 def test_shares_of_a_comparison(monkeypatch):
-    seen = []
-    monkeypatch.setattr(segmentation._Legend, "draw", lambda legend, *_: seen.extend(legend.shares))
+    shares = []
+    monkeypatch.setattr(
+        segmentation._Legend, "draw", lambda legend, *_: shares.extend(legend.shares)
+    )
     before, after = np.array([[0, 0, 1, 1]], np.uint8), np.array([[0, 2, 2, 2]], np.uint8)
     segmentation.compare(Image.new("RGB", (4, 1)), None, before, after, ["a", "b", "c", "d"])
-    assert seen == ["50.0 % → 25.0 %", "0.0 % → 75.0 %", "50.0 % → 0.0 %"]
+    assert shares == ["50.0 % → 25.0 %", "0.0 % → 75.0 %", "50.0 % → 0.0 %"]
 
 
 def test_large_photos_are_compared_smaller():

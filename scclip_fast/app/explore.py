@@ -132,10 +132,10 @@ class Explorer:
         """Returns scores and outliers (h, w) of the last photo, by the rule of SC-CLIP."""
         layers, grid = self._encoder.last
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
-        found = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
-        if found is None:
+        scores_and_mask = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
+        if scores_and_mask is None:
             return None, None
-        scores, mask = (each[0].unflatten(0, grid).cpu() for each in found)
+        scores, mask = (each[0].unflatten(0, grid).cpu() for each in scores_and_mask)
         return scores.float(), mask
 
 

@@ -68,9 +68,9 @@ def find(
     Raises:
         NotFiniteError: a patch token is not finite.
     """
-    stated = getattr(encoder.tower.visual, "preprocess_cfg", {})
+    preprocess_cfg = getattr(encoder.tower.visual, "preprocess_cfg", {})
     mean, std = normalisation(encoder, tokenizer)
-    preprocess = PreprocessCfg(**stated | {"size": size, "mean": mean, "std": std})
+    preprocess = PreprocessCfg(**preprocess_cfg | {"size": size, "mean": mean, "std": std})
     pixels = image_transform_v2(preprocess, is_train=False)(photo)
     tokens = patch_tokens(encoder, pixels.to(encoder.tower.device, encoder.tower.dtype))
     check_finite("patch tokens", tokens)
