@@ -16,8 +16,11 @@ if not torch.cuda.is_available():
 
     nearest.PROGRAMS = 8  # which the interpreter runs one after the other
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, where threads of one wait for those of another. The variable is for
+    # the processes that tests start.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 POISON = -77_777_777
 ROOT = Path(__file__).resolve().parents[1]

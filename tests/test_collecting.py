@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+pytest_plugins = ["pytester"]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,18 +60,22 @@ def test_benchmark_leaves_paths_alone():
     [((), 1, "3 tests"), (("-n1",), 1, "3 tests"), (("-k", "test_gpu"), 0, "1 test")],
     ids=["one process", "a worker", "some of them"],
 )
-def test_cases_of_a_gpu_are_deselected(tmp_path, arguments, passed, deselected):
-    cases = """
-import pytest
-@pytest.mark.parametrize("device", ["cpu", *(pytest.param(i, marks=pytest.mark.gpu) for i in "ab")])
-def test_both(device): assert device == "cpu"
-@pytest.mark.gpu
-def test_gpu(): assert False
-"""
-    (tmp_path / "test_cases.py").write_text(cases)
-    (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -pcollecting\nmarkers = gpu")
-    nothing = pytest.ExitCode.NO_TESTS_COLLECTED
-    text = output(*arguments, cwd=tmp_path, expected=0 if passed else nothing)
-    assert f"deselected {deselected}: there is no GPU\n" in text
+def test_cases_of_a_gpu_are_deselected(pytester, monkeypatch, arguments, passed, deselected):
+    pytester.makepyfile("""
+        import pytest
+        both = ["cpu", *(pytest.param(i, marks=pytest.mark.gpu) for i in "ab")]
+        @pytest.mark.parametrize("device", both)
+        def test_both(device): assert device == "cpu"
+        @pytest.mark.gpu
+        def test_gpu(): assert False
+        """)
+    pytester.makeini("[pytest]\naddopts = -pcollecting\nmarkers = gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for the worker, a process of its own
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    run = pytester.runpytest_inprocess(*arguments)
+    assert run.ret == (0 if passed else pytest.ExitCode.NO_TESTS_COLLECTED)
+    text = run.stdout.str()
+    assert f"deselected {deselected}: there is no GPU" in text
     assert f"{passed} passed" in text or not passed
     assert "skipped" not in text
