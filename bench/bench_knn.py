@@ -22,7 +22,7 @@ def cdist_topk(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matmul_topk(x: Tensor) -> tuple[Tensor, Tensor]:
-    """||x_i - x_j||^2 = ||x_i||^2 + ||x_j||^2 - 2 x_i x_j, whose first term ranks nothing."""
+    """Ranks by ||x_j||^2 - 2 x_i x_j, which is the squared distance less ||x_i||^2."""
     norms = x.square().sum(dim=-1)
     partial_distances = torch.baddbmm(norms.unsqueeze(1), x, x.mT, alpha=-2)
     partial_distances.diagonal(dim1=-2, dim2=-1).fill_(torch.inf)

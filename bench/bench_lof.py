@@ -20,7 +20,7 @@ PARAMETERS = {"n_neighbors": K, "contamination": CONTAMINATION}
 
 
 def published(x: Tensor) -> tuple[Tensor, Tensor]:
-    """SC-CLIP's function, which takes one image, on one image after the other."""
+    """Applies SC-CLIP's function, which takes one image, to one image after the other."""
     outliers, scores = zip(*(published_lof.lof(image, **PARAMETERS) for image in x), strict=True)
     return torch.cat(outliers), torch.stack(scores)
 
@@ -52,7 +52,7 @@ def compiled_lof(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def self_product(x: Tensor) -> Tensor:
-    """The one matrix product that all others contain, as a scale; it finds no outliers."""
+    """Computes the one matrix product that all others contain, as a scale; finds no outliers."""
     return x @ x.mT
 
 

@@ -77,7 +77,7 @@ def cases(
 
 @cache
 def tokens(device: str, shape: Shape, dtype: str, seed: int = 0) -> Tensor:
-    """Draws tokens as of an image: smooth regions and noise about a mean, a few tokens noisier."""
+    """Draws tokens like those of an image: smooth regions, noise, a mean, a few noisier tokens."""
     b, n, d = shape
     generator = torch.Generator().manual_seed(seed)
     side = math.isqrt(n)

@@ -38,7 +38,7 @@ def layer_outputs(visual, image: Tensor) -> tuple[list[Tensor], tuple[int, int]]
 
 
 def cosines(features: Tensor) -> Tensor:
-    """S (..., N, N) of features (..., N, D)."""
+    """Computes S (..., N, N) of features (..., N, D)."""
     unit = F.normalize(features, dim=-1)
     return torch.matmul(unit, unit.mT)
 
@@ -84,7 +84,7 @@ def content_weights(similarity: Tensor, gamma: float) -> Tensor:
 
 
 def blended(q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float) -> Tensor:
-    """Attention with the weights (1 - alpha) softmax(q kT / sqrt d) + alpha C, all (..., N, N)."""
+    """Attends with the weights (1 - alpha) softmax(q kT / sqrt d) + alpha C, all (..., N, N)."""
     weights = (1 - alpha) * softmax_scores(q, k) + alpha * content
     return torch.matmul(weights, v)
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def explicit_distances(x: Tensor) -> Tensor:
-    """Squared distances (N, N) from the differences (N, N, D) of all pairs, as published."""
+    """Computes squared distances (N, N) from all differences (N, N, D), as published."""
     return torch.norm(x[:, None] - x[None, :], dim=2, p=2) ** 2
 
 
 def product_distances(x: Tensor) -> Tensor:
-    """Squared distances (N, N) from a matrix product, where the differences do not fit in memory.
+    """Computes squared distances (N, N) by a matrix product, where the differences do not fit.
 
     ||x_i - x_j||^2 = ||x_i||^2 + ||x_j||^2 - 2 x_i x_j. The diagonal is -inf, so that rounding
     moves no token from the first place among its neighbours.
