@@ -12,8 +12,9 @@ from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, t
 from transformers import Sam3Model, Sam3Processor
 
 from scclip_fast import chunked
-from scclip_fast.cli import overlay, segment_sam3
+from scclip_fast.cli import segment_sam3
 from scclip_fast.cli.segment_sam3 import Sam3Segmenter, load
+from scclip_fast.plots import segmentation as overlay
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
 
