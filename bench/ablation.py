@@ -18,13 +18,13 @@ from report import FULL, ablation_table
 from tqdm import tqdm
 
 from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
+from scclip_fast.clip.config import STAGES
 from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, settings
 from scclip_fast.evaluate.metric import areas, bootstrap, iou
 from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
 from scclip_fast.segment import Segmenter
 
 BASELINES = {"CLIP": "clip", "MaskCLIP": "maskclip", "SCLIP": "sclip", "ClearCLIP": "clearclip"}
-STAGES = ("repair", "pre_aggregate", "content_attention", "post_aggregate", "multi_level")
 GROUPS = {
     "all": list(range(len(CLASSES))),
     "grounds": [i for i, name in enumerate(CLASSES) if name in GROUNDS],

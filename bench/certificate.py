@@ -81,7 +81,7 @@ def vit(n: int, d: int) -> Tensor:
     drawn = scene("benchmark", 0, (16 * side, 16 * side)).image
     pixels = torch.from_numpy(drawn).permute(2, 0, 1).float().div(255).sub(0.45).div(0.27)
     with torch.no_grad():
-        return encoder.tower.layers(pixels[None])[0][-2][0, 1:][:n]
+        return encoder.tower.block_outputs(pixels[None])[0][-2][0, 1:][:n]
 
 
 KINDS = (gaussian, clusters, image, massive_channels, flat_regions, giant_tokens, vit)

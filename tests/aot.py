@@ -48,8 +48,8 @@ TARGETS = {
 }
 # sm_90 compiles everything. The targets of OWN_TILES compile the kernels whose tiles a launcher
 # chooses by the target, and others only the launches that take the most shared memory and registers
-# of each kernel: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 has the tiles of sm_80,
-# and gfx942 mostly, in fewer stages.
+# of each kernel: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 those of sm_80, and
+# gfx942 mostly those of sm_80 in fewer stages.
 OWN_TILES = ("sm_80", "sm_86")
 TILED = ("attention", "bins", "product", "stream", "weights")
 LARGEST = (

@@ -1,4 +1,4 @@
-"""Calibrated features against a plain formulation, for every switch, size, method and precision."""
+"""SC-CLIP and its baselines equal the published algorithms at every switch, size and precision."""
 
 from dataclasses import replace
 from itertools import product
@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from open_clip.model import CLIP
 from tiny_clip import TEXT, images, randomise, tiny_clip
 
-from scclip_fast import outliers
+from scclip_fast import calibration
 from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig
+from scclip_fast.clip.config import STAGES
 
-EXACT = 1e-9  # float64, and unit vectors: whatever is larger is another formula
-SIZES = [(32, 32), (48, 48), (24, 56)]  # the model's own, larger, a rectangle
+EXACT = 1e-9  # features are float64 unit vectors: a larger difference is another formula
+SIZES = [(32, 32), (48, 48), (24, 56)]  # the training size, a larger one, a rectangle
 TOWERS = {
     "ViT-B": dict(quick_gelu=True),
     "ViT-L": dict(layers=24),
     "layer-scale": dict(ls_init_value=0.5),
     "CLIPA": dict(no_ln_pre=True, pool_type="avg", final_ln_after_pool=True),
 }
-SWITCHES = ("repair", "pre_aggregate", "content_attention", "post_aggregate", "multi_level")
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +38,10 @@ def model():
 
 
 def assert_plain(encoder, x, tolerance=EXACT):
-    """Every image of x is what the plain formulation gives for it alone."""
-    dense = encoder.encode_dense(x)
-    for found, image in zip(dense, x, strict=True):
+    """The features of every image of x equal the published ones of that image alone."""
+    for features, image in zip(encoder.encode_dense(x), x, strict=True):
         expected = plain_clip.encode_dense(encoder.model, image, encoder.config, encoder.method)
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        torch.testing.assert_close(features, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -54,7 +53,7 @@ def test_scclip_is_the_published_one(name, size):
 
 @pytest.mark.parametrize("on", list(product([False, True], repeat=5)), ids=str)
 def test_switches(model, on):
-    config = replace(SCCLIPConfig.for_depth(4), **dict(zip(SWITCHES, on, strict=True)))
+    config = replace(SCCLIPConfig.for_depth(4), **dict(zip(STAGES, on, strict=True)))
     assert_plain(SCCLIP(model, config), images(1, 28, 36).double())
 
 
@@ -80,9 +79,9 @@ def test_settings(model, changed):
 
 
 def test_float32_on_a_real_tower():
-    """ViT-B/16 at 224 pixels: about float32's rounding, relative to the features.
+    """The error of ViT-B/16 at 224 pixels is about float32's rounding, relative to the features.
 
-    With this seed no similarity is within 4e-6 of a threshold, so that rounding decides none.
+    With this seed no similarity is within 4e-6 of a threshold, so rounding decides no comparison.
     """
     settings = open_clip.get_model_config("ViT-B-16-quickgelu")
     torch.manual_seed(0)
@@ -125,7 +124,7 @@ def test_the_model_stays_as_it_was(model, method):
 def test_a_batch_is_its_images(model, method, size):
     encoder = SCCLIP(model, method=method)
     x = images(3, *size).double()
-    x[1] *= 3  # other statistics than its neighbours
+    x[1] *= 3  # other statistics than the other images
     alone = torch.cat([encoder.encode_dense(image[None]) for image in x])
     dense = encoder.encode_dense(x)
     assert dense.shape == (3, size[0] // 4, size[1] // 4, 24)
@@ -134,7 +133,7 @@ def test_a_batch_is_its_images(model, method, size):
 
 
 def test_few_tokens_in_a_batch(model):
-    """16 tokens, too few for 30 neighbours: rounding must not choose an outlier among them."""
+    """16 tokens are too few for 30 neighbours: rounding must not choose an outlier among them."""
     encoder = SCCLIP(model)
     x = images(16, 16, 16).double()
     alone = torch.cat([encoder.encode_dense(image[None]) for image in x])
@@ -144,14 +143,15 @@ def test_few_tokens_in_a_batch(model):
 @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (21, 28), (5, 8), (3, 1), (64, 6)], ids=str)
 def test_positions(model, grid):
     visual = model.visual
-    found = SCCLIP(model).tower.positions(grid)
+    positions = SCCLIP(model).tower.positions(grid)
     if grid == visual.grid_size:
-        assert torch.equal(found, visual.positional_embedding)
+        assert torch.equal(positions, visual.positional_embedding)
     else:
-        torch.testing.assert_close(found, plain_clip.embedding(visual, grid), rtol=0, atol=EXACT)
+        expected = plain_clip.embedding(visual, grid)
+        torch.testing.assert_close(positions, expected, rtol=0, atol=EXACT)
         resized = visual.positional_embedding[1:].unflatten(0, (8, 8)).permute(2, 0, 1)[None]
         antialiased = F.interpolate(resized, grid, mode="bicubic", antialias=True)
-        assert not torch.allclose(found[1:], antialiased[0].flatten(1).T, atol=1e-3)
+        assert not torch.allclose(positions[1:], antialiased[0].flatten(1).T, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -174,16 +174,16 @@ def test_short_precisions(name, dtype, monkeypatch):
         scores.append((tokens.dtype, original(tokens, n_neighbors).dtype))
         return original(tokens, n_neighbors)
 
-    original = outliers.lof_scores
-    monkeypatch.setattr(outliers, "lof_scores", lof_scores)
-    x = images(2, 40, 34)  # resized, and another grid than the model's
+    original = calibration.lof_scores
+    monkeypatch.setattr(calibration, "lof_scores", lof_scores)
+    x = images(2, 40, 34)  # resized, to a grid that differs from the model's
     expected = SCCLIP(tiny_clip(layers=4), method=name).encode_dense(x)
     scores.clear()
     dense = SCCLIP(tiny_clip(layers=4, dtype=dtype), method=name).encode_dense(x)
     assert dense.dtype == dtype and dense.shape == expected.shape
     assert scores == ([(dtype, torch.float32)] if name == "scclip" else [])
     cosine = F.cosine_similarity(dense.float(), expected, dim=-1)
-    # The median: an outlier or a threshold that rounding decides moves a few patches visibly.
+    # The median, because an outlier or threshold that rounding decides moves a few patches visibly.
     assert cosine.median() > (0.9999 if dtype == torch.float16 else 0.999)
 
 
@@ -208,7 +208,7 @@ def test_degenerate_images(method, x):
 
 
 def test_tokens_all_alike():
-    """Without positions, a constant image gives one token N times: no outlier, one feature."""
+    """A constant image has N equal tokens without positions: no outlier and one feature."""
     model = tiny_clip(layers=4)
     model.visual.positional_embedding.zero_()
     dense = SCCLIP(model).encode_dense(torch.full((1, 3, 32, 32), 0.3)).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Presets, what is refused, and open_clip's loader."""
+"""The presets, the settings and models that are refused, and open_clip's loader."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ CONFIG = dict(embed_dim=24, vision_cfg=VISION, text_cfg=TEXT)
 
 @pytest.fixture
 def offline(monkeypatch, tmp_path):
-    """The tiny model, known to open_clip with two tags; an empty cache, and no hub."""
+    """Registers the tiny model with two tags in open_clip, without hub and cache."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, MODEL, CONFIG)
     tags = {
         tag: open_clip.pretrained._pcfg(hf_hub="someone/tiny/", quick_gelu=quick)
@@ -34,7 +34,7 @@ def offline(monkeypatch, tmp_path):
 
 @pytest.fixture
 def cached(offline, tmp_path):
-    """The weights of both tags, in the hub's cache."""
+    """Stores the weights of both tags in the hub's cache."""
     weights = tiny_clip().state_dict()
     repository = tmp_path / "hub" / "models--someone--tiny"
     (repository / "refs").mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_presets_of_other_depths():
         for name in ("pre_adjust_idx", "post_adjust_idx"):  # in finished blocks
             wanted = (getattr(published, name) + 1) * layers / depth
             assert math.isclose(getattr(config, name) + 1, wanted, abs_tol=1)
-    assert SCCLIPConfig.for_depth(32).multi_end_idx == 25  # ViT-H: 19 of 24, of 32
+    assert SCCLIPConfig.for_depth(32).multi_end_idx == 25  # ViT-H; 19 of 24 blocks is 25 of 32
     with pytest.raises(ValueError, match="at least 2 blocks, got a tower of 1"):
         SCCLIPConfig.for_depth(1)
 
@@ -157,7 +157,7 @@ def assert_weights(encoder, weights):
 
 @pytest.mark.parametrize(("tag", "quick"), [("openai", True), ("laion", False)])
 def test_weights_bring_their_activation(cached, tag, quick):
-    """The name does not say QuickGELU; open_clip itself would only warn."""
+    """The model's name does not mention QuickGELU; open_clip itself would only warn."""
     encoder, tokenizer = create_model(MODEL, tag, method="sclip")
     blocks = encoder.model.visual.transformer.resblocks
     assert all(isinstance(block.mlp.gelu, QuickGELU) == quick for block in blocks)
@@ -228,7 +228,7 @@ def test_a_folder_that_is_not_there(tmp_path):
 
 
 def test_a_hub_out_of_reach(offline):
-    """Neither a long wait for retries nor a page of traceback: one line that says why."""
+    """The error is one line with the reason, without a long wait for retries."""
     with pytest.raises(RuntimeError, match=f"^cannot download {MODEL} openai: .+") as error:
         create_model(MODEL, "openai")
     assert "\n" not in str(error.value)

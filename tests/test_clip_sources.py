@@ -1,4 +1,4 @@
-"""Which library a model's name stands for, and transformers' CLIP by its name."""
+"""The library that a model's name stands for, and transformers' CLIP by its name."""
 
 import json
 import time
@@ -19,7 +19,7 @@ from scclip_fast.clip.sources import HUB_TIMEOUT, HubError, Source, find_source
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """A folder with a tiny CLIP of transformers, as a download holds it."""
+    """A folder with a tiny CLIP of transformers and its processor, as after a download."""
     folder = tmp_path_factory.mktemp("clip")
     copied(tiny_clip(layers=4, quick_gelu=True)).save_pretrained(folder)
     CLIPProcessor(CLIPImageProcessor(), their_tokenizer()).save_pretrained(folder)
@@ -28,7 +28,7 @@ def theirs(tmp_path_factory):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """The hub's cache, empty, and a hub where nobody listens."""
+    """The empty cache of the hub, whose address does not answer."""
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     url = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(hub, "HUGGINGFACE_CO_URL_TEMPLATE", url)
@@ -36,7 +36,7 @@ def cache(monkeypatch, tmp_path):
 
 
 def store(cache, name, files):
-    """Put files, by their names, into a repository of the cache."""
+    """Puts files into a repository of the cache; `files` maps names to contents."""
     repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("0" * 40)
@@ -67,7 +67,7 @@ def test_names_of_open_clip(cache, name, expected):
 @pytest.mark.parametrize("place", ["folder", "hub"])
 @pytest.mark.parametrize(
     ("model_type", "kind"),
-    [("clip", "transformers"), ("sam3", "sam3"), ("sam3_video", "sam3")],  # facebook/sam3's is last
+    [("clip", "transformers"), ("sam3", "sam3"), ("sam3_video", "sam3")],  # facebook/sam3: video
 )
 def test_kinds_by_their_config(cache, tmp_path, place, model_type, kind):
     config = json.dumps({"model_type": model_type}).encode()
@@ -121,7 +121,7 @@ def test_a_hub_out_of_reach(cache, name):
 
 @pytest.mark.parametrize("file", ["config.json", "open_clip_config.json"])
 def test_a_cached_config_without_its_weights(cache, file):
-    """transformers and open_clip would try to download them for minutes."""
+    """transformers and open_clip would retry the download for minutes without a check."""
     store(cache, "someone/model", {file: b'{"model_type": "clip"}'})
     start = time.perf_counter()
     name = "someone/model" if file == "config.json" else "hf-hub:someone/model"

@@ -1,4 +1,4 @@
-"""transformers' CLIP against open_clip's with the same weights, copied across."""
+"""transformers' CLIP equals open_clip's with the same weights."""
 
 import copy
 from dataclasses import replace
@@ -14,14 +14,14 @@ from torch import nn
 from transformers import CLIPConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from scclip_fast.clip import METHODS, SCCLIP, SCCLIPConfig
+from scclip_fast.clip.config import STAGES
 
-EXACT = 1e-9  # float64, and unit vectors: whatever is larger is another formula
+EXACT = 1e-9  # features are float64 unit vectors: a larger difference is another formula
 SIZES = [(32, 32), (48, 48), (24, 56), (33, 45), (1, 70)]  # the last two are resized
-SWITCHES = ("repair", "pre_aggregate", "content_attention", "post_aggregate", "multi_level")
 
 
-def assert_close(found, expected, tolerance=EXACT):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+def assert_close(actual, expected, tolerance=EXACT):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def no_grad():
 
 @pytest.fixture(scope="module")
 def source():
-    """open_clip's, 4 blocks, float64."""
+    """A CLIP of open_clip with 4 blocks, float64."""
     return tiny_clip(layers=4, quick_gelu=True).double()
 
 
@@ -51,7 +51,7 @@ def test_every_method_is_that_of_open_clip(source, model, method, size):
 
 @pytest.mark.parametrize("on", list(product([False, True], repeat=5)), ids=str)
 def test_switches(source, model, on):
-    config = replace(SCCLIPConfig.for_depth(4), **dict(zip(SWITCHES, on, strict=True)))
+    config = replace(SCCLIPConfig.for_depth(4), **dict(zip(STAGES, on, strict=True)))
     x = images(1, 28, 36).double()
     assert_close(SCCLIP(model, config)(x), SCCLIP(source, config)(x))
 
@@ -72,8 +72,7 @@ def test_float32(method):
     source = tiny_clip(layers=4, quick_gelu=True)
     x = images(2, 40, 34)
     expected = SCCLIP(source, method=method)(x)
-    found = SCCLIP(copied(source), method=method)(x)
-    assert_close(found, expected, 5e-6)
+    assert_close(SCCLIP(copied(source), method=method)(x), expected, 5e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,13 +84,13 @@ def test_short_precisions(dtype, method):
     dense = SCCLIP(copied(source).to(dtype), method=method)(x)
     assert dense.dtype == dtype and dense.shape == expected.shape
     cosine = F.cosine_similarity(dense.float(), expected, dim=-1)
-    # The median: an outlier or a threshold that rounding decides moves a few patches visibly.
+    # The median, because an outlier or threshold that rounding decides moves a few patches visibly.
     assert cosine.median() > (0.9999 if dtype == torch.float16 else 0.999)
 
 
 @pytest.mark.parametrize(
     ("attention", "tolerance"),
-    [("sdpa", EXACT), ("eager", 1e-6)],  # whose softmax is float32
+    [("sdpa", EXACT), ("eager", 1e-6)],  # the softmax of "eager" is float32
 )
 def test_plain_clip_is_transformers_own(source, attention, tolerance):
     model = copied(source)
@@ -105,7 +104,7 @@ def test_plain_clip_is_transformers_own(source, attention, tolerance):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_vision_models_alone(model, method):
-    """Without the projection, features are those that it would have projected."""
+    """Features of a model without the projection are those that the projection would take."""
     x = images(2, 24, 40).double()
     expected = SCCLIP(model, method=method)(x)
     projected = alone(model, CLIPVisionModelWithProjection)
@@ -136,7 +135,7 @@ def test_weights_are_those_of_the_moment(source, model):
 
 
 class Adapted(nn.Linear):
-    """As adapters do it: a layer in the place of the model's, with something added."""
+    """A layer that adds something to the output of the model's layer, as adapters do."""
 
     def forward(self, x):
         return super().forward(x) + x
@@ -167,7 +166,7 @@ def test_compile_and_export():
 
 
 def others():
-    """Models of transformers that are no CLIP, or lack its vision transformer."""
+    """Models of transformers that are no CLIP or lack its vision transformer."""
     small = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2)
     small |= dict(image_size=8, patch_size=4)
     yield transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**small))

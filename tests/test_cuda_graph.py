@@ -37,7 +37,7 @@ print(torch.equal(out, expected))
 
 @on_gpu
 def test_first_call_in_a_capture_is_refused():
-    """In a process of its own, which has loaded no kernel; the next capture works."""
+    """A capture fails in a new process, where no kernel is loaded; after a call it works."""
     done = subprocess.run(
         [sys.executable, "-c", FIRST_CALL], env=os.environ, capture_output=True, text=True
     )
@@ -47,7 +47,7 @@ def test_first_call_in_a_capture_is_refused():
 
 
 class Kernel:
-    """Of Triton's jit functions, what `Launch.run` calls."""
+    """Stands in for a jit function of Triton in `Launch.run`."""
 
     def __init__(self, module):
         self.__name__ = "_kernel"
@@ -78,18 +78,18 @@ def test_only_what_is_loaded_is_captured(capturing, module, monkeypatch):
 
 
 def replayed(call, first, second):
-    """What a graph of `call`, captured with one input, gives for another."""
-    held = first.clone()
+    """Output of a graph of `call` for the input `second`, when it was captured with `first`."""
+    static = first.clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles
-            call(held)
+            call(static)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call(held)
-    held.copy_(second)
+        out = call(static)
+    static.copy_(second)
     graph.replay()
     return out
 

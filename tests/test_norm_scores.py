@@ -7,7 +7,7 @@ from cases import DTYPES, RUNS
 from tolerance import relative_error
 
 import scclip_fast as sf
-from scclip_fast.outliers import SCORES, find_outliers
+from scclip_fast.calibration import SCORES, find_outliers
 
 
 def numpy_scores(x):

@@ -1,4 +1,4 @@
-"""Text that a model cannot take as it is meant: an error, and what the tokenizers promise."""
+"""Prompts and names that a model cannot encode as meant are errors; so are other tokenizers."""
 
 import open_clip
 import pytest
@@ -10,11 +10,11 @@ from transformers import CLIPImageProcessor, CLIPProcessor
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
 
-LONG = 74 * "very "  # with "dog", the start and the end 77 tokens
+LONG = 74 * "very "  # 77 tokens together with "dog", the start and the end
 
 
 def with_context(length):
-    """A tiny CLIP with a context of that many tokens."""
+    """A tiny CLIP whose context has that many tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.CLIP(24, VISION | dict(layers=3), TEXT | dict(context_length=length))
@@ -33,7 +33,7 @@ def theirs():
 
 @pytest.fixture(params=["ours", "theirs", "processor"])
 def make(request, ours, theirs):
-    """Segmenter of either library's model and tokenizer."""
+    """Makes a Segmenter of a model and a tokenizer of either library."""
     words = {
         "ours": tokenizer,
         "theirs": their_tokenizer,
@@ -48,7 +48,7 @@ def make(request, ours, theirs):
 
 
 def test_the_longest_prompt(make):
-    """77 tokens fit; with one more, the last word was lost, and such names were equal."""
+    """77 tokens fit. With one more, the last word would be cut and such names would be equal."""
     assert not torch.equal(*make([f"{LONG}dog", f"{LONG}cat"]).text_features)
     with pytest.raises(ValueError, match=r"'very very .*…' is longer than the 77 tokens of"):
         make(["dog", f"{LONG}very dog"])
@@ -58,12 +58,12 @@ def test_the_longest_prompt(make):
 
 @pytest.mark.parametrize("length", [16, 100])
 def test_a_tokenizer_for_another_context(length):
-    """open_clip's take any length; the model's decides."""
+    """open_clip's tokenizers take any length; the model's context length decides."""
     encoder = with_context(length)
-    found = Segmenter(encoder, tokenizer(), ["dog", "cat"], templates=["a {}."]).text_features
+    features = Segmenter(encoder, tokenizer(), ["dog", "cat"], templates=["a {}."]).text_features
     words = open_clip.SimpleTokenizer(context_length=length)
     expected = encoder.model.encode_text(words(["a dog.", "a cat."]), normalize=True)
-    torch.testing.assert_close(found, expected.detach())
+    torch.testing.assert_close(features, expected.detach())
     name = (length - 2) * "very "
     with pytest.raises(ValueError, match=f"longer than the {length} tokens of the model's context"):
         Segmenter(encoder, tokenizer(), [f"{name}dog"], templates=["{}"])
@@ -92,7 +92,7 @@ def test_tokenizers_with_more_words_than_the_model():
 
 
 def test_names_that_the_tokenizer_cannot_tell_apart(make):
-    """The spaces between words are lost; twelve names take two batches of prompts."""
+    """Tokenizers drop spaces between words. Twelve names take two batches of prompts."""
     between = ["a longer name", *(f"number {index}" for index in range(9))]
     with pytest.raises(ValueError, match="'old man' and 'old  man' have the same tokens"):
         make(["old man", *between, "old  man"], ["{}", "a {}."])
@@ -120,7 +120,7 @@ def test_templates_that_are_refused(ours, templates, message):
 
 
 def test_shared_names(ours):
-    """The published list of COCO-Object has "bed" in the background too."""
+    """The published list of COCO-Object has "bed" as a class and as a name of the background."""
     classes = ["background, bed", "person", "bed"]
     with pytest.raises(ValueError, match="got bed more than once"):
         Segmenter(ours, tokenizer(), classes, templates=["{}"])

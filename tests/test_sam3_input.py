@@ -1,4 +1,4 @@
-"""Settings and input that the SAM3 calibration refuses, and its presets."""
+"""The presets of the SAM3 calibration, and the settings, models and input that it refuses."""
 
 from dataclasses import replace
 
@@ -81,7 +81,7 @@ def test_bad_models(model):
 
 
 def test_forwards_that_a_class_cannot_replace(model):
-    """As a library's hooks leave them, and a subclass of the user's."""
+    """A user's subclass is refused, and so is a module with a forward that a library's hook set."""
 
     class Mine(Sam3Model):
         pass
@@ -91,8 +91,8 @@ def test_forwards_that_a_class_cannot_replace(model):
         calibrate(model)
     model.__class__ = Sam3Model
     last = model.vision_encoder.backbone.layers[-1]
-    hidden = last.forward
-    last.forward = lambda *args, **kwargs: hidden(*args, **kwargs)
+    original = last.forward
+    last.forward = lambda *args, **kwargs: original(*args, **kwargs)
     with pytest.raises(ValueError, match=r"Sam3ViTLayer has a forward that hides .* accelerate"):
         calibrate(model)
     assert type(model) is Sam3Model

@@ -1,4 +1,4 @@
-"""Every stage of the calibration in the SAM3 of Meta's package, against plain code."""
+"""Every stage of the calibration in the SAM3 of Meta's package equals plain code."""
 
 from dataclasses import replace
 from functools import partial
@@ -25,11 +25,11 @@ def model():
 
 
 def recorded(modules):
-    """Lists that the outputs of the modules are added to, and the hooks."""
-    seen = [[] for _ in modules]
-    return seen, [
+    """Lists to which hooks append the outputs of the modules, and the hooks."""
+    outputs = [[] for _ in modules]
+    return outputs, [
         module.register_forward_hook(lambda _, args, out, to=to: to.append(out))
-        for module, to in zip(modules, seen, strict=True)
+        for module, to in zip(modules, outputs, strict=True)
     ]
 
 
@@ -41,7 +41,7 @@ def test_trunk(model, batch, stages):
     images, grid = pixels(batch), (GRID, GRID)
     neck = model.backbone.vision_backbone
     blocks = neck.trunk.blocks
-    seen, hooks = recorded(blocks[:-1])
+    block_outputs, hooks = recorded(blocks[:-1])
     frozen = model.backbone.forward_image(images)
     for hook in hooks:
         hook.remove()
@@ -50,7 +50,9 @@ def test_trunk(model, batch, stages):
         return plain_sam3.last_block(blocks[-1], tokens, grid, content, config)
 
     plain = [
-        plain_sam3.calibrated([out[i].flatten(0, 1) for (out,) in seen], last, grid, config)
+        plain_sam3.calibrated(
+            [out[i].flatten(0, 1) for (out,) in block_outputs], last, grid, config
+        )
         for i in range(batch)
     ]
     expected = torch.stack([tokens for tokens, _ in plain])
@@ -58,13 +60,13 @@ def test_trunk(model, batch, stages):
     with calibrate(model, config):
         out = model.backbone.forward_image(images)
     assert torch.allclose(out["calibrated_features"], expected, **CLOSE)
-    # What the detector reads, and the tracker and the interactive predictor.
-    for convs, found, before in (
+    # The features of the detector, and those of the tracker and the interactive predictor.
+    for convs, after, before in (
         (neck.convs, out, frozen),
         (neck.sam2_convs, out["sam2_backbone_out"], frozen["sam2_backbone_out"]),
     ):
-        assert torch.allclose(found["backbone_fpn"][2], convs[2](map_), **CLOSE)
-        assert not torch.allclose(found["backbone_fpn"][2], before["backbone_fpn"][2], **CLOSE)
+        assert torch.allclose(after["backbone_fpn"][2], convs[2](map_), **CLOSE)
+        assert not torch.allclose(after["backbone_fpn"][2], before["backbone_fpn"][2], **CLOSE)
     if config.trunk_repair:
         mask = torch.stack([mask for _, mask in plain]).view(batch, GRID, GRID)
         assert torch.equal(out["outlier_mask"], mask) and mask.any()
@@ -77,14 +79,14 @@ def test_trunk(model, batch, stages):
 @pytest.mark.parametrize("layers", [(-1,), (0, 2)])
 @torch.no_grad()
 def test_queries(model, batch, layers):
-    """The presence token never takes part."""
+    """Object queries are calibrated, and the presence token stays as it is."""
     config = replace(NONE, decoder_calibration=True, decoder_layers=layers, similarity_beta=0.1)
     images = pixels(batch)
-    (seen,), _ = recorded([model.transformer.decoder.layers[layers[0]]])
+    (outputs,), _ = recorded([model.transformer.decoder.layers[layers[0]]])
     frozen = ground(model, images)
     with calibrate(model, config):
         out = ground(model, images)
-    (before, presence), (after, same) = seen
+    (before, presence), (after, same) = outputs
     hidden = torch.cat([presence, before]).transpose(0, 1)
     expected = torch.stack([plain_sam3.queries(image, config) for image in hidden])[:, 1:]
     assert torch.allclose(after.transpose(0, 1), expected, **CLOSE)
@@ -98,17 +100,17 @@ def test_queries(model, batch, layers):
 @torch.no_grad()
 def test_cross_attention(model, batch):
     config = replace(NONE, cross_attention=True, similarity_beta=0.1, residual_weight=0.4)
-    images, seen = pixels(batch), []
+    images, calls = pixels(batch), []
     frozen = ground(model, images)
     attentions = [layer.cross_attn_image for layer in model.transformer.encoder.layers]
     for attention in attentions:
         attention.register_forward_hook(
-            lambda _, __, given, out: seen.append((given, out[0])), with_kwargs=True
+            lambda _, __, given, out: calls.append((given, out[0])), with_kwargs=True
         )
     with calibrate(model, config):
         out = ground(model, images)
-    assert len(seen) == len(attentions) == 2
-    for attention, (given, attended) in zip(attentions, seen, strict=True):
+    assert len(calls) == len(attentions) == 2
+    for attention, (given, attended) in zip(attentions, calls, strict=True):
         inner = [
             partial(F.linear, weight=weight, bias=bias)
             for weight, bias in zip(
@@ -132,11 +134,11 @@ def test_cross_attention(model, batch):
 def test_mask_head(model, batch, stages):
     config = replace(NONE, similarity_beta=0.05, **dict.fromkeys(stages, True))
     images, head = pixels(batch), model.segmentation_head
-    seen, hooks = recorded([head.mask_predictor.mask_embed, head.instance_seg_head])
+    outputs, hooks = recorded([head.mask_predictor.mask_embed, head.instance_seg_head])
     frozen = ground(model, images)
     for hook in hooks:
         hook.remove()
-    (queries,), (features,) = seen
+    (queries,), (features,) = outputs
     with calibrate(model, config):
         out = ground(model, images)
     expected = [plain_sam3.masks(q, p, config) for q, p in zip(queries, features, strict=True)]
@@ -152,21 +154,21 @@ def test_mask_repair_on_the_tokens(model):
     on = dict(mask_repair=True, mask_threshold=True, similarity_beta=0.05)
     config, images = replace(NONE, mask_grid="tokens", **on), pixels(2)
     head = model.segmentation_head
-    decoder, seen = head.pixel_decoder, []
-    hook = decoder.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+    decoder, calls = head.pixel_decoder, []
+    hook = decoder.register_forward_hook(lambda _, args, out: calls.append((args[0], out)))
     ground(model, images)
     (queries, features), hooks = recorded([head.mask_predictor.mask_embed, head.instance_seg_head])
     with calibrate(model, config):
         out = ground(model, images)
     for each in (hook, *hooks):
         each.remove()
-    (maps, _), (_, found) = seen
+    (maps, _), (_, decoded) = calls
     repaired = []
     for tokens in maps[-1].flatten(2).mT:
         mask = lof_mask(tokens, 30, 0.05)
         repaired.append(plain_sam3.repaired(tokens, mask, GRID, GRID).T.view(-1, GRID, GRID))
-    assert torch.allclose(found, decoder([*maps[:-1], torch.stack(repaired)]), **CLOSE)
-    assert not torch.allclose(found, decoder(maps), **CLOSE)
+    assert torch.allclose(decoded, decoder([*maps[:-1], torch.stack(repaired)]), **CLOSE)
+    assert not torch.allclose(decoded, decoder(maps), **CLOSE)
     pairs = zip(queries[0], features[0], strict=True)
     expected = torch.stack([plain_sam3.masks(q, p, config) for q, p in pairs])
     assert torch.allclose(out["pred_masks"], expected, **CLOSE)

@@ -1,4 +1,4 @@
-"""Installing the calibration in the SAM3 of Meta's package, living with it, and taking it out."""
+"""Installing, using and removing the calibration in the SAM3 of Meta's package."""
 
 import copy
 import subprocess
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from scclip_fast.sam3 import calibrate, to_seed_dict
+from scclip_fast.sam3.state import ForwardState
 
 pytest.importorskip("sam3", reason="Meta's sam3 is not installed; CONTRIBUTING.md says how")
 
@@ -49,7 +50,7 @@ def test_removal_restores_the_model(model, batch):
         handle = calibrate(model, ALL)
         assert isinstance(model, Sam3Image) and list(model.state_dict()) == list(state)
         assert not equal(ground(model, images), frozen)
-        assert not model.scclip.features and not model.scclip.found
+        assert model.scclip == ForwardState(ALL)
         handle.remove()
         handle.remove()
         assert [type(module) for module in model.modules()] == kinds
@@ -60,20 +61,21 @@ def test_removal_restores_the_model(model, batch):
 
 @torch.no_grad()
 def test_images_are_found_once(model):
-    """Prompts of one image see the same features, which are calibrated batched as one by one."""
+    """Prompts of one image share its features, which do not depend on the batch."""
     images = pixels(2)
     with calibrate(model, ALL):
-        found = model.backbone.forward_image(images)
-        out, again = prompt(model, found, 2), prompt(model, found, 2)
+        encoded = model.backbone.forward_image(images)
+        out, again = prompt(model, encoded, 2), prompt(model, encoded, 2)
         single = model.backbone.forward_image(images[1:])
-    assert equal(out, again) and torch.equal(out["outlier_mask"], found["outlier_mask"])
-    assert torch.equal(found["outlier_mask"][1:], single["outlier_mask"])
-    close = torch.allclose(found["calibrated_features"][1:], single["calibrated_features"], **CLOSE)
-    assert close and out["calibrated_features"] is found["calibrated_features"]
+    assert equal(out, again) and torch.equal(out["outlier_mask"], encoded["outlier_mask"])
+    assert torch.equal(encoded["outlier_mask"][1:], single["outlier_mask"])
+    features = encoded["calibrated_features"]
+    assert torch.allclose(features[1:], single["calibrated_features"], **CLOSE)
+    assert out["calibrated_features"] is features
 
 
 def test_processor(model):
-    """The package's own door, in inference mode."""
+    """The package's own processor, which runs in inference mode."""
     processor = Sam3Processor(model, SIDE, device="cpu", confidence_threshold=0.0)
     image = torch.randint(256, (3, 48, 80), dtype=torch.uint8)
 
@@ -84,9 +86,10 @@ def test_processor(model):
 
     frozen, _ = masks()
     with calibrate(model):
-        found, outliers = masks()
-    assert found.shape == frozen.shape == (QUERIES, 1, 48, 80) and found.isfinite().all()
-    assert not torch.equal(found, frozen) and outliers.shape == (1, GRID, GRID)
+        calibrated, outliers = masks()
+    assert calibrated.shape == frozen.shape == (QUERIES, 1, 48, 80)
+    assert calibrated.isfinite().all() and not torch.equal(calibrated, frozen)
+    assert outliers.shape == (1, GRID, GRID)
 
 
 @torch.no_grad()
@@ -99,16 +102,16 @@ def test_inference_mode_autocast_and_double(model):
         expected = single["calibrated_features"]
         with torch.autocast("cpu", torch.bfloat16):
             out = ground(model, images)
-        found = model.double().backbone.forward_image(images.double())["calibrated_features"]
+        double = model.double().backbone.forward_image(images.double())["calibrated_features"]
     assert out["pred_masks"].isfinite().all()
     assert (out["calibrated_features"].float() - expected).norm() < 0.05 * expected.norm()
-    assert torch.allclose(found.float(), expected, atol=1e-4)
+    assert torch.allclose(double.float(), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("before", [True, False])
 @torch.no_grad()
 def test_compile(model, before):
-    """The trunk in one graph, compiled before as the package does it, or after installing."""
+    """The trunk compiles to one graph, before installing, as the package does it, or after."""
     trunk, images = model.backbone.vision_backbone.trunk, pixels(1)
     how = dict(backend="aot_eager", fullgraph=True)
     frozen = trunk(images)[0]
@@ -133,12 +136,12 @@ def test_nothing_is_held_after_an_error(model):
 
     trunk = model.backbone.vision_backbone.trunk
     with calibrate(model, ALL):
-        for part in (trunk.blocks[-2], trunk):
-            hook = part.register_forward_hook(fail)
+        for module in (trunk.blocks[-2], trunk):
+            hook = module.register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="mine"):
                 model.backbone.forward_image(pixels(1))
             hook.remove()
-            assert not model.scclip.features and not model.scclip.found
+            assert model.scclip == ForwardState(ALL)
 
 
 @torch.no_grad()
@@ -148,11 +151,11 @@ def test_seed_dictionary(model):
         to_seed_dict(ground(model, images))
     with calibrate(model):
         out = ground(model, images)
-    found = to_seed_dict(out)
-    image, token = found.pop("outlier_indices").unbind(dim=1)
+    seed = to_seed_dict(out)
+    image, token = seed.pop("outlier_indices").unbind(dim=1)
     assert out["outlier_mask"].flatten(1)[image, token].all()
     assert len(image) == out["outlier_mask"].sum() > 0
-    assert {name: tuple(value.shape) for name, value in found.items()} == dict(
+    assert {name: tuple(value.shape) for name, value in seed.items()} == dict(
         pred_logits=(3, 2, QUERIES, WIDTH),
         pred_boxes=(3, 2, QUERIES, 4),
         pred_masks=(2, QUERIES, 32, 32),
@@ -160,7 +163,7 @@ def test_seed_dictionary(model):
         presence_logit=(2, 1),
         calibrated_features=(2, GRID * GRID, WIDTH),
     )
-    assert 0 <= found["pred_boxes"].min() and found["pred_boxes"].max() <= 1
+    assert 0 <= seed["pred_boxes"].min() and seed["pred_boxes"].max() <= 1
 
 
 def windowed(model):
@@ -224,12 +227,12 @@ def test_refused_later(model):
             calibrate(model)
         with pytest.raises(ValueError, match="samples must be finite"):
             model.backbone.forward_image(images * torch.nan)
-        found = model.backbone.forward_image(images)
+        encoded = model.backbone.forward_image(images)
         model.train()
         with pytest.raises(ValueError, match="must be in evaluation mode, got one in training"):
             model.backbone.forward_image(images)
         with pytest.raises(ValueError, match="must be in evaluation mode, got one in training"):
-            prompt(model, found, 1)
+            prompt(model, encoded, 1)
 
 
 def test_transformers_is_not_needed():

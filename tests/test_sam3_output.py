@@ -1,4 +1,4 @@
-"""What a calibrated SAM3 gives: transformers' own outputs and more, and nothing that stays."""
+"""Outputs of a calibrated SAM3: transformers' own with more fields, and no tensor that is kept."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.models.sam3.modeling_sam3 import Sam3ImageSegmentationOutput
 
 from scclip_fast.sam3 import calibrate, to_seed_dict
+from scclip_fast.sam3.state import ForwardState
 
 
 @pytest.fixture
@@ -54,8 +55,9 @@ def test_every_call_with_all_stages_off(model):
     for before, after in zip(frozen, off, strict=True):
         if not isinstance(before, tuple):
             assert isinstance(after, type(before))
-            before, after = (  # in the order of transformers' fields, without ours
-                {name: getattr(out, name) for name in before} for out in (before, after)
+            names = list(before)  # transformers' fields in their order, without added ones
+            before, after = (
+                {name: getattr(out, name) for name in names} for out in (before, after)
             )
         first, second = tree_flatten(before)[0], tree_flatten(after)[0]
         assert len(first) == len(second) > 4 and all(map(torch.equal, first, second))
@@ -67,8 +69,8 @@ def test_seed_dictionary(model):
     with pytest.raises(TypeError, match="output must be that of a calibrated Sam3Model"):
         to_seed_dict(model(**given))
     with calibrate(model):
-        found = to_seed_dict(model(**given))
-    assert {k: tuple(v.shape) for k, v in found.items() if k != "outlier_indices"} == dict(
+        seed = to_seed_dict(model(**given))
+    assert {k: tuple(v.shape) for k, v in seed.items() if k != "outlier_indices"} == dict(
         pred_logits=(3, 2, QUERIES, 32),
         pred_boxes=(3, 2, QUERIES, 4),
         pred_masks=(2, QUERIES, 32, 32),
@@ -76,14 +78,14 @@ def test_seed_dictionary(model):
         presence_logit=(2, 1),
         calibrated_features=(2, GRID * GRID, 32),
     )
-    assert found["outlier_indices"].shape[1] == 2
+    assert seed["outlier_indices"].shape[1] == 2
 
 
 @torch.no_grad()
 def test_nothing_is_held_after_a_forward_pass(model):
     with calibrate(model, ALL):
         model(**inputs(1))
-        assert not model.scclip.features and not model.scclip.found
+        assert model.scclip == ForwardState(ALL)
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def test_nothing_is_held_after_an_error(model):
     with calibrate(model, ALL):
         with pytest.raises(RuntimeError, match="mine"):
             model(**inputs(1))
-        assert not model.scclip.features and not model.scclip.found
+        assert model.scclip == ForwardState(ALL)
     hook.remove()
 
 
@@ -109,18 +111,18 @@ def test_nothing_is_held_after_an_error_of_the_vision_encoder_alone(model):
         raise RuntimeError("mine")
 
     with calibrate(model, ALL):
-        for part in (encoder.backbone.layers[-2], encoder.neck):
-            hook = part.register_forward_hook(fail)
+        for module in (encoder.backbone.layers[-2], encoder.neck):
+            hook = module.register_forward_hook(fail)
             with pytest.raises(RuntimeError, match="mine"):
                 encoder(given)
             hook.remove()
-            assert not model.scclip.features and not model.scclip.found
+            assert model.scclip == ForwardState(ALL)
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 @torch.no_grad()
 def test_recorded_outputs(name):
-    """What transformers records is what it recorded before, in every field."""
+    """Hidden states and attentions that transformers records equal those of the frozen model."""
     model, given = tiny_sam3("eager"), {**inputs(1), name: True}
     frozen = model(**given)
     with calibrate(model, NONE):
@@ -135,7 +137,7 @@ def test_recorded_outputs(name):
 
 @torch.no_grad()
 def test_recording_leaves_nothing_behind(model):
-    """transformers 5.0 binds a recorded module's forward to it, which a new class would not get."""
+    """transformers 5.0 leaves a forward on a recorded module, which would hide a new class's."""
     given = inputs(1)
     frozen = model(**given)
     with calibrate(model, ALL):
@@ -149,7 +151,7 @@ def test_recording_leaves_nothing_behind(model):
 
 
 def test_gradients(model):
-    """Of the pixels: the frozen model's with every stage off, finite and others with all on."""
+    """Gradients of the pixels are the frozen model's with every stage off, finite with all on."""
     given = inputs(2)
     pixels = given["pixel_values"].requires_grad_()
 

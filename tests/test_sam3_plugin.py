@@ -1,4 +1,4 @@
-"""Installing the SAM3 calibration, living with it, and taking it out."""
+"""Installing, using and removing the calibration of transformers' SAM3."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def test_context_manager_removes_after_an_error(model):
 
 @torch.no_grad()
 def test_vision_embeds_are_calibrated_once(model):
-    """Several prompts for one image; what was found comes with each."""
+    """Several prompts share one image; the output of each has the results of its trunk."""
     given = inputs(1)
     pixels = given.pop("pixel_values")
     calls = []
@@ -88,7 +88,7 @@ def test_batches_are_independent(model):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @torch.no_grad()
 def test_attention_implementations_and_the_text_mask(attention):
-    """Padding is not read: other tokens there change nothing."""
+    """Padding is not read: other tokens in its place change nothing."""
     model, given = tiny_sam3(attention), inputs(2)
     other = {**given, "input_ids": given["input_ids"].clone()}
     other["input_ids"][:, -2:] = 50
@@ -133,8 +133,8 @@ def test_moved_after_installing(model):
         given["pixel_values"] = given["pixel_values"].double()
         double = model(**given)
         assert double.calibrated_features.dtype == torch.float64
-        found = double.calibrated_features.float()
-        assert torch.allclose(found, single.calibrated_features, atol=1e-4)
+        features = double.calibrated_features.float()
+        assert torch.allclose(features, single.calibrated_features, atol=1e-4)
         model.to(torch.bfloat16)
         given["pixel_values"] = given["pixel_values"].bfloat16()
         assert model(**given).pred_masks.isfinite().all()
@@ -146,11 +146,11 @@ def test_copies_and_checkpoints(model, tmp_path):
     frozen = model(**given)
     with calibrate(model, ALL):
         calibrated = model(**given)
-        twin = copy.deepcopy(model)
-        reborn = pickle.loads(pickle.dumps(model))
+        copied = copy.deepcopy(model)
+        unpickled = pickle.loads(pickle.dumps(model))
         model.save_pretrained(tmp_path)
     assert same(model(**given), frozen)
-    assert same(twin(**given), calibrated) and same(reborn(**given), calibrated)
+    assert same(copied(**given), calibrated) and same(unpickled(**given), calibrated)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Sam3Model"]
     loaded = Sam3Model.from_pretrained(tmp_path).eval()
     assert same(loaded(**given), frozen, atol=1e-5)
@@ -159,7 +159,7 @@ def test_copies_and_checkpoints(model, tmp_path):
 @pytest.mark.parametrize("before", [True, False])
 @torch.no_grad()
 def test_compile(model, before):
-    """`vision_encoder` and `mask_decoder` in one graph, compiled before or after installing."""
+    """`vision_encoder` and `mask_decoder` compile to one graph each, before or after installing."""
     given = inputs(1)
     frozen = model(**given)
     with calibrate(model, ALL):
@@ -167,8 +167,8 @@ def test_compile(model, before):
 
     def compile_parts():
         torch.compiler.reset()
-        for part in (model.vision_encoder, model.mask_decoder):
-            part.compile(backend="aot_eager", fullgraph=True)
+        for module in (model.vision_encoder, model.mask_decoder):
+            module.compile(backend="aot_eager", fullgraph=True)
 
     if before:
         compile_parts()

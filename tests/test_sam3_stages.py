@@ -1,4 +1,4 @@
-"""Every stage of the SAM3 calibration against plain code, and all of them together."""
+"""Every stage of the SAM3 calibration equals plain code; all combinations of stages run."""
 
 from dataclasses import replace
 from itertools import product
@@ -47,34 +47,35 @@ KEPT = {
     ("trunk_repair",): set(),
     ("trunk_aggregate",): {"pre", "post"},
     ("trunk_attention",): {"pre"},
-    ("trunk_fusion",): {"levels"},
-    TRUNK_STAGES: {"pre", "post", "levels"},
+    ("trunk_fusion",): {"level_sum"},
+    TRUNK_STAGES: {"pre", "post", "level_sum"},
 }
 
 
 @pytest.mark.parametrize("stages", KEPT)
 @torch.no_grad()
 def test_what_is_kept_for_the_last_layer(model, stages):
-    """Only what is read, and of the middle layers, here four, one tensor."""
+    """Only tensors that a stage reads are kept, and one for the four middle layers together."""
     config = replace(NONE, multi_start_idx=1, multi_end_idx=5, **dict.fromkeys(stages, True))
     kept, outputs, layers = {}, [], model.vision_encoder.backbone.layers
     hooks = [layer.register_forward_hook(lambda *args: outputs.append(args[2])) for layer in layers]
-    hooks.append(layers[-1].register_forward_pre_hook(lambda *_: kept.update(shared.features)))
+    hooks.append(layers[-1].register_forward_pre_hook(lambda *_: kept.update(vars(state))))
     with calibrate(model, config):
-        shared = model.scclip
+        state = model.scclip
         model.vision_encoder(torch.randn(2, 3, SIDE, SIDE))
     for hook in hooks:
         hook.remove()
+    kept = {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
     assert set(kept) == KEPT[stages]
     tokens = [out.flatten(1, 2) for out in outputs]
     for name, index in dict(pre=config.pre_adjust_idx, post=config.post_adjust_idx).items():
         assert name not in kept or torch.equal(kept[name], tokens[index])
-    assert "levels" not in kept or torch.equal(kept["levels"], sum(tokens[1:5]))
+    assert "level_sum" not in kept or torch.equal(kept["level_sum"], sum(tokens[1:5]))
 
 
 @torch.no_grad()
 def test_trunk_alone_is_the_same_each_time(model):
-    """After a failed call, too: no sum goes on."""
+    """A call after a failed one starts a new sum of the middle layers."""
     trunk, pixels = model.vision_encoder.backbone, torch.randn(1, 3, SIDE, SIDE)
 
     def fail(*_):
@@ -82,7 +83,8 @@ def test_trunk_alone_is_the_same_each_time(model):
 
     with calibrate(model, replace(NONE, **dict.fromkeys(TRUNK_STAGES, True))):
         expected = trunk(pixels).last_hidden_state
-        assert not model.scclip.features
+        state = model.scclip
+        assert state.pre is None and state.post is None and state.level_sum is None
         hook = trunk.layers[-2].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="mine"):
             trunk(pixels)
@@ -94,25 +96,18 @@ def test_trunk_alone_is_the_same_each_time(model):
 @pytest.mark.parametrize("layers", [(-1,), (0, 2)])
 @torch.no_grad()
 def test_queries(model, batch, layers):
-    """The presence token never takes part."""
+    """Object queries are calibrated, and the presence token stays as it is."""
     config = replace(NONE, decoder_calibration=True, decoder_layers=layers, similarity_beta=0.1)
     given = inputs(batch)
-    seen = {}
-
-    def record(index):
-        def hook(layer, args, out):
-            seen.setdefault(index, []).append(out)
-
-        return model.detr_decoder.layers[index].register_forward_hook(hook)
-
-    first = layers[0] % 3
-    hooks = [record(first)]
+    outputs = []
+    hook = model.detr_decoder.layers[layers[0]].register_forward_hook(
+        lambda _, args, out: outputs.append(out)
+    )
     frozen = model(**given)
     with calibrate(model, config):
         out = model(**given)
-    for hook in hooks:
-        hook.remove()
-    before, after = seen[first]
+    hook.remove()
+    before, after = outputs
     expected = torch.stack([plain_sam3.queries(hidden, config) for hidden in before])
     assert torch.allclose(after, expected, **CLOSE)
     assert torch.equal(after[:, 0], before[:, 0])
@@ -124,14 +119,14 @@ def test_queries(model, batch, layers):
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_cross_attention(model, batch):
-    """Every layer of the DETR encoder, on the tokens that reach it."""
+    """Every layer of the DETR encoder averages its attention over similar tokens."""
     config = replace(NONE, cross_attention=True, similarity_beta=0.1, residual_weight=0.4)
-    prompts, seen = inputs(batch), []
+    prompts, calls = inputs(batch), []
     frozen = model(**prompts)
     attentions = [layer.cross_attn for layer in model.detr_encoder.layers]
     hooks = [
         attention.register_forward_hook(
-            lambda _, __, given, out: seen.append((given, out[0])), with_kwargs=True
+            lambda _, __, given, out: calls.append((given, out[0])), with_kwargs=True
         )
         for attention in attentions
     ]
@@ -139,8 +134,8 @@ def test_cross_attention(model, batch):
         out = model(**prompts)
     for hook in hooks:
         hook.remove()
-    assert len(seen) == len(attentions) == 2
-    for attention, (given, attended) in zip(attentions, seen, strict=True):
+    assert len(calls) == len(attentions) == 2
+    for attention, (given, attended) in zip(attentions, calls, strict=True):
         projections = [getattr(attention, f"{name}_proj") for name in "qkvo"]
         keep = given["attention_mask"].expand(batch, -1, -1, -1)[:, 0, 0]
         keep = keep if keep.dtype == torch.bool else keep == 0
@@ -160,10 +155,10 @@ def test_cross_attention(model, batch):
 @torch.no_grad()
 def test_outlier_score(model, stages, score):
     config = replace(NONE, residual_weight=0.4, outlier_score=score, **dict.fromkeys(stages, True))
-    given, seen = inputs(2), {}
+    given, embedded = inputs(2), {}
     head = model.mask_decoder
     hooks = [
-        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+        module.register_forward_hook(lambda _, args, out, name=name: embedded.update({name: out}))
         for name, module in dict(q=head.mask_embedder, p=head.instance_projection).items()
     ]
     model(**given)
@@ -176,7 +171,8 @@ def test_outlier_score(model, stages, score):
     assert not torch.allclose(out.pred_masks, published.pred_masks, **CLOSE)
     if config.mask_repair:
         expected = [
-            plain_sam3.masks(q, p, config) for q, p in zip(seen["q"], seen["p"], strict=True)
+            plain_sam3.masks(q, p, config)
+            for q, p in zip(embedded["q"], embedded["p"], strict=True)
         ]
         assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
     else:
@@ -191,7 +187,7 @@ def test_outlier_score(model, stages, score):
 
 
 def test_queries_without_outliers():
-    """Equal distances: no outliers, so that image stays as it is though beta is low."""
+    """Queries at equal distances have no outliers, so they stay as they are, though beta is low."""
     config = replace(NONE, similarity_beta=0.1)
     even = 1 + torch.eye(QUERIES)
     both = torch.stack([even, torch.randn(QUERIES, QUERIES)])
@@ -204,10 +200,10 @@ def test_queries_without_outliers():
 @torch.no_grad()
 def test_mask_head(model, batch, stages):
     config = replace(NONE, similarity_beta=0.05, **dict.fromkeys(stages, True))
-    given, seen = inputs(batch), {}
+    given, embedded = inputs(batch), {}
     head = model.mask_decoder
     hooks = [
-        module.register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+        module.register_forward_hook(lambda _, args, out, name=name: embedded.update({name: out}))
         for name, module in dict(q=head.mask_embedder, p=head.instance_projection).items()
     ]
     frozen = model(**given)
@@ -215,7 +211,9 @@ def test_mask_head(model, batch, stages):
         hook.remove()
     with calibrate(model, config):
         out = model(**given)
-    expected = [plain_sam3.masks(q, p, config) for q, p in zip(seen["q"], seen["p"], strict=True)]
+    expected = [
+        plain_sam3.masks(q, p, config) for q, p in zip(embedded["q"], embedded["p"], strict=True)
+    ]
     assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
     assert not torch.allclose(out.pred_masks, frozen.pred_masks, **CLOSE)
     assert torch.equal(out.semantic_seg, frozen.semantic_seg)
@@ -226,24 +224,26 @@ def test_mask_head(model, batch, stages):
 @torch.no_grad()
 def test_mask_repair_on_the_tokens(model):
     config = replace(NONE, mask_repair=True, mask_grid="tokens")
-    given, seen = inputs(2), []
+    given, calls = inputs(2), []
     hook = model.mask_decoder.pixel_decoder.register_forward_hook(
-        lambda module, args, out: seen.append((args[0], out))
+        lambda _, args, out: calls.append((args[0], out))
     )
     model(**given)
     with calibrate(model, config):
         model(**given)
     hook.remove()
-    (maps, _), (_, found) = seen
+    (maps, _), (_, decoded) = calls
     mask = lof_mask(maps[-1][0].flatten(1).T, 30, 0.05)
     repaired = plain_sam3.repaired(maps[-1][0].flatten(1).T, mask, GRID, GRID)
     coarsest = torch.stack([repaired.T.view(-1, GRID, GRID)])
     first = [m[:1] for m in maps[:-1]]
-    assert torch.allclose(found[:1], model.mask_decoder.pixel_decoder([*first, coarsest]), **CLOSE)
+    assert torch.allclose(
+        decoded[:1], model.mask_decoder.pixel_decoder([*first, coarsest]), **CLOSE
+    )
 
 
-#: All combinations of the stages but cross_attention, which touches other modules than they do and
-#: takes turns; and nothing at all.
+# All combinations of the other stages. cross_attention is on in every second one, because it shares
+# no module with them.
 SWITCHES = [
     (*others[:4], index % 2 == 0, *others[4:])
     for index, others in enumerate(product([False, True], repeat=len(STAGES) - 1))
@@ -259,17 +259,17 @@ def test_all_switches(model, switches):
     with calibrate(model, config):
         out = model(**given)
     for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg"):
-        found, expected = getattr(out, name), getattr(frozen, name)
-        assert found.shape == expected.shape and found.isfinite().all()
+        actual, expected = getattr(out, name), getattr(frozen, name)
+        assert actual.shape == expected.shape and actual.isfinite().all()
         if not any(switches):
-            assert torch.equal(found, expected)
+            assert torch.equal(actual, expected)
     assert any(switches) == (not torch.equal(out.pred_masks, frozen.pred_masks))
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @torch.no_grad()
 def test_residual_weight(model, weight):
-    """At 0 the trunk is the frozen one, bit for bit."""
+    """The trunk is the frozen one at 0, bit for bit."""
     given = inputs(1)
     frozen = model(**given)
     config = replace(Sam3CalibrationConfig.for_depth(LAYERS), residual_weight=weight)

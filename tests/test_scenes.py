@@ -1,4 +1,4 @@
-"""The drawn scenes, and the CLIP that was trained on them."""
+"""The drawn scenes and the CLIP that was trained on them."""
 
 import json
 from pathlib import Path
@@ -38,9 +38,9 @@ def test_splits_differ():
 
 def test_labels_are_what_the_phrases_say(benchmark_scenes):
     for _, labels, phrases in benchmark_scenes:
-        said = {" ".join(phrase.split()[-2:]) for phrase in phrases}
-        assert {CLASSES[label] for label in np.unique(labels)} <= said
-        shapes = {name for name in said if name not in GROUNDS}
+        names = {" ".join(phrase.split()[-2:]) for phrase in phrases}
+        assert {CLASSES[label] for label in np.unique(labels)} <= names
+        shapes = {name for name in names if name not in GROUNDS}
         assert {CLASSES.index(name) for name in shapes} <= set(np.unique(labels))
 
 
@@ -62,7 +62,7 @@ def test_held_out_pairs_are_in_the_benchmark():
     shapes = [phrase for phrase in phrases if phrase not in GROUNDS]
     held_out = [phrase for phrase in shapes if phrase.endswith(tuple(HELD_OUT))]
     assert 0.3 < len(held_out) / len(shapes) < 0.7
-    # Their colours and shapes are known from other pairs.
+    # Their colours and shapes appear in other pairs, which are trained on.
     for phrase in HELD_OUT:
         color, shape = phrase.split()
         rest = set(CLASSES) - HELD_OUT
@@ -85,11 +85,11 @@ def test_a_window_is_captioned_by_what_it_shows():
     pool = train.Pool(4, config)
     assert pool.patch == 16
     for index in range(4):
-        whole = pool._seen(index, slice(0, 224), slice(0, 224))
+        whole = pool._visible(index, slice(0, 224), slice(0, 224))
         assert set(whole) == set(pool.phrases[index].values())
-        part = pool._seen(index, slice(0, 16), slice(0, 16))
-        shown = np.unique(pool.labels[index][:16, :16])
-        assert part and {train._class(phrase) for phrase in part} <= set(shown.tolist())
+        named = pool._visible(index, slice(0, 16), slice(0, 16))
+        labels = np.unique(pool.labels[index][:16, :16])
+        assert named and {train._class(phrase) for phrase in named} <= set(labels.tolist())
 
 
 @torch.no_grad()
@@ -99,17 +99,17 @@ def test_windows_keep_their_positions():
     pixels = torch.rand(3, 3, *visual.image_size)
     whole = train.encode_windows(model, pixels, torch.zeros(3, 2, dtype=torch.int64))
     torch.testing.assert_close(whole, model.encode_image(pixels, normalize=True))
-    # Positions of the rest of the image have no say.
+    # The positional embedding of the rest of the image has no effect.
     patch, corner = visual.patch_size[0], torch.tensor([[1, 2]])
     crop = pixels[:1, :, patch : 3 * patch, 2 * patch : 4 * patch]
-    seen = train.encode_windows(model, crop, corner)
+    features = train.encode_windows(model, crop, corner)
     table = visual.positional_embedding[1:].unflatten(0, visual.grid_size)
     inside = torch.zeros(visual.grid_size, dtype=torch.bool)
     inside[1:3, 2:4] = True
     table[~inside] += 1
-    torch.testing.assert_close(train.encode_windows(model, crop, corner), seen)
+    torch.testing.assert_close(train.encode_windows(model, crop, corner), features)
     table[inside] *= 2
-    assert not torch.allclose(train.encode_windows(model, crop, corner), seen, atol=1e-3)
+    assert not torch.allclose(train.encode_windows(model, crop, corner), features, atol=1e-3)
 
 
 def test_a_few_steps_of_training_lower_the_loss_and_are_saved(tmp_path, monkeypatch, capsys):
@@ -136,7 +136,7 @@ def shipped():
 
 @torch.inference_mode()
 def test_the_shipped_model_matches_captions_to_scenes(shipped):
-    """The right one of 24 descriptions, far more often than by chance."""
+    """The model picks the right one of 24 captions far more often than by chance."""
     encoder, tokenizer = shipped
     scenes = [scene("validation", index) for index in range(24)]
     captions = [" and ".join(s.phrases[:-1]) + " on " + s.phrases[-1] for s in scenes]
@@ -150,9 +150,9 @@ def test_the_shipped_model_matches_captions_to_scenes(shipped):
 
 
 def test_the_shipped_model_finds_the_grounds(shipped, benchmark_scenes):
-    """Most pixels of a ground, among all classes; chance is 1 in 42."""
+    """Most pixels of a ground get its class, out of 42: chance is 1 in 42."""
     encoder, tokenizer = shipped
-    best = SCCLIP(encoder.model, SCCLIPConfig(multi_level=False))  # as bench/ablation.py found
+    best = SCCLIP(encoder.model, SCCLIPConfig(multi_level=False))  # see bench/ablation.py
     segmenter = Segmenter(best, tokenizer, CLASSES, short_side=None)
     right = total = 0
     for image, labels, _ in benchmark_scenes[:8]:

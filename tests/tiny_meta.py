@@ -111,7 +111,7 @@ def _transformer() -> nn.Module:
 
 
 def _tokens(texts: list[str], context_length: int) -> torch.Tensor:
-    """A character is a token; 0 is padding."""
+    """Token ids of texts: one for each character, and 0 for padding."""
     rows = [[ord(c) % 99 + 1 for c in text[:context_length]] for text in texts]
     return torch.tensor([row + [0] * (context_length - len(row)) for row in rows])
 
@@ -164,14 +164,14 @@ def _image_model() -> Sam3Image:
 
 
 def tiny_meta() -> Sam3Image:
-    """Frozen, in evaluation mode; its weights are the same on every call."""
+    """A frozen model in evaluation mode, with the same weights on every call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _image_model()
         text = model.backbone.language_backbone.encoder
         with torch.no_grad():
             for empty in (text.positional_embedding, text.text_projection):
-                nn.init.normal_(empty, std=0.1)  # torch.empty in the package
+                nn.init.normal_(empty, std=0.1)  # uninitialised in the package
             for parameter in model.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     return model.eval().requires_grad_(False)
@@ -182,26 +182,25 @@ def pixels(batch: int) -> torch.Tensor:
 
 
 def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    """Every output of the package's, bit for bit."""
+    """Whether all outputs of Meta's package are equal, bit for bit."""
     return all(torch.equal(first[name], second[name]) for name in TENSORS)
 
 
 def ground(model: Sam3Image, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The package's own way: the images (B, 3, H, W) first, then a text for each of them."""
-    found = model.backbone.forward_image(images)
-    return prompt(model, found, len(images))
+    """The package's own sequence: the images (B, 3, H, W) first, then a text for each of them."""
+    return prompt(model, model.backbone.forward_image(images), len(images))
 
 
-def prompt(model: Sam3Image, found: dict, count: int) -> dict[str, torch.Tensor]:
-    """A text for each of `count` images, of which `found` is what the backbone made."""
+def prompt(model: Sam3Image, encoded: dict, count: int) -> dict[str, torch.Tensor]:
+    """Grounds a text in each of `count` images; `encoded` is the backbone's result for them."""
     texts = ["house", "tree", "car"][:count]
     index = torch.arange(count)
     stage = FindStage(index, index, *[None] * 5)
-    found = found | model.backbone.forward_text(texts, device="cpu")
+    encoded = encoded | model.backbone.forward_text(texts, device="cpu")
     with pinned():
-        return model.forward_grounding(found, stage, None, model._get_dummy_prompt(count))
+        return model.forward_grounding(encoded, stage, None, model._get_dummy_prompt(count))
 
 
 def pinned() -> AbstractContextManager:
-    """The package pins memory, which torch refuses where there is no GPU."""
+    """Disables pinning of memory, which the package does and torch refuses without a GPU."""
     return mock.patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor)

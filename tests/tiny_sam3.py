@@ -32,9 +32,9 @@ TRUNK = dict(
 
 
 def tiny_sam3(attention: str = "sdpa", heads: int = 4) -> Sam3Model:
-    """Frozen, in evaluation mode; its weights are the same on every call.
+    """A frozen model in evaluation mode, with the same weights on every call.
 
-    heads: beyond the trunk, of 32 channels together.
+    heads: number of heads in all modules but the trunk, which have 32 channels.
     """
     small = dict(hidden_size=32, intermediate_size=48, num_attention_heads=heads, dropout=0.0)
     config = Sam3Config(
@@ -70,7 +70,7 @@ def tiny_sam3(attention: str = "sdpa", heads: int = 4) -> Sam3Model:
 
 
 def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
-    """Images and prompts, the last two tokens of which are padding."""
+    """Images and prompts, whose last two tokens are padding."""
     tokens = torch.randint(3, 100, (batch, prompt))
     mask = torch.ones(batch, prompt, dtype=torch.long)
     mask[:, -2:] = 0
@@ -79,18 +79,18 @@ def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
 
 
 def tiny_processor() -> Sam3Processor:
-    """Letters are its words."""
+    """A processor whose vocabulary is the letters."""
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
-    # transformers 5.0 has it under its older name.
+    # transformers 5.0 has the class under its older name.
     name = "Sam3ImageProcessor" + ("" if hasattr(transformers, "Sam3ImageProcessor") else "Fast")
     images = getattr(transformers, name)(size={"height": SIDE, "width": SIDE})
     return Sam3Processor(images, tokenizer)
 
 
 def save_tiny_sam3(folder: Path) -> Path:
-    """The folder, which then holds the model and its processor, as a download does."""
+    """Saves the model and its processor to a folder, as a download does. Returns the folder."""
     tiny_sam3().save_pretrained(folder)
     tiny_processor().save_pretrained(folder)
     return folder

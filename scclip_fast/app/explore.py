@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..cli.models import SWITCHES
+from ..calibration import find_outliers
 from ..clip import SCCLIP, SCCLIPConfig
-from ..outliers import find_outliers
+from ..clip.config import STAGES
 from ..plots.outliers import pca_colours
 from ..segment import Segmenter
 
@@ -143,7 +143,7 @@ def _variants(config: SCCLIPConfig) -> Iterator[tuple[str, str, SCCLIPConfig]]:
     """Yields the name, the method and the settings of each variant."""
     yield "SC-CLIP", "scclip", config
     yield "plain CLIP", "clip", config
-    for stage in SWITCHES:
+    for stage in STAGES:
         on = getattr(config, stage)
         name = f"{'without' if on else 'with'} {stage.replace('_', ' ')}"
         yield name, "scclip", replace(config, **{stage: not on})

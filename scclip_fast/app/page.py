@@ -15,9 +15,9 @@ from PIL import Image
 
 from ..cli import classes as class_lists
 from ..cli.common import CommandError, out_of_memory, read_photo
-from ..cli.models import SWITCHES
 from ..cli.segment_images import EXAMPLE
 from ..clip import SCCLIPConfig
+from ..clip.config import STAGES
 from ..scenes.draw import scene
 from . import pictures
 from .explore import Explorer
@@ -33,7 +33,7 @@ _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "alpha": ("α · content share", 0, 1, 0.01),
 }
 _HINT = "Drop a photo, type what may be in it, and press Segment."
-_STAGES = """### What each stage changes
+_STAGES_TEXT = """### What each stage changes
 First the classes, then the features (principal components as colours). Changed: pixels that get
 another class."""
 
@@ -61,7 +61,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
         folder: the folder of uploaded photos.
     """
     config, scenes = explorer.config, model == "scenes"
-    on = [stage for stage in SWITCHES if not (scenes and stage == "multi_level")]
+    on = [stage for stage in STAGES if not (scenes and stage == "multi_level")]
     example = Image.fromarray(scene(*EXAMPLE).image) if scenes else None
     shown = dict(format="png", buttons=["fullscreen"])
     with gr.Blocks(title="scclip_fast", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -93,7 +93,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
                     for name, (label, low, high, step) in _SLIDERS.items()
                 ]
                 stages = gr.CheckboxGroup(
-                    [(stage.replace("_", " "), stage) for stage in SWITCHES],
+                    [(stage.replace("_", " "), stage) for stage in STAGES],
                     value=on,
                     label="Stages",
                 )
@@ -111,11 +111,11 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
                             label="Local Outlier Factor", format="png", elem_id="scores"
                         )
                         outliers = gr.Markdown("" if scenes else _HINT, elem_id="outliers")
-                gr.Markdown(_STAGES)
+                gr.Markdown(_STAGES_TEXT)
                 variants = gr.Gallery(
                     label="Variants",
                     show_label=False,
-                    columns=2 + len(SWITCHES),
+                    columns=2 + len(STAGES),
                     height="max-content",
                     elem_id="variants",
                     **shown,
@@ -201,6 +201,6 @@ def _picture(path: Path, folder: Path) -> Image.Image:
 
 def _config(explorer: Explorer, stages: list[str], values: tuple[float, ...]) -> SCCLIPConfig:
     settings = dict(zip(_SLIDERS, values, strict=True))
-    settings |= {stage: stage in stages for stage in SWITCHES}
+    settings |= {stage: stage in stages for stage in STAGES}
     settings["outlier_n_neighbors"] = int(settings["outlier_n_neighbors"])
     return replace(explorer.config, **settings)

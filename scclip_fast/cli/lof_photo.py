@@ -51,7 +51,7 @@ def patch_tokens(encoder: SCCLIP, pixels: Tensor) -> Tensor:
         pixels: (3, H, W), preprocessed.
     """
     with torch.inference_mode():
-        layers, _ = encoder.tower.layers(pixels[None])
+        layers, _ = encoder.tower.block_outputs(pixels[None])
     return layers[-1][0, 1:].float()
 
 

@@ -1,6 +1,6 @@
 """Frozen CLIP models with calibrated dense features: SC-CLIP and the baselines it improves on.
 
-Models are open_clip's (the extra `clip`) or transformers', each without the other installed.
+Models are open_clip's (the extra `clip`) or transformers'. Neither library needs the other.
 """
 
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ __all__ = ["METHODS", "SCCLIP", "NotFiniteError", "SCCLIPConfig", "create_model"
 
 
 def __getattr__(name: str):
-    """`create_model` when it is asked for, as it loads open_clip."""
+    """Imports `create_model` at its first use, because it imports open_clip."""
     if name == "create_model":
         from .loading import create_model
 

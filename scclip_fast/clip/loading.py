@@ -1,4 +1,4 @@
-"""Loaders of open_clip's and transformers' CLIP: names, QuickGELU, a hub out of reach."""
+"""Loads a CLIP of open_clip or transformers by its name, with clear errors if that fails."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> tuple[SCCLIP, Callable]:
-    """A frozen CLIP, calibrated, in evaluation mode, and its tokenizer.
+    """Loads a frozen, calibrated CLIP in evaluation mode, and its tokenizer.
 
     Args:
-        name: what open_clip.create_model takes ("ViT-B-16-quickgelu", "hf-hub:...",
+        name: a name of open_clip.create_model ("ViT-B-16-quickgelu", "hf-hub:...",
             "local-dir:..."); OpenAI's name ("ViT-B/16"); transformers' CLIP, by its name on the hub
             ("openai/clip-vit-base-patch16"); a folder with either library's files; or "scenes" for
             the small CLIP of drawn scenes that comes with this package.
-        pretrained: open_clip's tag of the weights ("openai", "laion2b_s34b_b88k", ...) or a file;
-            None leaves them random, or is required where the name brings its weights. Weights that
-            were trained with QuickGELU get it.
+        pretrained: open_clip's tag of the weights ("openai", "laion2b_s34b_b88k", ...) or a file.
+            None leaves the weights random, or is required if the name stands for weights too.
+            Models whose weights were trained with QuickGELU get QuickGELU.
         method: see `SCCLIP`.
         config: see `SCCLIP`.
-        precision: open_clip's: "fp32", "fp16", "bf16", ... (norms stay float32), "pure_fp16", ...;
-            "fp32", "fp16" or "bf16", for all weights, with transformers' CLIP.
-        device: where the model goes.
+        precision: for open_clip, "fp32", "fp16", "bf16", ... (norms stay float32), "pure_fp16",
+            ...; for transformers' CLIP, "fp32", "fp16" or "bf16", for all weights.
+        device: the model's device.
 
     Returns:
-        The model, and for `Segmenter` open_clip's tokenizer, (list of texts) -> token ids
+        The model, and the tokenizer for `Segmenter`: open_clip's, (list of texts) -> token ids
         (B, length), or the CLIPProcessor of transformers' CLIP.
 
     Raises:
-        ValueError: an unknown name, tag or precision, another kind of model, or what `SCCLIP`
-            refuses.
+        ValueError: the name, tag or precision is unknown, the model is of another kind, or `SCCLIP`
+            refuses it.
         RuntimeError: the weights cannot be downloaded or read; the message has the reason.
     """
     source = find_source(name)
@@ -86,7 +86,7 @@ def create_model(
 
 @contextmanager
 def _one_line(name: str, pretrained: str | None) -> Iterator[None]:
-    """Turns the errors of the libraries, safetensors, pickle and files into one RuntimeError."""
+    """Converts errors of the libraries, safetensors, pickle and files into a RuntimeError."""
     try:
         yield
     except (HubError, torch.OutOfMemoryError, ModuleNotFoundError):
@@ -120,7 +120,7 @@ def _load_open_clip(
     device: str | torch.device,
 ) -> tuple[nn.Module, Callable]:
     has_weights = source.brings_weights or pretrained is not None
-    with _silence(not has_weights):  # open_clip warns of random weights; here they are asked for
+    with _silence(not has_weights):  # open_clip warns of random weights; here they are requested
         model = open_clip.create_model(
             source.name,
             pretrained,
@@ -133,15 +133,15 @@ def _load_open_clip(
 
 
 def _prepare(source: Source, pretrained: str | None) -> bool:
-    """Checks the names and brings the weights; returns whether QuickGELU was in their training."""
+    """Checks names and downloads weights; returns whether these were trained with QuickGELU."""
     if source.brings_weights:
         if source.name.startswith(_HUB):
             _fetch_hub(source.name.removeprefix(_HUB))
         return False
     name = source.name
-    known = open_clip.list_models()
-    if name not in known:
-        similar = difflib.get_close_matches(name, known, n=5) or known
+    names = open_clip.list_models()
+    if name not in names:
+        similar = difflib.get_close_matches(name, names, n=5) or names
         raise ValueError(f"unknown model {name!r}; open_clip has {', '.join(similar)}")
     if pretrained is None or os.path.isfile(pretrained):
         return False
@@ -159,32 +159,32 @@ def _prepare(source: Source, pretrained: str | None) -> bool:
 def _check_tower(name: str) -> None:
     """Raises ValueError for a tower that `SCCLIP` refuses, before gigabytes are downloaded."""
     if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
-        return  # whose text tower would be asked of the hub
+        return  # making the model would request its text tower from the hub
     with _silence(), torch.device("meta"):
         OpenClipTower(open_clip.create_model(name, device="meta"))
 
 
 def _fetch_hub(repository: str) -> None:
-    """Raises RuntimeError unless the config of an "hf-hub:" name is here and the hub answers."""
+    """Raises RuntimeError unless a config of open_clip and weights are cached or within reach."""
     if hub_file(repository, "open_clip_config.json") is None:
         raise RuntimeError(f"cannot load {repository}: it has no open_clip_config.json")
-    _ask_for_weights(repository, _WEIGHT_FILES)
+    _check_weights(repository, _WEIGHT_FILES)
 
 
 def fetch_weights(name: str, tag: str) -> str | None:
-    """Brings the weights into the hub's cache; returns the reason of a failure, or None."""
+    """Downloads weights into the hub's cache; returns the reason of a failure, or None."""
     config = open_clip.get_pretrained_cfg(name, tag)
     repository, file = os.path.split(config["hf_hub"])
     try:
-        _ask_for_weights(repository, (file,) if file else _WEIGHT_FILES)
+        _check_weights(repository, (file,) if file else _WEIGHT_FILES)
         open_clip.download_pretrained(config)
-    except Exception as error:  # errors of httpx or requests, by the version of the hub's client
+    except Exception as error:  # of httpx or requests, depending on the hub's client
         return first_line(error)
     return None
 
 
-def _ask_for_weights(repository: str, files: tuple[str, ...]) -> None:
-    """Raises HubError where no file is in the hub's cache and the hub is out of reach."""
+def _check_weights(repository: str, files: tuple[str, ...]) -> None:
+    """Raises HubError if none of the files is cached and the hub is out of reach."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.utils import EntryNotFoundError
 
@@ -192,11 +192,12 @@ def _ask_for_weights(repository: str, files: tuple[str, ...]) -> None:
         try:
             check_hub(repository, files[0])
         except EntryNotFoundError:
-            pass  # the hub answers, and open_clip knows where else to look
+            pass  # the hub answers, and open_clip looks for other files as well
 
 
 @contextmanager
 def _silence(silent: bool = True) -> Iterator[None]:
+    """Disables logging of warnings, if `silent`."""
     previous = logging.root.manager.disable
     if silent:
         logging.disable(logging.WARNING)

@@ -1,7 +1,7 @@
-"""What becomes of the patch tokens in the last block: SC-CLIP, and the methods it is compared with.
+"""The last block of SC-CLIP and of the methods that it is compared with.
 
-Each function takes a tower, the outputs of all blocks but its last, (B, 1 + N, D) each, the grid
-(h, w) and a configuration, and gives patch tokens (B, N, D) for the tower's projection.
+Each function takes a tower, the outputs (B, 1 + N, D) of all its blocks but the last, the grid
+(h, w) and a configuration, and returns patch tokens (B, N, D) for `Tower.unit_features`.
 """
 
 from __future__ import annotations
@@ -12,55 +12,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..calibration import find_outliers
 from ..ops import aggregate, blended_attention, repair
-from ..outliers import find_outliers
 from .config import SCCLIPConfig
 from .tower import Tower
 
+BlockOutputs = Sequence[Tensor]
 Grid = tuple[int, int]
-Layers = Sequence[Tensor]
 
 
-def clip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def clip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """CLIP as it was trained."""
-    return tower.block(tower.blocks[-1], layers[-1])[:, 1:]
+    return tower.run_block(tower.blocks[-1], block_outputs[-1])[:, 1:]
 
 
-def maskclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def maskclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """MaskCLIP (Zhou et al., ECCV 2022): every token attends to itself alone."""
-    last, patches = tower.blocks[-1], layers[-1][:, 1:]
-    _, _, v = tower.heads(last, patches)
-    return tower.finish(last, patches, tower.merge(last, v))
+    last, patches = tower.blocks[-1], block_outputs[-1][:, 1:]
+    _, _, v = tower.qkv(last, patches)
+    return tower.add_residual_and_mlp(last, patches, tower.merge_heads(last, v))
 
 
-def sclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def sclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """SCLIP (Wang et al., ECCV 2024): query-query plus key-key attention."""
-    last, tokens = tower.blocks[-1], layers[-1]
-    q, k, v = tower.heads(last, tokens)
+    last, tokens = tower.blocks[-1], block_outputs[-1]
+    q, k, v = tower.qkv(last, tokens)
     attention = F.scaled_dot_product_attention
     attended = attention(q, q, v) + attention(k, k, v)
-    return tower.finish(last, tokens, tower.merge(last, attended))[:, 1:]
+    return tower.add_residual_and_mlp(last, tokens, tower.merge_heads(last, attended))[:, 1:]
 
 
-def clearclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def clearclip(
+    tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig
+) -> Tensor:
     """ClearCLIP (Lan et al., ECCV 2024): query-query attention, no residual, no MLP."""
     last = tower.blocks[-1]
-    q, _, v = tower.heads(last, layers[-1])
-    return tower.merge(last, F.scaled_dot_product_attention(q, q, v))[:, 1:]
+    q, _, v = tower.qkv(last, block_outputs[-1])
+    return tower.merge_heads(last, F.scaled_dot_product_attention(q, q, v))[:, 1:]
 
 
-def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Tensor:
+def scclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """SC-CLIP (Bai et al., arXiv 2411.15869), with the two branches as one.
 
-    Attention, output projection and aggregation are linear in the values, so that both branches go
+    Attention, output projection and aggregation are linear in the values. So both branches go
     through one attention as extra heads, are added before the output projection, and are aggregated
     once.
     """
-    if layers[-1].shape[1] == 2 and layers[-1].shape[0] > 1:  # one patch: the ops refuse a batch
-        images = zip(*(layer.split(1) for layer in layers), strict=True)
+    batch, tokens = block_outputs[-1].shape[:2]
+    if tokens == 2 and batch > 1:  # one patch an image: the ops refuse a batch of such images
+        images = zip(*(output.split(1) for output in block_outputs), strict=True)
         return torch.cat([scclip(tower, image, grid, config) for image in images])
-    class_token, patches = layers[-1].split([1, layers[-1].shape[1] - 1], dim=1)
-    middle = layers[config.pre_adjust_idx][:, 1:]
+    class_token, patches = block_outputs[-1].split([1, tokens - 1], dim=1)
+    middle = block_outputs[config.pre_adjust_idx][:, 1:]
     if config.repair:
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
         outliers = find_outliers(patches, k, contamination, config.outlier_score)
@@ -70,23 +73,23 @@ def scclip(tower: Tower, layers: Layers, grid: Grid, config: SCCLIPConfig) -> Te
         patches = aggregate(patches, middle, config.beta)
     branches = [patches]
     if config.multi_level:
-        levels = sum(layers[config.multi_start_idx : config.multi_end_idx])
-        branches.append(levels[:, 1:])
-        class_token = class_token + levels[:, :1]
+        level_sum = sum(block_outputs[config.multi_start_idx : config.multi_end_idx])
+        branches.append(level_sum[:, 1:])
+        class_token = class_token + level_sum[:, :1]
     attended = _attend(tower, torch.stack(branches, dim=1), middle, config)
-    output = tower.output(tower.blocks[-1])
-    dense = output(attended.sum(dim=1))
-    if config.multi_level:  # the bias of the second projection
-        dense = dense + output.bias
+    out_proj = tower.out_proj(tower.blocks[-1])
+    dense = out_proj(attended.sum(dim=1))
+    if config.multi_level:  # each branch is projected, so the bias counts twice
+        dense = dense + out_proj.bias
     dense = dense + config.res_cls * class_token
     if config.post_aggregate:
-        dense = aggregate(dense, layers[config.post_adjust_idx][:, 1:], config.beta)
+        dense = aggregate(dense, block_outputs[config.post_adjust_idx][:, 1:], config.beta)
     return dense
 
 
 def _attend(tower: Tower, branches: Tensor, middle: Tensor, config: SCCLIPConfig) -> Tensor:
-    """The last block's blended attention on branches (B, S, N, D), heads merged."""
-    heads = tower.heads(tower.blocks[-1], branches)
+    """The last block's blended attention on S branches (B, S, N, D), its heads concatenated."""
+    heads = tower.qkv(tower.blocks[-1], branches)
     q, k, v = (head.flatten(1, 2) for head in heads)  # (B, S heads, N, d)
     q = k if config.self_attention == "kk" else q
     if config.content_attention:

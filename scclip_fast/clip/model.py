@@ -1,4 +1,4 @@
-"""SCCLIP: a frozen CLIP that gives one text-aligned feature a patch."""
+"""SCCLIP: a frozen CLIP that computes one text-aligned feature for each patch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ class NotFiniteError(ValueError):
 def check_finite(what: str, *tensors: Tensor) -> None:
     """Raises NotFiniteError unless every number of a model's results is finite.
 
-    Waits for the GPU. An argmax would make the first class of NaN, everywhere.
+    Without the check, an argmax over NaN would silently return the first class everywhere. It
+    waits for the GPU.
 
     Args:
-        what: the results, in the plural, for the error.
+        what: a name for the results, in the plural, for the error.
         tensors: the results.
     """
     for tensor in tensors:
@@ -47,46 +48,47 @@ class SCCLIP(nn.Module):
     """Dense features of a frozen vision transformer of CLIP.
 
     Args:
-        model: any CLIP of open_clip whose vision tower is its own VisionTransformer with a class
-            token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...; what is averaged before the last norm,
-            as in CLIPA, is normed a token instead), or transformers' CLIPModel,
-            CLIPVisionModelWithProjection or CLIPVisionModel, whatever its attention implementation.
-            Of a CLIPVisionModel, which has no projection to the text, features are the tower's own
-            after its last norm. It is used as it is: its weights, their dtype and its device.
+        model: any CLIP of open_clip whose vision tower is open_clip's VisionTransformer with a
+            class token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...); or transformers' CLIPModel,
+            CLIPVisionModelWithProjection or CLIPVisionModel, with any attention implementation. Its
+            weights, their dtype and its device stay as they are. Models that average tokens before
+            the last norm, as CLIPA does, have the norm applied to each token instead. The features
+            of a CLIPVisionModel, which has no projection to the text, are those after its last
+            norm.
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
-        method: "scclip", or to compare with, through the same path: "clip" (plain), "maskclip",
-            "sclip", "clearclip".
+        method: "scclip", or a method to compare it with on the same path: "clip" (plain),
+            "maskclip", "sclip", "clearclip".
 
     Raises:
-        ValueError: another model, a vision tower that has no text-aligned patch tokens (ResNet,
-            CoCa) or is untested (timm's), an unknown method, or a configuration that does not fit
-            the depth.
+        ValueError: the model is of another kind, its vision tower has no text-aligned patch tokens
+            (ResNet, CoCa) or is untested (timm's), the method is unknown, or the configuration does
+            not fit the depth.
     """
 
     def __init__(
         self, model: nn.Module, config: SCCLIPConfig | None = None, method: str = "scclip"
     ) -> None:
         super().__init__()
-        self._tower = _tower_of(model)
+        self._tower_class = _tower_class(model)
         if method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
         self.model = model
-        layers = len(self.tower.blocks)
-        self.config = config or SCCLIPConfig.for_depth(layers)
-        self.config.check(layers)
+        depth = len(self.tower.blocks)
+        self.config = config or SCCLIPConfig.for_depth(depth)
+        self.config.check(depth)
         self.method = method
 
     @property
     def tower(self) -> Tower:
-        """The model's parts, under the same names for every library."""
-        return self._tower(self.model)
+        """The model's parts, with the same names for every library."""
+        return self._tower_class(self.model)
 
     @property
     def patch_size(self) -> int:
         return self.tower.patch_size
 
     def encode_dense(self, images: Tensor) -> Tensor:
-        """One feature a patch, in the space of the text features.
+        """Computes one feature for each patch, in the space of the text features.
 
         Args:
             images: (B, 3, H, W), floating, normalised by the model's mean and standard deviation.
@@ -95,39 +97,39 @@ class SCCLIP(nn.Module):
                 to the image.
 
         Returns:
-            (B, h, w, E), h and w in patches, E that of the text features (of a CLIPVisionModel, its
-            width), of unit norm, in the model's dtype. Each image gets what it gets alone. Nothing
-            here waits for the GPU.
+            (B, h, w, E), of unit norm, in the model's dtype; h and w count patches, and E is the
+            width of the text features (for a CLIPVisionModel, of the model). The features of an
+            image do not depend on the other images of the batch. Nothing here waits for the GPU.
 
         Raises:
-            TypeError: not a floating tensor.
-            ValueError: not (B, 3, H, W).
+            TypeError: images are no floating tensor.
+            ValueError: images are not (B, 3, H, W).
         """
-        layers, grid = self.layers(images)
+        block_outputs, grid = self.layers(images)
         tower = self.tower
-        dense = METHODS[self.method](tower, layers, grid, self.config)
-        return tower.project(dense).unflatten(1, grid)
+        dense = METHODS[self.method](tower, block_outputs, grid, self.config)
+        return tower.unit_features(dense).unflatten(1, grid)
 
     def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-        """What all blocks but the last make of images (B, 3, H, W), and the grid (h, w).
+        """Outputs of all blocks but the last for images (B, 3, H, W), and the grid (h, w).
 
-        Neither the method nor the configuration has a part in it; see `encode_dense`.
+        They do not depend on the method or the configuration. See `encode_dense` for the images.
 
         Returns:
-            (B, 1 + h w, D) of each block, the class token first.
+            (B, 1 + h w, D) for each block, the class token first, and the grid.
         """
         tower = self.tower
-        return tower.layers(_whole_patches(images, tower.patch_size).to(tower.dtype))
+        return tower.block_outputs(_whole_patches(images, tower.patch_size).to(tower.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)
 
 
 def _whole_patches(images: Tensor, patch: int) -> Tensor:
-    """Images (B, 3, H, W), checked, with sides that the patch size divides."""
+    """Checks images (B, 3, H, W) and resizes them to sides that the patch size divides."""
     if not isinstance(images, Tensor) or not images.is_floating_point():
-        found = images.dtype if isinstance(images, Tensor) else type(images).__name__
-        raise TypeError(f"images must be a floating tensor, got {found}")
+        kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be a floating tensor, got {kind}")
     if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
     size = [max(round(side / patch), 1) * patch for side in images.shape[2:]]
@@ -137,8 +139,8 @@ def _whole_patches(images: Tensor, patch: int) -> Tensor:
     return images
 
 
-def _tower_of(model: nn.Module) -> type[Tower]:
-    """The view for the library that the model is from, of which only that one is imported."""
+def _tower_class(model: nn.Module) -> type[Tower]:
+    """The `Tower` for the model's library. The other library is not imported."""
     if is_of("transformers", model):
         from .transformers_tower import TransformersTower
 
@@ -147,8 +149,8 @@ def _tower_of(model: nn.Module) -> type[Tower]:
         from .openclip_tower import OpenClipTower
 
         return OpenClipTower
-    found = f"{type(model).__module__}.{type(model).__qualname__}"
+    name = f"{type(model).__module__}.{type(model).__qualname__}"
     raise ValueError(
-        f"model must be a CLIP of open_clip or transformers, got {found}; of a wrapped or compiled "
-        "one, pass the model inside"
+        f"model must be a CLIP of open_clip or transformers, got {name}; of a wrapped or compiled "
+        "model, pass the model inside"
     )

@@ -12,7 +12,7 @@ from .tower import Tower, check_fits, is_of
 
 
 class OpenClipTower(Tower):
-    """See `Tower`."""
+    """The `Tower` of an open_clip model; see there."""
 
     def __init__(self, model: nn.Module) -> None:
         _check(model.visual)
@@ -24,20 +24,22 @@ class OpenClipTower(Tower):
         self.norm_before = self.visual.ln_pre
         self.blocks = self.visual.transformer.resblocks
 
-    def heads(self, block: ResidualAttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: ResidualAttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.attn
         projected = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
         split = projected.unflatten(-1, (3, attention.num_heads, attention.head_dim))
         return split.transpose(-4, -2).unbind(-3)  # (..., heads, 3, N, d)
 
-    def output(self, block: ResidualAttentionBlock) -> nn.Linear:
+    def out_proj(self, block: ResidualAttentionBlock) -> nn.Linear:
         return block.attn.out_proj
 
-    def finish(self, block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor) -> Tensor:
+    def add_residual_and_mlp(
+        self, block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor
+    ) -> Tensor:
         tokens = tokens + block.ls_1(attended)
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
-    def final(self, tokens: Tensor) -> Tensor:
+    def norm_and_project(self, tokens: Tensor) -> Tensor:
         return self.visual.ln_post(tokens) @ self.visual.proj
 
     def tokenize(self, tokenizer: Callable, texts: list[str]) -> dict[str, Tensor]:
@@ -46,13 +48,14 @@ class OpenClipTower(Tower):
             raise TypeError(f"tokenizer must be open_clip's, as the model is; got a {name}")
         length = self._context_length(tokenizer)
         ids, longer = (tokenizer(texts, context_length=length + extra) for extra in (0, 1))
-        # A tokenizer shortens in silence. It then puts the end where one token more has a word.
+        # A tokenizer cuts a long text without an error and puts the end token where, with one
+        # token more, a word stands.
         check_fits(texts, (longer[:, :length] != ids).any(dim=1).tolist(), length)
         vocabulary = self.model.vocab_size
-        if vocabulary and ids.max() >= vocabulary:  # of some text models open_clip knows none
+        if vocabulary and ids.max() >= vocabulary:  # open_clip has no size for some text models
             raise ValueError(
                 f"tokenizer has a token {ids.max()} where the model's vocabulary has {vocabulary}: "
-                "it is another model's"
+                "it belongs to another model"
             )
         return {"input_ids": ids}
 
@@ -60,13 +63,17 @@ class OpenClipTower(Tower):
         return self.model.encode_text(tokens["input_ids"].to(self.device), normalize=True)
 
     def _context_length(self, tokenizer: Callable) -> int:
-        """The model's own; of one of transformers' text models, which take any, the tokenizer's."""
+        """The model's context length, or the tokenizer's if the text model takes any length.
+
+        The latter are transformers' text models in open_clip.
+        """
         text = getattr(self.model, "text", self.model)
-        own = hasattr(text, "positional_embedding")
-        return self.model.context_length if own else tokenizer.context_length
+        fixed = hasattr(text, "positional_embedding")
+        return self.model.context_length if fixed else tokenizer.context_length
 
 
 def _check(visual: nn.Module) -> None:
+    """ValueError unless a vision tower is one that SC-CLIP can calibrate."""
     if not isinstance(visual, VisionTransformer):
         trunk = getattr(visual, "trunk", visual)
         kind = f"timm's {type(trunk).__name__}" if trunk is not visual else type(visual).__name__

@@ -1,4 +1,4 @@
-"""Text features of class names, each the mean over its prompts."""
+"""Text features of class names: each is the mean over the prompts of a name."""
 
 from __future__ import annotations
 
@@ -13,20 +13,24 @@ from torch import Tensor
 from ..extras import needs
 from .tower import Tower
 
-_NAMES = 10  # whose prompts are encoded in one batch
+_NAMES = 10  # names whose prompts are encoded in one batch
 _PROBE = "\0name"  # stands in for a name where templates are checked
 
 
 def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
-    """The names of each class, from a string a class with commas between its synonyms.
+    """Splits each class, a string of synonyms with commas between them, into its names.
+
+    Args:
+        classes: one string for each class.
+        shared: whether classes may share synonyms, as long as their first names differ.
 
     Raises:
-        ValueError: no classes, an empty name, or names that are equal but for case: of two classes'
-            first names, and unless names may be shared, of any.
+        ValueError: there are no classes, a name is empty, or names that must differ are equal but
+            for case.
     """
     try:
         entries = None if isinstance(classes, str) else list(classes)
-    except TypeError:  # of None, or of an array without a dimension
+    except TypeError:  # classes is None, or an array without a dimension
         entries = None
     if entries is None or not all(isinstance(entry, str) for entry in entries):
         raise ValueError(f"classes must be a list of names, got {classes!r}")
@@ -37,8 +41,8 @@ def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
     checked = [entry[0] for entry in synonyms] if shared else names
     counts = Counter(map(str.casefold, checked))
     if repeated := {name for name in checked if counts[name.casefold()] > 1}:
-        found = ", ".join(sorted(repeated))
-        raise ValueError(f"classes must differ, and not by case alone, got {found} more than once")
+        listed = ", ".join(sorted(repeated))
+        raise ValueError(f"classes must differ, and not by case alone, got {listed} more than once")
     return synonyms
 
 
@@ -63,19 +67,18 @@ def text_features(
     templates: Sequence[Callable | str] | None,
     distinct: bool = True,
 ) -> Tensor:
-    """Unit vectors (names, E) of names, each the mean over its prompts.
+    """Unit vectors (names, E) of names: each is the mean over the prompts of a name.
 
     Args:
-        tower: of a model with a text encoder.
+        tower: the tower of a model with a text encoder.
         tokenizer: see `Segmenter`.
-        names: at least one.
+        names: at least one name.
         templates: see `check_templates`; None for the 80 of OpenAI, which come with open_clip.
         distinct: whether names with the same tokens in all prompts are an error.
 
     Raises:
-        TypeError: a tokenizer of another library.
-        ValueError: a prompt that is longer than the model's context, or names that are not
-            distinct.
+        TypeError: the tokenizer is of another library than the model.
+        ValueError: a prompt is longer than the model's context, or names are not distinct.
     """
     templates = _openai_templates() if templates is None else templates
     features: list[Tensor] = []
@@ -86,8 +89,8 @@ def text_features(
         tokens = tower.tokenize(tokenizer, prompts)
         keys = [_without_padding(row) for row in tokens["input_ids"].tolist()]
         for index, name in enumerate(chosen):
-            own = tuple(keys[index * len(templates) : (index + 1) * len(templates)])
-            if distinct and (other := first.setdefault(own, name)) is not name:
+            tokens_of_name = tuple(keys[index * len(templates) : (index + 1) * len(templates)])
+            if distinct and (other := first.setdefault(tokens_of_name, name)) is not name:
                 raise ValueError(f"{other!r} and {name!r} have the same tokens in all prompts")
         encoded = tower.encode_text(tokens)
         features.append(encoded.unflatten(0, (-1, len(templates))).mean(dim=1))
@@ -108,7 +111,7 @@ def _formatted(template: str, name: str) -> str:
 
 
 def _without_padding(ids: list[int]) -> tuple[int, ...]:
-    """Token ids without the run of equal ones at the end: batches may differ in their padding."""
+    """Token ids without the run of equal ids at the end: batches may differ in their padding."""
     end = len(ids)
     while end and ids[end - 1] == ids[-1]:
         end -= 1

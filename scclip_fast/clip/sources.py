@@ -1,4 +1,4 @@
-"""The library, the kind and the files that stand behind the name of a model."""
+"""Finds the library that loads a model, and the model's files, from its name."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:  # of the extra sam3
+if TYPE_CHECKING:  # only the extra sam3 installs it
     from transformers import PreTrainedModel, ProcessorMixin
 
 HUB_TIMEOUT = 2  # seconds, for the one request that decides whether a download can start
 SCENES = f"local-dir:{Path(__file__).parents[1] / 'scenes'}"
 _OPENAI = re.compile(r"(ViT-[BL])/(\d+)(?:@(\d+)px)?")
-_KINDS = {"clip": "transformers", "sam3": "sam3", "sam3_video": "sam3"}  # by config.json's type
+_KINDS = {"clip": "transformers", "sam3": "sam3", "sam3_video": "sam3"}  # by model_type
 _CONFIGS = ("config.json", "open_clip_config.json")
 
 
 class HubError(RuntimeError):
-    """The Hugging Face hub is out of reach, or keeps a repository from this user."""
+    """The Hugging Face hub is out of reach, or this user may not read a repository."""
 
 
 class Source(NamedTuple):
-    """A kind of model, and the name by which that kind's library finds it.
+    """The kind of a model, and its name in the library of that kind.
 
-    kind: "open_clip", "transformers" (its CLIP) or "sam3".
+    Attributes:
+        kind: "open_clip", "transformers" (its CLIP) or "sam3".
+        name: the name that the library's loader takes.
     """
 
     kind: str
@@ -35,17 +37,17 @@ class Source(NamedTuple):
 
     @property
     def brings_weights(self) -> bool:
-        """Whether the name stands for weights too, so that no tag chooses them."""
+        """Whether the name stands for weights too, so that no tag is needed to choose them."""
         return self.kind != "open_clip" or ":" in self.name
 
 
 def find_source(name: str) -> Source:
     """Finds out which library loads a model.
 
-    Folders and repositories of the Hugging Face hub are told apart by their config, open_clip's
-    `open_clip_config.json` or the `model_type` in transformers' `config.json`. Where both are
-    there, transformers' counts. The config of a repository comes from the hub's cache or from one
-    short request.
+    The config in a folder or a repository of the Hugging Face hub decides: open_clip's
+    `open_clip_config.json`, or the `model_type` in transformers' `config.json`. If there are both,
+    transformers' decides. The config of a repository comes from the hub's cache or from one short
+    request.
 
     Args:
         name: "scenes"; open_clip's name of a model, "hf-hub:..." or "local-dir:..."; OpenAI's name
@@ -53,7 +55,7 @@ def find_source(name: str) -> Source:
 
     Raises:
         ValueError: there is no such folder or repository, or it holds another kind of model.
-        HubError: the hub is out of reach, or keeps the repository from this user.
+        HubError: the hub is out of reach, or this user may not read the repository.
     """
     if name == "scenes":
         return Source("open_clip", SCENES)
@@ -69,12 +71,12 @@ def find_source(name: str) -> Source:
 
 
 def _folder(name: str) -> Source:
-    found = [file for file in _CONFIGS if os.path.isfile(os.path.join(name, file))]
-    if not found:
+    configs = [file for file in _CONFIGS if os.path.isfile(os.path.join(name, file))]
+    if not configs:
         raise ValueError(f"the folder {name} holds no model: it has no {' and no '.join(_CONFIGS)}")
-    if found[0] == "open_clip_config.json":
+    if configs[0] == "open_clip_config.json":
         return Source("open_clip", f"local-dir:{name}")
-    return Source(_kind(name, os.path.join(name, found[0])), name)
+    return Source(_kind(name, os.path.join(name, configs[0])), name)
 
 
 def _repository(name: str) -> Source:
@@ -86,11 +88,12 @@ def _repository(name: str) -> Source:
 
 
 def _kind(name: str, config: str) -> str:
+    """The kind of the model whose `config.json` is at the path `config`."""
     try:
-        found = json.loads(Path(config).read_text(encoding="utf-8"))["model_type"]
-        return _KINDS[found]
+        model_type = json.loads(Path(config).read_text(encoding="utf-8"))["model_type"]
+        return _KINDS[model_type]
     except KeyError as error:
-        model = "a config.json without model_type" if error.args == ("model_type",) else found
+        model = "a config.json without model_type" if error.args == ("model_type",) else model_type
         raise ValueError(
             f"{name} holds {model}; transformers' clip, sam3 and sam3_video can be used"
         ) from None
@@ -99,10 +102,12 @@ def _kind(name: str, config: str) -> str:
 
 
 def hub_file(repository: str, file: str) -> str | None:
-    """Path of a repository's file in the hub's cache; None where the repository lacks the file.
+    """Path of a repository's file in the hub's cache, or None if the repository lacks the file.
+
+    A file that is not in the cache is downloaded.
 
     Raises:
-        HubError: the hub is out of reach, or keeps the repository from this user.
+        HubError: the hub is out of reach, or this user may not read the repository.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import EntryNotFoundError
@@ -117,11 +122,11 @@ def hub_file(repository: str, file: str) -> str | None:
 
 
 def check_hub(repository: str, file: str) -> None:
-    """Asks the hub for a file's header once, as its client retries a download for minutes.
+    """Requests a file's header from the hub once, because its client retries downloads for minutes.
 
     Raises:
         EntryNotFoundError: the repository lacks the file.
-        HubError: the hub is out of reach, or keeps the repository from this user.
+        HubError: the hub is out of reach, or this user may not read the repository.
     """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import (
@@ -142,29 +147,29 @@ def check_hub(repository: str, file: str) -> None:
         raise HubError(
             f"the hub has no {repository}, or not for everyone: then log in with `hf auth login`"
         ) from None
-    except Exception as error:  # of httpx or requests, by the version of the hub's client
+    except Exception as error:  # of httpx or requests, depending on the hub's client
         raise HubError(f"cannot reach {repository} on the hub: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it has none."""
+    """The first line of an error's message, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_transformers(
     model: type[PreTrainedModel], processor: type[ProcessorMixin], name: str, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Loads a model of transformers and its processor, from the hub only what its cache lacks.
+    """Loads a model of transformers and its processor; downloads only files that are not cached.
 
     Args:
         model: the model's class.
         processor: its processor's class.
         name: a folder or OWNER/NAME on the hub.
-        dtype: of the weights.
+        dtype: the dtype of the weights.
 
     Raises:
         HubError: the hub is needed and out of reach.
-        Exception: whatever transformers raises for damaged or missing files.
+        Exception: any error of transformers, for damaged or missing files.
     """
 
     def load(**options: bool) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -14,17 +14,17 @@ _KINDS = (CLIPModel, CLIPVisionModelWithProjection, CLIPVisionModel)
 
 
 class TransformersTower(Tower):
-    """See `Tower`."""
+    """The `Tower` of a CLIP of transformers; see there."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, _KINDS):
             names = ", ".join(kind.__name__ for kind in _KINDS)
             raise ValueError(
                 f"model must be one of transformers' {names}, got {type(model).__name__}; of a "
-                "wrapped one, pass the model inside"
+                "wrapped model, pass the model inside"
             )
         self.model = model
-        # A CLIPVisionModel is the transformer itself, or, in older versions, holds it.
+        # A CLIPVisionModel is the transformer itself or, in older versions, contains it.
         self.visual = getattr(model, "vision_model", model)
         embeddings = self.visual.embeddings
         self.patch_embedding = embeddings.patch_embedding
@@ -35,7 +35,7 @@ class TransformersTower(Tower):
         self.norm_before = self.visual.pre_layrnorm
         self.blocks = self.visual.encoder.layers
 
-    def heads(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention, tokens = block.self_attn, block.layer_norm1(tokens)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (
@@ -44,14 +44,14 @@ class TransformersTower(Tower):
         )
         return q, k, v
 
-    def output(self, block: nn.Module) -> nn.Linear:
+    def out_proj(self, block: nn.Module) -> nn.Linear:
         return block.self_attn.out_proj
 
-    def finish(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
+    def add_residual_and_mlp(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = tokens + attended
         return tokens + block.mlp(block.layer_norm2(tokens))
 
-    def final(self, tokens: Tensor) -> Tensor:
+    def norm_and_project(self, tokens: Tensor) -> Tensor:
         tokens = self.visual.post_layernorm(tokens)
         if isinstance(self.model, CLIPVisionModel):
             return tokens
@@ -66,18 +66,18 @@ class TransformersTower(Tower):
             raise TypeError(f"tokenizer must be transformers', as the model is; got a {name}")
         config = self.model.config.text_config
         length = config.max_position_embeddings
-        # By keyword, as the first argument of a CLIPProcessor is the images.
+        # By keyword: the first argument of a CLIPProcessor is the images.
         tokens = tokenizer(text=texts, padding=True, truncation=False, return_tensors="pt")
         check_fits(texts, (tokens.attention_mask.sum(dim=1) > length).tolist(), length)
         if (highest := tokens.input_ids.max()) >= config.vocab_size:
             raise ValueError(
                 f"tokenizer has a token {highest} where the model's vocabulary has "
-                f"{config.vocab_size}: it is another model's"
+                f"{config.vocab_size}: it belongs to another model"
             )
         return dict(tokens)
 
     def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
         tokens = {name: each.to(self.device) for name, each in tokens.items()}
-        # Not by get_text_features, which returns a tensor or a structure, by the version.
+        # Not get_text_features: in some versions it returns a tensor, in others a structure.
         pooled = self.model.text_model(**tokens)[1]
         return F.normalize(self.model.text_projection(pooled), dim=-1)

@@ -1,11 +1,10 @@
-"""A frozen SAM3 with calibrated features, installed and removed at will.
+"""Calibrated features for a frozen SAM3, installed by `calibrate` and removed at any time.
 
-Of transformers (5.0 or newer, the extra `sam3`) or of Meta's package `sam3`; neither needs the
-other.
+The model is transformers' (5.0 or newer, the extra `sam3`) or that of Meta's package `sam3`.
+Neither package needs the other.
 """
 
+from .calibrate import Calibration, calibrate, to_seed_dict
 from .config import Sam3CalibrationConfig
-from .plugin import Calibration, calibrate
-from .seed import to_seed_dict
 
 __all__ = ["Calibration", "Sam3CalibrationConfig", "calibrate", "to_seed_dict"]

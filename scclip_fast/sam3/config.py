@@ -1,59 +1,57 @@
-"""The settings of the calibration of a SAM3, and the rule for trunks of other depths."""
+"""The settings of the calibration of a SAM3, and the rule that scales them to other depths."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..calibration import check_settings, scaled_index, stage_names
 from ..ops import _check
-from ..outliers import SCORES
-
-TRUNK_STAGES = ("trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion")
-OTHER_STAGES = ("cross_attention", "decoder_calibration", "mask_repair", "mask_threshold")
-STAGES = TRUNK_STAGES + OTHER_STAGES
 
 
 @dataclass(frozen=True)
 class Sam3CalibrationConfig:
     """Settings of SC-CLIP's stages (Bai et al., arXiv 2411.15869) in a SAM3; `stages.py` runs them.
 
-    Layer indices are 0-based: feature i is what layer i of the trunk gives. The defaults are for
-    SAM3's 32 layers, the fractions of the depth that SC-CLIP uses: repair after layer 30, where the
-    last layer, 31, begins. Nothing was published for SAM3.
+    Layer indices are 0-based. Index i stands for the output of layer i of the trunk. The defaults
+    are for SAM3's 32 layers, at the relative depths that SC-CLIP uses: the repair comes after layer
+    30, before the last layer, 31. Nothing was published for SAM3.
 
     Attributes:
         outlier_n_neighbors: k of the Local Outlier Factor; images of no more than k tokens are not
-            repaired, and no more than k queries not calibrated. More than k artefacts that are
-            alike are a cluster of their own, in which LOF finds none.
-        outlier_contamination: share of the tokens taken for outliers, in (0, 0.5].
+            repaired, and no more than k queries are not calibrated. More than k similar artefacts
+            are a cluster of their own, in which LOF finds no outlier.
+        outlier_contamination: share of the tokens that are marked as outliers, in (0, 0.5].
         outlier_score: "lof", as published; "norm", for the norm of a token over the median norm,
-            which finds alike artefacts however many; "either", for the outliers of both.
-        pre_adjust_idx: the layer whose similarity aggregates before the last layer and guides its
-            attention.
-        post_adjust_idx: the layer whose similarity aggregates after it.
-        multi_start_idx, multi_end_idx: the layers start, ..., end - 1 make the fused branch.
-        similarity_beta: cosine similarity, in [-1, 1], from which on tokens or queries are
-            aggregated and, with mask_threshold, a pixel keeps its logit.
-        residual_weight: how far every stage of the trunk, and cross_attention, moves its tokens,
-            in [0, 1]: what follows was trained on the frozen trunk. At 0 the trunk is the frozen
-            one, bit for bit.
-        gamma: sharpness of the content attention.
-        decoder_layers: after which layers of the DETR decoder queries are calibrated; -1 is the
+            which finds similar artefacts however many there are; "either", for the outliers of
+            both.
+        pre_adjust_idx: the layer whose similarity aggregates the tokens before the last layer and
+            guides the attention of the last layer.
+        post_adjust_idx: the layer whose similarity aggregates the tokens after the last layer.
+        multi_start_idx, multi_end_idx: the fused branch is the mean of layers start, ..., end - 1.
+        similarity_beta: smallest cosine similarity, in [-1, 1], at which tokens or queries are
+            aggregated and, with mask_threshold, at which a pixel keeps its logit.
+        residual_weight: weight, in [0, 1], of the calibrated tokens in every blend of the trunk and
+            of cross_attention. It is small because the modules after the trunk were trained on the
+            frozen trunk. At 0 the trunk is the frozen one, bit for bit.
+        gamma: sharpness of the content attention, >= 0.
+        decoder_layers: the layers of the DETR decoder after which queries are calibrated; -1 is the
             last, whose queries refine no boxes of later layers.
-        mask_grid: "pixels" repairs the pixel features that meet the queries (82,944 of them at
-            1008 pixels), "tokens" the 72 x 72 tokens that the pixel decoder starts from.
-        trunk_repair: replace outlier tokens before the last layer by their neighbours.
+        mask_grid: "pixels" repairs the pixel features that are multiplied with the queries (82,944
+            of them at 1008 pixels), "tokens" the 72 x 72 tokens that enter the pixel decoder.
+        trunk_repair: replace outlier tokens before the last layer by the mean of their neighbours.
         trunk_aggregate: aggregate before and after the last layer.
-        trunk_attention: blend the content attention into the last layer's.
-        trunk_fusion: blend in what the last layer makes of the mean of the middle layers.
+        trunk_attention: blend the content attention into the attention of the last layer.
+        trunk_fusion: blend in the output of the last layer for the fused branch.
         cross_attention: in every layer of the DETR encoder, average the attention of an image token
-            to the prompt with that of the tokens that look like it.
-        decoder_calibration: aggregate object queries, where there are outliers among them. It takes
-            from the queries some of their diversity, which a detector without NMS lives on.
+            to the prompt over the image tokens that are similar to it.
+        decoder_calibration: aggregate the object queries of images that have outliers among them.
+            The queries lose some of their diversity, which a detector without non-maximum
+            suppression depends on.
         mask_repair: repair outliers of the mask head's features.
-        mask_threshold: a logit becomes 0 where the cosine of query and pixel is below beta. The
-            design document compares the raw dot product with beta, which depends on the lengths of
-            both. A logit of 0 is a probability of one half: background rises to it and foreground
-            is lost, so it is for experiments only.
+        mask_threshold: set a logit to 0 where the cosine of query and pixel is below
+            similarity_beta. The design document compares the raw dot product, which depends on the
+            lengths of both. A logit of 0 is a probability of one half: background rises to it and
+            foreground is lost, so the stage is for experiments only.
     """
 
     outlier_n_neighbors: int = 30
@@ -84,71 +82,68 @@ class Sam3CalibrationConfig:
 
     @classmethod
     def for_depth(cls, layers: int) -> Sam3CalibrationConfig:
-        """The defaults, scaled from 32 layers, counted when they are finished, to that many.
+        """The defaults, scaled by `scaled_index` from 32 layers to a trunk of that many.
 
         Raises:
-            ValueError: fewer than two layers, so that there is no feature before the last.
+            ValueError: there are fewer than two layers, so that no layer comes before the last.
         """
         if layers < 2:
             raise ValueError(f"the calibration needs at least 2 layers, got a trunk of {layers}")
-        last = layers - 2
-
-        def index(of_32: int) -> int:
-            return min(max(round((of_32 + 1) * layers / 32) - 1, 0), last)
-
-        start = index(cls.multi_start_idx)
+        start = scaled_index(cls.multi_start_idx, 32, layers)
         return cls(
-            pre_adjust_idx=index(cls.pre_adjust_idx),
-            post_adjust_idx=index(cls.post_adjust_idx),
+            pre_adjust_idx=scaled_index(cls.pre_adjust_idx, 32, layers),
+            post_adjust_idx=scaled_index(cls.post_adjust_idx, 32, layers),
             multi_start_idx=start,
-            multi_end_idx=max(index(cls.multi_end_idx - 1), start) + 1,
+            multi_end_idx=max(scaled_index(cls.multi_end_idx - 1, 32, layers), start) + 1,
         )
 
     @property
     def calibrates_trunk(self) -> bool:
+        """Whether a stage changes the trunk."""
         return self.residual_weight > 0 and any(getattr(self, name) for name in TRUNK_STAGES)
 
     @property
-    def taps(self) -> dict[str, range]:
-        """What the trunk's last layer reads of others: the output of one, the sum of several."""
-        pre, post = self.pre_adjust_idx, self.post_adjust_idx
-        taps = {}
-        if self.trunk_aggregate or self.trunk_attention:
-            taps["pre"] = range(pre, pre + 1)
-        if self.trunk_aggregate:
-            taps["post"] = range(post, post + 1)
-        if self.trunk_fusion:
-            taps["levels"] = range(self.multi_start_idx, self.multi_end_idx)
-        return taps
+    def pre_layer(self) -> int | None:
+        """`pre_adjust_idx`, or None if no stage reads that layer."""
+        return self.pre_adjust_idx if self.trunk_aggregate or self.trunk_attention else None
+
+    @property
+    def post_layer(self) -> int | None:
+        """`post_adjust_idx`, or None if no stage reads that layer."""
+        return self.post_adjust_idx if self.trunk_aggregate else None
+
+    @property
+    def fused_layers(self) -> range:
+        """Layers whose mean is the fused branch; none without `trunk_fusion`."""
+        return range(self.multi_start_idx, self.multi_end_idx) if self.trunk_fusion else range(0)
+
+    @property
+    def kept_layers(self) -> set[int]:
+        """Layers of the trunk whose outputs are kept for the last layer."""
+        return {self.pre_layer, self.post_layer, *self.fused_layers} - {None}
 
     @property
     def repaired_grid(self) -> str | None:
+        """`mask_grid`, or None without `mask_repair`."""
         return self.mask_grid if self.mask_repair else None
 
     def check(self, layers: int, decoder_layers: int) -> None:
         """Raise unless every setting fits a trunk and a DETR decoder of that many layers.
 
         Raises:
-            TypeError: a setting of another type.
-            ValueError: one out of its range.
+            TypeError: a setting has another type.
+            ValueError: a setting is out of its range.
         """
-        features = layers - 1
-        why = f" for a trunk of {layers} layers (for_depth({layers}) gives indices that fit)"
-        for name in ("pre_adjust_idx", "post_adjust_idx", "multi_start_idx"):
-            _check.integer(name, getattr(self, name), 0, features - 1, why)
-        start = self.multi_start_idx
-        why = f" for {layers} layers and multi_start_idx={start}"
-        _check.integer("multi_end_idx", self.multi_end_idx, start + 1, features, why)
+        hint = f" (for_depth({layers}) gives indices that fit)"
+        check_settings(self, layers, f"a trunk of {layers} layers", hint)
         if not isinstance(self.decoder_layers, tuple):
             raise TypeError(f"decoder_layers must be a tuple, got {self.decoder_layers!r}")
         for index in self.decoder_layers:
             _check.integer("decoder_layers", index, -decoder_layers, decoder_layers - 1)
         _check.choice("mask_grid", self.mask_grid, ("pixels", "tokens"))
-        _check.integer("outlier_n_neighbors", self.outlier_n_neighbors, 1)
-        _check.contamination(self.outlier_contamination, "outlier_contamination")
-        _check.choice("outlier_score", self.outlier_score, SCORES)
         _check.number("similarity_beta", self.similarity_beta, -1, 1)
         _check.number("residual_weight", self.residual_weight, 0, 1)
-        _check.number("gamma", self.gamma, 0)
-        for name in STAGES:
-            _check.switch(name, getattr(self, name))
+
+
+STAGES = stage_names(Sam3CalibrationConfig)
+TRUNK_STAGES = tuple(name for name in STAGES if name.startswith("trunk_"))

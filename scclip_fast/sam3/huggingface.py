@@ -1,15 +1,14 @@
-"""transformers' SAM3 modules with a stage in their forward; they become it by their `__class__`.
+"""Subclasses of transformers' SAM3 modules that run the stages of the calibration.
 
-Weights, names and `isinstance` stay as they are, and torch.compile notices the change, which it
-does not of forward hooks (measured). Each class adds to what its parent returns, so that nothing of
-SAM3 is written twice.
+`calibrate` assigns them to `module.__class__`: weights, names and `isinstance` stay as they are,
+and torch.compile notices the change, which it does not do for forward hooks (measured). Each class
+adds a stage to the output of its parent, so that no code of SAM3 is repeated here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,28 +20,28 @@ from transformers.models.sam3 import modeling_sam3 as sam3
 from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
-from .output import CalibratedSegmentationOutput, CalibratedVisionOutput
-from .shared import TRUNK_FOUND
+from .output import CalibratedSegmentationOutput, CalibratedVisionOutput, extended
+from .state import TRUNK_RESULTS
 
 ATTENTION = "scclip_blended"
 
 
-class TappedLayer(sam3.Sam3ViTLayer):
-    """A layer of the trunk whose output a later stage reads."""
+class KeptLayer(sam3.Sam3ViTLayer):
+    """A layer of the trunk whose output the last layer reads."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        return self.scclip.tap(self.scclip_index, super().forward(hidden_states, **kwargs))
+        return self.scclip.keep(self.scclip_index, super().forward(hidden_states, **kwargs))
 
 
 class CalibratedLastLayer(sam3.Sam3ViTLayer):
-    """The trunk's last layer, in the middle of `stages.calibrate_trunk`."""
+    """The trunk's last layer, which runs within `stages.calibrate_trunk`."""
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         def last(x: Tensor, content: Tensor | None) -> Tensor:
             blend = {} if content is None else {"scclip_content": (content, self.scclip.config)}
             return super(CalibratedLastLayer, self).forward(x, **kwargs, **blend)
 
-        return self.scclip.run_last(hidden_states, last)
+        return stages.calibrate_trunk(hidden_states, last, self.scclip)
 
 
 def blended(
@@ -55,9 +54,10 @@ def blended(
     scclip_content: tuple[Tensor, Sam3CalibrationConfig],
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (B, H, N, d), after the rotary embedding, to (B, N, H, d).
+    """Blended attention as an entry of transformers' `AttentionInterface`.
 
-    Under autocast q and k come in the rotary embedding's float32.
+    Query, key and value are (B, H, N, d), after the rotary embedding; the result is (B, N, H, d).
+    Under autocast the rotary embedding returns query and key in float32.
     """
     content, config = scclip_content
     out = blended_attention(
@@ -72,14 +72,17 @@ def blended(
     return out.transpose(1, 2).contiguous(), None
 
 
+AttentionInterface.register(ATTENTION, blended)
+
+
 class CalibratedVisionModel(sam3.Sam3VisionModel):
-    """The vision encoder, whose output carries what was found: reused, it is found once."""
+    """The vision encoder. Its output carries the results of the trunk to every prompt."""
 
     def forward(self, pixel_values: Tensor, *args, **kwargs) -> Any:
         stages.check_pixels("pixel_values", pixel_values)
         try:
             out = super().forward(pixel_values, *args, **kwargs)
-            return _extended(CalibratedVisionOutput, out, self.scclip.take(*TRUNK_FOUND))
+            return extended(CalibratedVisionOutput, out, self.scclip.trunk_results())
         finally:
             self.scclip.clear()
 
@@ -93,7 +96,7 @@ class AggregatedCrossAttention(sam3.Sam3Attention):
 
 
 class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
-    """A layer of the DETR decoder; its token 0, for presence, is no object query."""
+    """A layer of the DETR decoder. Token 0 is the presence token, which is no object query."""
 
     def forward(self, *args, **kwargs) -> Tensor:
         out = super().forward(*args, **kwargs)
@@ -101,17 +104,17 @@ class CalibratedDecoderLayer(sam3.Sam3DetrDecoderLayer):
         return torch.cat([presence, stages.calibrate_queries(queries, self.scclip.config)], dim=1)
 
 
-class TappedDecoder(sam3.Sam3DetrDecoder):
-    """The DETR decoder, whose queries of all layers the output shows."""
+class KeptDecoder(sam3.Sam3DetrDecoder):
+    """The DETR decoder. The model's output has the queries of all its layers."""
 
     def forward(self, *args, **kwargs) -> Any:
         out = super().forward(*args, **kwargs)
-        self.scclip.found["query_features"] = out.intermediate_hidden_states
+        self.scclip.query_features = out.intermediate_hidden_states
         return out
 
 
 class RepairedPixelDecoder(sam3.Sam3PixelDecoder):
-    """The mask head's pyramid, from repaired tokens."""
+    """The pixel decoder of the mask head, on repaired tokens."""
 
     def forward(self, backbone_features: list[Tensor]) -> Tensor:
         *finer, coarsest = backbone_features
@@ -119,39 +122,39 @@ class RepairedPixelDecoder(sam3.Sam3PixelDecoder):
 
 
 class CalibratedProjection(nn.Conv2d):
-    """What makes the pixel features that meet the queries."""
+    """The projection to the pixel features that are multiplied with the queries."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         out, config = super().forward(pixels), self.scclip.config
         if config.repaired_grid == "pixels":
             out = stages.repair_map(out, config)
         if config.mask_threshold:
-            self.scclip.found["pixel_norms"] = out.norm(dim=1)
+            self.scclip.pixel_norms = out.norm(dim=1)
         return out
 
 
 class MeasuredMaskEmbedder(sam3.Sam3MaskEmbedder):
-    """What makes the queries' embeddings, whose lengths the threshold needs."""
+    """The embedding of the queries. The threshold needs the norms of its output."""
 
     def forward(self, queries: Tensor) -> Tensor:
         out = super().forward(queries)
-        self.scclip.found["query_norms"] = out.norm(dim=-1)
+        self.scclip.query_norms = out.norm(dim=-1)
         return out
 
 
 class ThresholdedMaskDecoder(sam3.Sam3MaskDecoder):
-    """The mask head without the logits of pixels that are unlike the query."""
+    """The mask head, whose logits are 0 where pixel and query are not similar."""
 
     def forward(self, *args, **kwargs) -> Any:
-        out = super().forward(*args, **kwargs)
-        norms = self.scclip.take("query_norms", "pixel_norms")
-        beta = self.scclip.config.similarity_beta
-        out.pred_masks = stages.threshold_logits(out.pred_masks, *norms.values(), beta)
+        out, state = super().forward(*args, **kwargs), self.scclip
+        norms, beta = (state.query_norms, state.pixel_norms), state.config.similarity_beta
+        state.query_norms = state.pixel_norms = None
+        out.pred_masks = stages.threshold_logits(out.pred_masks, *norms, beta)
         return out
 
 
 class CalibratedModel(Sam3Model):
-    """The whole model, whose output is `CalibratedSegmentationOutput`."""
+    """The whole model. Its output is a `CalibratedSegmentationOutput`."""
 
     def forward(self, pixel_values=None, vision_embeds=None, *args, **kwargs) -> Any:
         try:
@@ -165,10 +168,9 @@ class CalibratedModel(Sam3Model):
             vision_embeds = self.vision_encoder(pixel_values, **context | {"return_dict": True})
             pixel_values = None
         out = super().forward(pixel_values, vision_embeds, *args, **kwargs)
-        found = {name: getattr(vision_embeds, name, None) for name in TRUNK_FOUND}
-        return _extended(
-            CalibratedSegmentationOutput, out, found | self.scclip.take("query_features")
-        )
+        results = {name: getattr(vision_embeds, name, None) for name in TRUNK_RESULTS}
+        results["query_features"] = self.scclip.query_features
+        return extended(CalibratedSegmentationOutput, out, results)
 
 
 # save_pretrained writes this name, by which the checkpoint is loaded without this package.
@@ -176,29 +178,19 @@ CalibratedModel.__name__ = Sam3Model.__name__
 _PROMPTS = ("input_ids", "attention_mask", "text_embeds", "input_boxes", "input_boxes_labels")
 
 
-def _extended(kind: type, out: Any, found: dict[str, Tensor | None]) -> Any:
-    """transformers' output as the dataclass that adds fields to it; tuples as they are."""
-    if isinstance(out, tuple):
-        return out
-    return kind(**{f.name: getattr(out, f.name) for f in fields(out)}, **found)
-
-
-AttentionInterface.register(ATTENTION, blended)
-
-
 def depths(model: Sam3Model) -> tuple[int, int]:
-    """Layers of the trunk and of the DETR decoder."""
+    """Number of layers of the trunk and of the DETR decoder."""
     return len(model.vision_encoder.backbone.layers), len(model.detr_decoder.layers)
 
 
 def replacements(
     model: Sam3Model, config: Sam3CalibrationConfig
 ) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
-    """Each module that a stage needs, the class it becomes, and attributes that it gets."""
+    """Each module that a stage changes, its new class, and attributes to set on it."""
     for module, kind, attributes in _chosen(model, config):
         if isinstance(module, PreTrainedModel):
-            # By the name of its class transformers knows what a model can record; a name that is
-            # missing would lose hidden states and attentions without a word.
+            # transformers looks up what a model can record by the name of its class. Under a name
+            # that is not registered, hidden states and attentions would be lost without an error.
             _CAN_RECORD_REGISTRY[str(kind)] = module._can_record_outputs
         yield module, kind, attributes
 
@@ -208,17 +200,17 @@ def _chosen(
 ) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
     yield model, CalibratedModel, {}
     yield model.vision_encoder, CalibratedVisionModel, {}
-    yield model.detr_decoder, TappedDecoder, {}
+    yield model.detr_decoder, KeptDecoder, {}
     if config.calibrates_trunk:
         layers = model.vision_encoder.backbone.layers
-        for index in set().union(*config.taps.values()):
-            yield layers[index], TappedLayer, {"scclip_index": index}
+        for index in config.kept_layers:
+            yield layers[index], KeptLayer, {"scclip_index": index}
         yield layers[-1], CalibratedLastLayer, {}
         if config.trunk_attention:
             attention = layers[-1].attention
-            own = copy.copy(attention.config)  # all layers of the trunk share one
-            own._attn_implementation = ATTENTION
-            yield attention, type(attention), {"config": own}
+            attention_config = copy.copy(attention.config)  # all layers of the trunk share one
+            attention_config._attn_implementation = ATTENTION
+            yield attention, type(attention), {"config": attention_config}
     if config.cross_attention:
         for layer in model.detr_encoder.layers:
             yield layer.cross_attn, AggregatedCrossAttention, {}

@@ -1,7 +1,7 @@
-"""The modules of Meta's package `sam3` with a stage in them, as `huggingface.py` has them.
+"""Subclasses of Meta's SAM3 modules that run the stages, as those of `huggingface.py` do.
 
-Meta's decoder keeps its queries (Q, B, C) and their presence token apart; its blocks take no
-keywords, so that the last one leaves its attention the content features in `Shared`.
+Meta's decoder keeps its queries (Q, B, C) and their presence token apart. Its blocks take no
+keywords, so the last block passes the content features to its attention in `ForwardState.content`.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from torch import Tensor, nn
 from ..ops import blended_attention
 from . import stages
 from .config import Sam3CalibrationConfig
-from .shared import TRUNK_FOUND
+from .state import TRUNK_RESULTS
 
 
-class TappedBlock(vitdet.Block):
-    """A block of the trunk whose output a later stage reads."""
+class KeptBlock(vitdet.Block):
+    """A block of the trunk whose output the last block reads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scclip.tap(self.scclip_index, super().forward(x))
+        return self.scclip.keep(self.scclip_index, super().forward(x))
 
 
 class CalibratedLastBlock(vitdet.Block):
-    """The trunk's last block, in the middle of `stages.calibrate_trunk`."""
+    """The trunk's last block, which runs within `stages.calibrate_trunk`."""
 
     def forward(self, x: Tensor) -> Tensor:
         _refuse_training(self)
 
         def last(x: Tensor, content: Tensor | None) -> Tensor:
-            if content is not None:
-                self.scclip.found["content"] = content
+            self.scclip.content = content
             return super(CalibratedLastBlock, self).forward(x)
 
-        return self.scclip.run_last(x, last)
+        return stages.calibrate_trunk(x, last, self.scclip)
 
 
 class BlendedAttention(vitdet.Attention):
-    """The last block's attention, over all tokens (B, h, w, D), blended with the content's."""
+    """The last block's attention over all tokens (B, h, w, D), blended with content attention."""
 
     def forward(self, x: Tensor) -> Tensor:
-        config = self.scclip.config
+        state = self.scclip
+        content, state.content = state.content, None
         qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self._apply_rope(q, k)
@@ -58,21 +58,21 @@ class BlendedAttention(vitdet.Attention):
             q,
             k,
             v,
-            self.scclip.found.pop("content"),
-            gamma=config.gamma,
-            alpha=config.residual_weight,
+            content,
+            gamma=state.config.gamma,
+            alpha=state.config.residual_weight,
             scale=self.scale,
         )
         return self.proj(out.transpose(1, 2).flatten(2).unflatten(1, x.shape[1:3]))
 
 
 class CalibratedBackbone(vl_combiner.SAM3VLBackbone):
-    """The encoders, whose image dictionary carries what was found: reused, it is found once."""
+    """The encoders. The dictionary of an image carries the results of the trunk to every prompt."""
 
     def forward_image(self, samples: Tensor) -> dict[str, Any]:
         stages.check_pixels("samples", samples)
         try:
-            return super().forward_image(samples) | self.scclip.take(*TRUNK_FOUND)
+            return super().forward_image(samples) | self.scclip.trunk_results()
         finally:
             self.scclip.clear()
 
@@ -96,7 +96,7 @@ class CalibratedDecoderLayer(decoder.TransformerDecoderLayer):
 
 
 class RepairedPixelDecoder(maskformer_segmentation.PixelDecoder):
-    """The mask head's pyramid, from repaired tokens."""
+    """The pixel decoder of the mask head, on repaired tokens."""
 
     def forward(self, backbone_feats: list[Tensor]) -> Tensor:
         *finer, coarsest = backbone_feats
@@ -104,7 +104,7 @@ class RepairedPixelDecoder(maskformer_segmentation.PixelDecoder):
 
 
 class CalibratedMaskPredictor(maskformer_segmentation.MaskPredictor):
-    """Where queries (B, Q, C) meet pixel features (B, C, h, w)."""
+    """The product of queries (B, Q, C) and pixel features (B, C, h, w)."""
 
     def forward(self, obj_queries: Tensor, pixel_embed: Tensor) -> Tensor:
         config = self.scclip.config
@@ -120,34 +120,35 @@ class CalibratedMaskPredictor(maskformer_segmentation.MaskPredictor):
 
 
 class CalibratedModel(sam3_image.Sam3Image):
-    """The whole model: its dictionary has what was found, and the decoder's layers batch first."""
+    """The whole model. Its dictionary has the results of the trunk and of all decoder layers."""
 
     def forward_grounding(self, *args, **kwargs) -> dict[str, Any]:
         out = super().forward_grounding(*args, **kwargs)
         image = out["prev_encoder_out"]["backbone_out"]
-        return out | {name: image.get(name) for name in TRUNK_FOUND}
+        return out | {name: image.get(name) for name in TRUNK_RESULTS}
 
     def _update_scores_and_boxes(self, out, hs, reference_boxes, *args, **kwargs) -> None:
+        # hs and reference_boxes are batch first, one entry for each layer of the decoder.
         super()._update_scores_and_boxes(out, hs, reference_boxes, *args, **kwargs)
         out.update(query_features=hs, decoder_reference_boxes=reference_boxes)
 
 
 def depths(model: sam3_image.Sam3Image) -> tuple[int, int]:
-    """Blocks of the trunk and layers of the DETR decoder."""
+    """Number of blocks of the trunk and of layers of the DETR decoder."""
     return len(model.backbone.vision_backbone.trunk.blocks), len(model.transformer.decoder.layers)
 
 
 def replacements(
     model: sam3_image.Sam3Image, config: Sam3CalibrationConfig
 ) -> Iterator[tuple[nn.Module, type, dict[str, Any]]]:
-    """Each module that a stage needs, the class it becomes, and attributes that it gets."""
+    """Each module that a stage changes, its new class, and attributes to set on it."""
     _check(model, config)
     yield model, CalibratedModel, {}
     yield model.backbone, CalibratedBackbone, {}
     if config.calibrates_trunk:
         blocks = model.backbone.vision_backbone.trunk.blocks
-        for index in set().union(*config.taps.values()):
-            yield blocks[index], TappedBlock, {"scclip_index": index}
+        for index in config.kept_layers:
+            yield blocks[index], KeptBlock, {"scclip_index": index}
         yield blocks[-1], CalibratedLastBlock, {}
         if config.trunk_attention:
             yield blocks[-1].attn, BlendedAttention, {}
@@ -166,20 +167,20 @@ def replacements(
 
 
 def _check(model: sam3_image.Sam3Image, config: Sam3CalibrationConfig) -> None:
-    """ValueError for what Meta's modules can be built as and the stages have no place in."""
+    """ValueError for variants of Meta's modules that the stages do not support."""
     last = model.backbone.vision_backbone.trunk.blocks[-1]
     if config.calibrates_trunk and (
         last.window_size > 0 or last.attn.cls_token or last.attn.use_rel_pos
     ):
         raise ValueError(
-            "the trunk must be SAM3's, without class token or relative positions, its last block's "
-            f"attention over all tokens; got window_size={last.window_size}, "
+            "the trunk must be SAM3's, without class token and relative positions, and its last "
+            f"block must have attention over all tokens; got window_size={last.window_size}, "
             f"cls_token={last.attn.cls_token}, use_rel_pos={last.attn.use_rel_pos}"
         )
     attentions = [layer.cross_attn_image for layer in model.transformer.encoder.layers]
     if config.cross_attention and not all(attention.batch_first for attention in attentions):
         raise ValueError(
-            "cross_attention needs cross attention of (B, N, C) in the encoder, got one with "
+            "cross_attention needs an encoder whose cross attention takes (B, N, C), got one with "
             "batch_first=False"
         )
     head = model.segmentation_head

@@ -1,5 +1,5 @@
-"""A world small enough to ship: drawn scenes with exact masks, and a CLIP trained on them.
+"""Drawn scenes with exact masks, and a CLIP trained on them that is small enough to ship.
 
-`draw` makes the scenes, `train` trained the model, whose configuration and weights lie in this
-folder as open_clip writes them.
+`draw` makes the scenes. `train` trained the model. Its configuration and weights are in this
+folder, in open_clip's format.
 """

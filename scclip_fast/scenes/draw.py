@@ -1,8 +1,8 @@
 """Scenes of coloured shapes on textured grounds, with captions and exact masks.
 
 A class is a ground ("grass") or a shape in a colour ("red star"). `HELD_OUT` pairs of colour and
-shape are drawn for the benchmark alone: a model trained on the other scenes knows the colour and
-the shape, but never saw them together.
+shape are drawn for the benchmark alone: the other scenes, on which a model is trained, have the
+colour and the shape, but not together.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ FINISHES = ("plain", "striped", "dotted")
 CLASSES = GROUNDS + tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
 HELD_OUT = frozenset(f"{color} {shape}" for color, shape in zip(COLORS, SHAPES, strict=True))
 _SPLITS = {"train": 0, "benchmark": 1, "validation": 2}  # first word of the seed
-_TILT = np.pi / 8  # no square becomes a diamond
+_TILT = np.pi / 8  # largest rotation, small enough that no square looks like a diamond
 
 
 class Scene(NamedTuple):
     image: np.ndarray  # (H, W, 3), uint8
     labels: np.ndarray  # (H, W), uint8, indices into CLASSES
-    phrases: list[str]  # what is in it, shapes first: "striped red star", "grass"
+    phrases: list[str]  # names of the content, shapes first: "striped red star", "grass"
 
 
 def scene(split: str, index: int, size: tuple[int, int] = SIZE) -> Scene:
-    """Scene `index` of "train", "validation" or "benchmark"; the same one at every call.
+    """Draws scene `index` of "train", "validation" or "benchmark". Each call draws the same scene.
 
-    "train" and "validation" never hold a class of `HELD_OUT`; in "benchmark" every second shape is
-    one.
+    "train" and "validation" have no class of `HELD_OUT`; in "benchmark" every second shape is of
+    one, on average.
     """
     rng = np.random.default_rng((_SPLITS[split], index))
     image, labels, grounds = _ground(rng, size)
@@ -60,19 +60,20 @@ def scene(split: str, index: int, size: tuple[int, int] = SIZE) -> Scene:
 
 
 def caption(rng: np.random.Generator, phrases: list[str]) -> str:
-    """What a person might say of it: everything, or with one chance in three only a part."""
+    """A caption as a person might write it, of all phrases or, one time in three, of some."""
     if rng.random() < 1 / 3:
         phrases = list(rng.permutation(phrases)[: rng.integers(1, len(phrases) + 1)])
     grounds = [phrase for phrase in phrases if phrase in GROUNDS]
     shapes = list(rng.permutation([phrase for phrase in phrases if phrase not in GROUNDS]))
-    where = " and ".join(grounds)
+    ground_text = " and ".join(grounds)
     if not shapes:
-        return where
-    what = " and ".join(filter(None, (", ".join(shapes[:-1]), shapes[-1])))
-    return f"{what} on {where}" if where else what
+        return ground_text
+    shape_text = " and ".join(filter(None, (", ".join(shapes[:-1]), shapes[-1])))
+    return f"{shape_text} on {ground_text}" if ground_text else shape_text
 
 
 def _pair(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
+    """Draws a colour and a shape, out of `HELD_OUT` or out of all other pairs."""
     colors = tuple(COLORS)
     while True:
         color, shape = colors[rng.integers(len(colors))], SHAPES[rng.integers(len(SHAPES))]
@@ -83,7 +84,7 @@ def _pair(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
 def _ground(
     rng: np.random.Generator, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """One ground, or two on either side of a wavy horizon; image in float."""
+    """Draws one ground, or two on either side of a wavy horizon: image (float), labels, names."""
     count = 1 + (rng.random() < 0.4)
     chosen = rng.choice(len(GROUNDS), count, replace=False)
     image = _TEXTURES[chosen[0]](rng, size)
@@ -107,7 +108,7 @@ def _add_shape(
     shape: str,
     finish: str,
 ) -> bool:
-    """Draw where no other shape is; False where a few tries find no room."""
+    """Draws a shape where there is no other. Returns False if eight tries find no room."""
     height, width = labels.shape
     for _ in range(8):
         radius = rng.uniform(0.11, 0.26) * min(height, width)
@@ -126,7 +127,7 @@ def _add_shape(
     paint = np.array(COLORS[color]) + rng.normal(0, 12, 3)
     contrast = -0.45 if color != "black" else 1.0
     shade = 1 + contrast * _finish(rng, finish, u * radius, v * radius)
-    # Black needs something to lighten.
+    # A finish lightens black by a factor, so black must not be 0.
     painted = (paint.clip(0, 255) + (20 if contrast > 0 and finish != "plain" else 0)) * shade[
         ..., None
     ]
@@ -136,7 +137,7 @@ def _add_shape(
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Five points at radius 1, five notches at 0.42."""
+    """A star with five points at radius 1 and five notches at radius 0.42."""
     fifth = 2 * np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + fifth / 2) % fifth - fifth / 2)  # from the nearest point
     p, q = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
@@ -155,7 +156,7 @@ _OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 
 
 def _finish(rng: np.random.Generator, finish: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """1 on a stripe or a dot, 0 elsewhere; x and y in pixels."""
+    """1 on a stripe or a dot of a finish, 0 elsewhere; x and y are in pixels."""
     period, phase = rng.uniform(8, 14), rng.uniform(0, 2 * np.pi, 2)
     across = np.sin(2 * np.pi * x / period + phase[0])
     if finish == "striped":
@@ -170,14 +171,14 @@ def _pixels(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _ramp(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Light that falls off in some direction, -1 to 1."""
+    """A linear ramp from -1 to 1 in a random direction, for the light."""
     y, x = _pixels(size)
     angle = rng.uniform(0, 2 * np.pi)
     return np.cos(angle) * (2 * x / size[1] - 1) + np.sin(angle) * (2 * y / size[0] - 1)
 
 
 def _blotches(rng: np.random.Generator, size: tuple[int, int], cell: tuple[int, int]) -> np.ndarray:
-    """Noise (H, W) of unit variance, smooth over cells of that many pixels."""
+    """Noise (H, W) of unit variance that is smooth over cells of `cell` pixels."""
     rows, columns = -(-size[0] // cell[0]) + 2, -(-size[1] // cell[1]) + 2
     coarse = rng.normal(size=(rows, columns))
     y, x = np.arange(size[0]) / cell[0], np.arange(size[1]) / cell[1]
@@ -189,7 +190,7 @@ def _blotches(rng: np.random.Generator, size: tuple[int, int], cell: tuple[int, 
 
 
 def _tinted(rng: np.random.Generator, color: tuple[int, int, int], relief: np.ndarray):
-    """The colour, a little off, lighter and darker by `relief` (H, W)."""
+    """A colour, slightly changed, that `relief` (H, W) lightens and darkens."""
     return (np.array(color) + rng.normal(0, 10, 3)) * (1 + relief[..., None])
 
 

@@ -1,8 +1,9 @@
 """Train the CLIP of the drawn scenes: python -m scclip_fast.scenes.train --out FOLDER
 
-Contrastive, as CLIP: nothing tells it where anything is. First come random windows of scenes with
-captions of what lies in them, four for the price of a whole one; then whole scenes. A pool of 3 GB
-of scenes is drawn before. About 45 minutes on two cores that have nothing else to do.
+The loss is contrastive, as CLIP's: no label gives the position of anything. The first stage trains
+on random windows of scenes, with captions of what lies in them; four windows cost as much as a
+whole scene. The second stage trains on whole scenes. All come from a pool of 3 GB of scenes, which
+is drawn first. Training takes about 45 minutes on two otherwise idle cores.
 """
 
 from __future__ import annotations
@@ -37,22 +38,22 @@ POOL = 20_000  # scenes, drawn once
 WARMUP = 100  # steps of rising learning rate
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.1
-SEEN_SHAPE = 0.4  # the share of a shape's pixels that a window must hold for its caption to name it
-SEEN_GROUND = 0.05  # the share of a window's pixels that a ground must fill
+VISIBLE_SHAPE = 0.4  # a caption names a shape if its window has this share of the shape's pixels
+VISIBLE_GROUND = 0.05  # and a ground if it fills this share of the window's pixels
 REPORT = 20  # steps between two lines of progress
 
 
 class Stage(NamedTuple):
     steps: int
-    images: int  # a step
-    side: int | None  # of the window of each image, in patches; None for whole images
+    images: int  # per step
+    side: int | None  # of each image's window, in patches; None for whole images
 
 
 STAGES = (Stage(1000, 128, side=7), Stage(400, 64, side=None))
 
 
 class Pool:
-    """Scenes in memory, and batches of them with captions."""
+    """Keeps scenes in memory and makes batches of windows with captions."""
 
     def __init__(self, size: int, config: dict) -> None:
         with ProcessPoolExecutor() as workers:
@@ -70,7 +71,7 @@ class Pool:
     def batch(
         self, rng: np.random.Generator, count: int, side: int | None
     ) -> tuple[Tensor, Tensor, list[str]]:
-        """Windows (B, 3, h, w) of images, their corners (B, 2) in patches, and captions."""
+        """Draws windows (B, 3, h, w) of images, their corners (B, 2) in patches, and captions."""
         chosen = rng.choice(len(self.images), count, replace=False)
         grid = self.images.shape[-1] // self.patch
         side = side or grid
@@ -79,32 +80,34 @@ class Pool:
         for index, (y, x) in zip(chosen, corners * self.patch, strict=True):
             rows, columns = (slice(start, start + side * self.patch) for start in (y, x))
             crops.append(self.images[index, :, rows, columns])
-            text = caption(rng, self._seen(index, rows, columns))
+            text = caption(rng, self._visible(index, rows, columns))
             template = rng.choice(open_clip.OPENAI_IMAGENET_TEMPLATES)
             captions.append(template(text) if rng.random() < 0.5 else text)
         pixels = (torch.stack(crops) - self.mean) / self.std
         return pixels, torch.from_numpy(corners), captions
 
-    def _seen(self, index: int, rows: slice, columns: slice) -> list[str]:
-        """What a window shows enough of; failing that, what it shows most of."""
+    def _visible(self, index: int, rows: slice, columns: slice) -> list[str]:
+        """Phrases of all classes that a window shows enough of, or of the one it shows most of."""
         areas = _areas(self.labels[index][rows, columns])
-        enough = SEEN_SHAPE * self.areas[index]
-        enough[: len(GROUNDS)] = SEEN_GROUND * areas.sum()
+        enough = VISIBLE_SHAPE * self.areas[index]
+        enough[: len(GROUNDS)] = VISIBLE_GROUND * areas.sum()
         phrases = self.phrases[index]
-        seen = [phrase for c, phrase in phrases.items() if areas[c] > enough[c]]
-        return seen or [phrases[areas.argmax()]]
+        visible = [phrase for c, phrase in phrases.items() if areas[c] > enough[c]]
+        return visible or [phrases[areas.argmax()]]
 
 
 def _class(phrase: str) -> int:
+    """Index of the class that a phrase names, such as "striped red star"."""
     return CLASSES.index(" ".join(phrase.split()[-2:]))
 
 
 def _areas(labels: np.ndarray) -> np.ndarray:
+    """Number of pixels of each class."""
     return np.bincount(labels.ravel(), minlength=len(CLASSES))
 
 
 def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
-    """Features (B, E) of windows (B, 3, h, w), which keep the positions they have in the image."""
+    """Features (B, E) of windows (B, 3, h, w) with the positional embedding of their corners."""
     tower = OpenClipTower(model)
     patches = tower.patch_embedding(pixels)
     rows, columns = (
@@ -115,12 +118,12 @@ def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
     patches = patches.flatten(2).mT + positions[1:][places.flatten(1)]
     class_token = (tower.class_embedding + positions[0]).expand(len(pixels), 1, -1)
     tokens = tower.norm_before(torch.cat([class_token, patches], dim=1))
-    # Over few tokens, plain products are the faster attention.
+    # For few tokens, plain matrix products are the faster attention.
     plain = tokens.shape[1] < 64
     with sdpa_kernel(SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION):
         for block in tower.blocks:
-            tokens = tower.block(block, tokens)
-    return tower.project(tokens[:, 0])
+            tokens = tower.run_block(block, tokens)
+    return tower.unit_features(tokens[:, 0])
 
 
 def train(model: nn.Module, tokenizer: open_clip.SimpleTokenizer, pool: Pool, seed: int) -> None:
@@ -146,7 +149,7 @@ def train(model: nn.Module, tokenizer: open_clip.SimpleTokenizer, pool: Pool, se
 
 
 def contrastive_loss(model: nn.Module, pixels: Tensor, corners: Tensor, texts: Tensor) -> Tensor:
-    """CLIP's: each image to find its caption in the batch, and each caption its image."""
+    """CLIP's loss: each image must find its caption in the batch, and each caption its image."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image = encode_windows(model, pixels, corners)
         text = model.encode_text(texts, normalize=True)
@@ -156,13 +159,13 @@ def contrastive_loss(model: nn.Module, pixels: Tensor, corners: Tensor, texts: T
 
 
 def _rate(step: int) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
+    """Share of the learning rate: a linear warm-up, then half a cosine down to 2 %."""
     progress = max(0, step - WARMUP) / (sum(stage.steps for stage in STAGES) - WARMUP)
     return min(1, (step + 1) / WARMUP) * (0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
 
 
 def _groups(model: nn.Module) -> list[dict]:
-    """No weight decay for gains and biases."""
+    """Parameter groups of the optimizer: gains and biases have no weight decay."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return [
@@ -172,7 +175,7 @@ def _groups(model: nn.Module) -> list[dict]:
 
 
 def save(model: nn.Module, folder: Path) -> None:
-    """As open_clip's "local-dir:" loads it, in half precision."""
+    """Writes the model in half precision, for open_clip's "local-dir:"."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().half().contiguous() for name, p in model.state_dict().items()}
     save_file(weights, folder / "open_clip_model.safetensors")
