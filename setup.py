@@ -29,7 +29,10 @@ ROOT = Path(__file__).parent
 # setuptools' plain editable install finds no folder elsewhere that lacks an __init__.py.
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
-SUBPACKAGES = ("app", "cli", "clip", "evaluate", "kernels", "ops", "plots", "sam3", "scenes")
+SUBPACKAGES = (
+    *("app", "chunked", "cli", "clip", "distributed", "evaluate", "kernels"),
+    *("ops", "plots", "sam3", "scenes", "segment", "sklearn"),
+)
 
 setup(
     name="scclip_fast",

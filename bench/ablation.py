@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
 from scclip_fast.clip.config import STAGES
-from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, settings
+from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, provenance
 from scclip_fast.evaluate.metric import areas, bootstrap, iou
 from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
 from scclip_fast.segment import Segmenter
@@ -103,7 +103,7 @@ def main() -> None:
     print(ablation_table({"rows": rows}))
     if args.out:
         about = harness.provenance("cpu")
-        about |= {"weights": settings.weights_digest(encoder), "versions": settings.versions()}
+        about |= {"weights": provenance.weights_digest(encoder), "versions": provenance.versions()}
         about |= {"scenes": args.scenes, "seeds": args.seeds}
         args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import scclip_fast as sf
-from scclip_fast import search
+from scclip_fast.chunked import search
 from scclip_fast.clip import create_model
 from scclip_fast.kernels import nearest
 from scclip_fast.kernels.rounding import positions

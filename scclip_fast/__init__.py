@@ -1,7 +1,7 @@
 """Training-free dense vision, fast: SC-CLIP's operations without N x N memory.
 
-Ops are functions of tensors, (N, D) or (B, N, D), float16 to float64, CPU or GPU; `backend` chooses
-how they run.
+Ops are functions of tensors (N, D) or (B, N, D), float16 to float64, on a CPU or a GPU. `backend`
+chooses the implementation that runs them.
 """
 
 from .backend import backend

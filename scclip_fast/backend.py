@@ -1,8 +1,8 @@
-"""Which implementation runs an op: the Triton kernels, the chunked torch code, or the reference.
+"""The choice of the implementation of an op: Triton kernels, chunked torch, or the reference.
 
-The choice, first match wins: the op's `backend=` argument, an enclosing `with backend(...)`, the
-environment variable `SCCLIP_FAST_BACKEND`, and otherwise Triton for a GPU tensor that its kernels
-support and torch for everything else.
+The first of these decides: the op's argument `backend=`, an enclosing `with backend(...)`, the
+environment variable `SCCLIP_FAST_BACKEND`. Without any of them, Triton runs GPU tensors that its
+kernels support, and torch everything else.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 
 BACKENDS = ("triton", "torch", "reference")
 ENVIRONMENT_VARIABLE = "SCCLIP_FAST_BACKEND"
-NAMESPACE = __name__.split(".")[0]  # of the ops: a copy under another name (`hub.py`) has its own
+NAMESPACE = __name__.split(".")[0]  # of registered ops; a copy of another name has its own (`hub`)
 
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile can't trace the search
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # torch.compile cannot trace find_spec
 
-# A plain global: torch.compile traces it and guards on it. It cannot trace a ContextVar in torch
-# 2.11, and does not guard on a threading.local.
+# A plain global, because torch.compile traces it and guards on it. It cannot trace a ContextVar in
+# torch 2.11, and does not guard on a threading.local.
 _scoped: str | None = None
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the `with` block on one backend, in all threads.
+    """Runs every op inside the `with` block on one backend, in all threads.
 
     Args:
         name: "triton", "torch", "reference", or None to undo an enclosing scope.
@@ -44,10 +44,10 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def resolve(name: str | None, *tensors: torch.Tensor) -> str:
-    """The backend that runs an op on these tensors; the docstring of this module gives the order.
+    """Returns the backend that runs an op on these tensors, by the rule of this module.
 
     Raises:
-        ValueError: an unknown name, or a request for Triton that cannot be met.
+        ValueError: an unknown name, or a request for Triton where it cannot run.
     """
     requested = (
         _check_name(name, "backend")
@@ -64,9 +64,9 @@ def resolve(name: str | None, *tensors: torch.Tensor) -> str:
 
 
 def operands(backend: str, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors that a resolved backend computes on: float64 on the reference, else the same.
+    """Returns the tensors as a resolved backend computes on them: in float64 for the reference.
 
-    The caller casts the result, so that all in between, in the backward pass too, is rounded once.
+    The caller casts the result. Results and gradients of the reference are therefore rounded once.
     """
     return tuple(t.double() for t in tensors) if backend == "reference" else tensors
 
@@ -78,7 +78,7 @@ def _check_name(name: str | None, argument: str) -> str | None:
 
 
 def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
-    """Why the kernels cannot run on these tensors, or None if they can."""
+    """Returns the reason why the kernels cannot run on these tensors, or None if they can."""
     if any(t.dtype == torch.float64 for t in tensors):
         return "the kernels take float16, bfloat16 and float32, not float64"
     if not _HAS_TRITON:
@@ -87,11 +87,11 @@ def _obstacle(tensors: tuple[torch.Tensor, ...]) -> str | None:
         # torch.compile traces this call, but not get_device_capability.
         properties = torch.cuda.get_device_properties(tensors[0].device)
         if properties.major < 8:
-            found = f"{properties.major}.{properties.minor}"
-            return f"the kernels need compute capability 8.0 or newer, and this GPU has {found}"
+            present = f"{properties.major}.{properties.minor}"
+            return f"the kernels need compute capability 8.0 or newer, and this GPU has {present}"
     if not _on_gpu(tensors[0]) and os.environ.get("TRITON_INTERPRET") != "1":
-        where = tensors[0].device
-        return f"the tensors are on {where}, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+        device = tensors[0].device
+        return f"the tensors are on {device}, and Triton's interpreter is off (TRITON_INTERPRET=1)"
     return None
 
 

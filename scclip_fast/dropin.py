@@ -1,12 +1,12 @@
-"""The functions of published SC-CLIP code under their names, in its layouts, with its returns.
+"""The functions of published SC-CLIP code, with its names, its layouts and its returns.
 
 A repository that follows SC-CLIP (Bai et al., arXiv 2411.15869) changes one import:
 
     from scclip_fast.dropin import adaptively_aggregate, lof_pytorch, mean_interpolation
 
-Tokens are sequence first here, (N, D) or (N, B, D), where the ops of `scclip_fast` are batch first.
-The functions call these ops, whose backends, precision and memory they have. Code that has the
-functions as methods takes them as `staticmethod(lof_pytorch)`.
+Tokens are sequence first here, (N, D) or (N, B, D), while the ops of `scclip_fast` are batch first.
+The functions call these ops and have their backends, precision and memory. A class whose methods
+these functions replace takes them as `staticmethod(lof_pytorch)`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ def lof_pytorch(
     """Outlier tokens of one image by SC-CLIP's Local Outlier Factor; see `scclip_fast.lof`.
 
     Args:
-        x: (N, D), floating, the patch tokens of one image; of (N, 1, D) pass `x.squeeze(1)`.
+        x: (N, D), floating, the patch tokens of one image. For (N, 1, D) pass `x.squeeze(1)`.
         n_neighbors: k, 1 <= k < N.
         contamination: the share of outliers, in (0, 0.5].
 
     Returns:
         Indices (M,) of the outliers, int64, ascending, and scores (N,), float32 (float64 for
-        float64; the published code has the dtype of x). Counting the outliers waits for the GPU.
+        float64), where the published code returns the dtype of x. Counting the outliers waits for
+        the GPU.
 
     Raises:
         TypeError: x is no floating tensor.
-        ValueError: another rank than two, or a number out of range.
+        ValueError: x is not (N, D), or a number is out of range.
     """
     _check.floating("x", x)
     if x.dim() != 2:
@@ -51,14 +52,14 @@ def lof_pytorch(
 def detect_outlier_patches(
     features: Tensor, n_neighbors: int = 30, contamination: float = 0.05
 ) -> tuple[Tensor, Tensor]:
-    """`lof_pytorch` under the name that it has in ports of SC-CLIP to SAM3."""
+    """`lof_pytorch` under its name in ports of SC-CLIP to SAM3."""
     return lof_pytorch(features, n_neighbors, contamination)
 
 
 def adaptively_aggregate(feats: Tensor, S: Tensor) -> Tensor:
     """Means of tokens by an explicit similarity matrix, S feats / (rowsum(S) + 1e-6).
 
-    `scclip_fast.aggregate` does the same from the features without a matrix. Differentiable.
+    `scclip_fast.aggregate` computes the same from the features, without a matrix. Differentiable.
 
     Args:
         feats: (N, B, D), floating.
@@ -68,7 +69,7 @@ def adaptively_aggregate(feats: Tensor, S: Tensor) -> Tensor:
         (N, B, D), in the dtype of `feats`.
 
     Raises:
-        TypeError: not floating.
+        TypeError: feats or S is not floating.
         ValueError: shapes or devices that do not fit.
     """
     _check.floating("feats", feats)
@@ -82,7 +83,7 @@ def adaptively_aggregate(feats: Tensor, S: Tensor) -> Tensor:
 
 
 def adaptive_aggregate(features: Tensor, similarity_matrix: Tensor) -> Tensor:
-    """`adaptively_aggregate` under the name that it has in ports of SC-CLIP to SAM3."""
+    """`adaptively_aggregate` under its name in ports of SC-CLIP to SAM3."""
     return adaptively_aggregate(features, similarity_matrix)
 
 
@@ -94,15 +95,15 @@ def mean_interpolation(feature_map: Tensor, top_indices: Iterable[tuple[int, int
 
     Args:
         feature_map: (B, C, H, W), floating.
-        top_indices: pairs (row, column), the same for all images; integers or tensors of one, which
-            a GPU is waited for to read.
+        top_indices: pairs (row, column), the same for all images, of integers or of tensors of one
+            integer. Reading tensors waits for a GPU.
 
     Returns:
         (B, C, H, W), in the dtype of `feature_map`.
 
     Raises:
         TypeError: feature_map is no floating tensor, or an index no integer.
-        ValueError: another rank than four, or an index outside of the map.
+        ValueError: feature_map is not (B, C, H, W), or an index lies outside of the map.
     """
     _check.floating("feature_map", feature_map)
     if feature_map.dim() != 4:

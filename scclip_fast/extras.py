@@ -1,4 +1,4 @@
-"""What to say where a package is missing that one of our extras brings."""
+"""The error for a missing package that one of the extras of this package installs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class MissingPackageError(ModuleNotFoundError):
-    """An optional package is not installed; the message names the extra that brings it."""
+    """An optional package is not installed; the message names the extra that installs it."""
 
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Imports of optional packages in the `with` block raise MissingPackageError."""
+    """Makes imports of missing optional packages in the `with` block raise MissingPackageError."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -22,7 +22,7 @@ def needs(extra: str) -> Iterator[None]:
 
 
 def advice(error: ModuleNotFoundError, extra: str) -> str | None:
-    """What to do about it; None where the module that is missing is one of ours."""
+    """The command that installs the missing package, or None if this package lacks the module."""
     package = (error.name or __package__).partition(".")[0]
     if package == __package__:
         return None

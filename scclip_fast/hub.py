@@ -18,20 +18,16 @@ from hashlib import sha256
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
-from .cli.common import Parser
+from .cli.options import Parser
 
 PACKAGE = Path(__file__).parent
 CORE = (
     "__init__.py",
     "backend.py",
-    "chunked.py",
     "dropin.py",
     "precision.py",
-    "progress.py",
     "reference.py",
-    "certificate.py",
-    "search.py",
-    "selection.py",
+    "chunked",
     "ops",
     "kernels",
 )

@@ -1,8 +1,8 @@
-"""Float32 products in true float32, whatever the caller allows.
+"""Float32 products in true float32, whatever precision the caller allows.
 
 `torch.set_float32_matmul_precision`, `torch.backends.cuda.matmul.allow_tf32`, the `fp32_precision`
 settings of torch 2.9 and `torch.autocast` make products faster by rounding their operands to 8 or
-11 bits. They are meant for the layers of a network. Neighbours and thresholds come out wrong, so
+11 bits. They are meant for the layers of a network. Neighbours and thresholds would be wrong, so
 the ops of this package neither follow these settings nor change them.
 """
 
@@ -19,18 +19,19 @@ from torch import Tensor  # torch.library.custom_op reads annotations of decorat
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Backends with a setting of their own, which decides since torch 2.9, and its values for float32.
+#: Torch's backends that have a setting of their own, which decides since torch 2.9, and the values
+#: of this setting that mean true float32.
 _BACKENDS = ("cuda", "mkldnn") if hasattr(torch._C, "_get_fp32_precision_getter") else ()
 _FULL = frozenset(("ieee", "none"))
 
 
 def true_float32(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function of tensors so that its float32 products are true float32.
+    """Decorates a function of tensors so that its products of float32 are in true float32.
 
     During a call, autocast is off for the device of the first tensor among the arguments, and the
     process-wide precision of float32 products is the highest. Both are restored afterwards, also
-    after an exception. Calls may nest, and several threads may make them at a time. Nothing waits
-    for the GPU.
+    after an exception. Calls may nest, and several threads may call at a time. The GPU is not
+    waited for.
 
     `torch.compile` cannot trace the decorator: the function must be the implementation of a custom
     op, which is opaque to it.
@@ -41,7 +42,7 @@ def true_float32(function: Callable[P, R]) -> Callable[P, R]:
         tensors = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
         device = next((t.device.type for t in tensors), "meta")
         with _highest_precision:
-            # Some devices, such as meta, have no autocast to ask for.
+            # Some devices, such as meta, have no autocast.
             if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
                     return function(*args, **kwargs)
@@ -51,7 +52,7 @@ def true_float32(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class _HighestPrecision:
-    """A context that any number of threads may be in; the last to leave restores the setting."""
+    """A context for any number of threads at a time. The last one to leave restores the setting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -60,7 +61,7 @@ class _HighestPrecision:
 
     def __enter__(self) -> None:
         with self._lock:
-            # Every thread looks, as the caller may have lowered the setting since the first came.
+            # The caller may have lowered the setting since the first thread entered.
             self._restore = _raise_precision() or self._restore
             self._inside += 1
 
@@ -76,16 +77,16 @@ _highest_precision = _HighestPrecision()
 
 
 def _raise_precision() -> Callable[[], None] | None:
-    """Sets the highest precision; returns a function that restores the present one.
+    """Sets the highest precision and returns a function that restores the present one.
 
-    Returns None where the precision is the highest already.
+    Returns None if the precision is the highest already.
     """
     settings = [torch._C._get_fp32_precision_getter(b, "matmul") for b in _BACKENDS]
     if settings and _FULL.issuperset(settings):
         return None
     for backend in _BACKENDS:
         torch._C._set_fp32_precision_setter(backend, "matmul", "ieee")
-    # The older setting can be read now: torch refuses while the newer ones contradict it.
+    # Only now can the older setting be read: torch refuses while the newer ones contradict it.
     older = torch.get_float32_matmul_precision()
     if older == "highest" and not settings:
         return None
@@ -94,9 +95,11 @@ def _raise_precision() -> Callable[[], None] | None:
 
 
 def _restore_precision(older: str, settings: list[str]) -> None:
+    """Restores the older setting and the newer ones of `_BACKENDS`."""
     torch.set_float32_matmul_precision(older)
     for backend, value in zip(_BACKENDS, settings, strict=True):
-        # "none" inherits, and the getter resolves it: a value that was inherited stays so.
+        # "none" stands for an inherited value, which the getter returns. A setting that was
+        # inherited therefore stays inherited.
         torch._C._set_fp32_precision_setter(backend, "matmul", "none")
         if torch._C._get_fp32_precision_getter(backend, "matmul") != value:
             torch._C._set_fp32_precision_setter(backend, "matmul", value)

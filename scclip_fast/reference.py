@@ -1,9 +1,9 @@
 """The equations in plain torch: the specification every other implementation is tested against.
 
-Written to be read, on explicit N x N matrices, in whatever floating dtype the arguments have.
-`backend="reference"` is never the least exact: each op passes its arguments in float64, whatever
-dtype they have, and casts the result and the gradients once. Shapes: x, f, v are (B, N, D) tokens,
-one row of patches after the other; scores and masks are (B, N).
+The functions are written to be read, on explicit N x N matrices, in the floating dtype of their
+arguments. With `backend="reference"`, each op passes its arguments in float64, whatever dtype they
+have, and casts the result and the gradients once, so that no backend is more exact. Shapes: x, f, v
+are (B, N, D) tokens, one row of patches after the other; scores and masks are (B, N).
 
 Sources: SC-CLIP (Bai et al., arXiv 2411.15869) for everything but the two LOF variants, which are
 Schubert, Zimek and Kriegel, "Local outlier detection reconsidered", DMKD 2014 ("scclip") and
@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NORM_EPS = 1e-12  # F.normalize's own
-AGGREGATE_EPS = 1e-6  # SC-CLIP's, added to the row sums of the thresholded similarity
-SOFTMAX_EPS = 1e-30  # a row without any weight (a zero feature) attends to nothing, not to 0 / 0
-BREUNIG_EPS = 1e-10  # scikit-learn's, added to the mean reachability distance
+NORM_EPS = 1e-12  # the least norm, as in F.normalize
+AGGREGATE_EPS = 1e-6  # added to the row sums of the thresholded similarity, as in SC-CLIP
+SOFTMAX_EPS = 1e-30  # makes a row without any weight (a zero feature) 0 instead of 0 / 0
+BREUNIG_EPS = 1e-10  # added to the mean reachability distance, as in scikit-learn
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """d2(i, j) = ||x_i - x_j||^2, (B, N, N); NaN where one of the tokens is not finite."""
+    """d2(i, j) = ||x_i - x_j||^2, (B, N, N), and NaN for pairs with a token that is not finite."""
     d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
     finite = x.isfinite().all(dim=-1)
     return torch.where(finite[:, :, None] & finite[:, None, :], d2, torch.nan)
@@ -43,32 +43,31 @@ def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(None)) -> Tensor:
-    """LOF_i = mean over j in N_k(i) of kappa_i / kappa_j; kappa (B, N), the squared k-distances.
+    """LOF_i = mean over j in N_k(i) of kappa_i / kappa_j, (B, M), with k-distances kappa (B, N).
 
-    neighbors (B, M, k) are those of the tokens `rows`; of all of them, M = N.
+    kappa are squared distances. neighbors (B, M, k) are the neighbours of the tokens `rows`, by
+    default of all, M = N.
 
     SC-CLIP takes the reachability of a point from its own k-distance, max(d2(i, j), kappa_i) =
     kappa_i, so that the local reachability density is 1 / kappa_i and LOF needs only kappa and the
-    neighbour indices. The kappa of a token among more than k equal ones is 0; the smallest other
-    kappa of the image stands for it, so that equal tokens score 1, not 0 / 0, and those beside them
-    no more than their distances allow. A token whose squared distances overflow has the largest
-    number for kappa, and with it the highest score. A token that is not finite, or has fewer than k
-    finite others, has the k-distance NaN and scores NaN.
+    neighbour indices. The kappa of a token among more than k equal ones is 0. It is replaced by the
+    smallest other kappa of the image, so that equal tokens score 1, not 0 / 0, and tokens beside
+    them no more than their distances allow. A token whose squared distances overflow has the
+    largest number for kappa, and therefore the highest score. A token that is not finite, or has
+    fewer than k finite others, has the k-distance NaN and scores NaN.
     """
     limits = torch.finfo(k_distance.dtype)
     least = torch.where(k_distance > 0, k_distance, torch.inf).amin(dim=-1, keepdim=True)
     kappa = torch.where(k_distance == 0, least, k_distance).clamp(min=limits.tiny, max=limits.max)
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
-    share = 2.0 ** -neighbors.shape[-1].bit_length()  # a sum may overflow where the mean does not
-    scores = ((ratios * share).mean(dim=-1) / share).clamp(max=limits.max)
+    # The sum of the ratios may overflow although their mean does not.
+    scale = 2.0 ** -neighbors.shape[-1].bit_length()
+    scores = ((ratios * scale).mean(dim=-1) / scale).clamp(max=limits.max)
     return torch.where(kappa[:, rows].isnan(), torch.nan, scores)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
-    """The textbook LOF on *plain* distances (B, N, k), sorted, as scikit-learn computes it.
-
-    LOF_i = mean_j lrd_j / lrd_i
-    """
+    """The textbook LOF mean_j lrd_j / lrd_i of plain, sorted distances, as in scikit-learn."""
     k_distance = distances[..., -1]
     density = reachability_density(distances, neighbors, k_distance)
     ratios = density_ratio(density, neighbors, density)
@@ -78,24 +77,27 @@ def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
 def reachability_density(distances: Tensor, neighbors: Tensor, k_distance: Tensor) -> Tensor:
     """lrd_i = 1 / mean_j reach(i <- j), (B, M), with reach(i <- j) = max(k-distance(j), d(i, j)).
 
-    k_distance (B, N) is of the tokens that neighbors (B, M, k) points to; for LOF of these, M = N.
+    neighbors (B, M, k) index the N tokens of k_distance (B, N). M = N if these are the rows too.
     """
     reachability = distances.maximum(_gather_tokens(k_distance, neighbors))
     density = 1 / (reachability.mean(dim=-1) + BREUNIG_EPS)
-    return density.clamp(min=torch.finfo(density.dtype).tiny)  # of infinite distances, not 0
+    return density.clamp(min=torch.finfo(density.dtype).tiny)  # infinite distances make it 0
 
 
-def density_ratio(density: Tensor, neighbors: Tensor, own: Tensor) -> Tensor:
-    """mean_j lrd_j / lrd_i (B, M), with density (B, N) at neighbors (B, M, k) and own (B, M)."""
-    ratios = (_gather_tokens(density, neighbors) / own.unsqueeze(-1)).mean(dim=-1)
+def density_ratio(density: Tensor, neighbors: Tensor, row_density: Tensor) -> Tensor:
+    """mean_j lrd_j / lrd_i, (B, M).
+
+    lrd_j is density (B, N) at neighbors (B, M, k), lrd_i is row_density (B, M).
+    """
+    ratios = (_gather_tokens(density, neighbors) / row_density.unsqueeze(-1)).mean(dim=-1)
     return ratios.clamp(max=torch.finfo(ratios.dtype).max)
 
 
 def norm_scores(x: Tensor) -> Tensor:
-    """||x_i|| over the median norm of the image, (B, N); NaN where a token is not finite.
+    """||x_i|| over the median norm of the image, (B, N), and NaN for tokens that are not finite.
 
-    A token is scaled by its largest entry before the squares, which could over- or underflow; an
-    infinite entry over itself is NaN. Where the median is 0, the norms themselves are the scores.
+    A token is scaled by its largest entry, because its squares could over- or underflow. An
+    infinite entry over itself is NaN. If the median is 0, the norms themselves are the scores.
     """
     limits = torch.finfo(x.dtype)
     scale = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp(min=limits.tiny)
@@ -110,12 +112,12 @@ def outlier_mask(scores: Tensor, contamination: float) -> Tensor:
 
 
 def quantile(scores: Tensor, fraction: float) -> Tensor:
-    """The linear quantile of each row of (B, N), NaN left out, (B, 1).
+    """The linear quantile of each row of (B, N), without NaN, (B, 1).
 
-    It is that of `torch.quantile`, which `torch.compile(fullgraph=True)` and `torch.export` with a
-    dynamic batch both reject. As there (torch 2.14), the fraction has the dtype of the scores and
-    the rank is float64, which is exact for float32 scores however many. Where two neighbours in the
-    order are too far apart to interpolate, the lower one is taken, which separates the same scores.
+    It equals `torch.quantile`, which `torch.compile(fullgraph=True)` and `torch.export` with a
+    dynamic batch both reject. As in torch 2.14, the fraction has the dtype of the scores and the
+    rank is float64, which is exact for any number of float32 scores. If two consecutive scores are
+    too far apart to interpolate, the lower one is the result, which separates the same scores.
     """
     ordered = scores.sort(dim=-1).values  # NaN last
     count = scores.isnan().logical_not().sum(dim=-1, keepdim=True)
@@ -128,7 +130,7 @@ def quantile(scores: Tensor, fraction: float) -> Tensor:
 
 
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A masked token becomes the mean of its in-bounds, unmasked 8-neighbours, if it has any.
+    """Replaces masked tokens by the mean of their in-bounds, unmasked 8-neighbours, if any.
 
     A token that is not finite spreads to the mean of masked neighbours unless it is masked itself.
     """
@@ -147,9 +149,9 @@ def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def unit_vectors(f: Tensor) -> Tensor:
-    """f_hat = f / ||f||, (B, N, D); NaN throughout a token that is not finite.
+    """f_hat = f / ||f||, (B, N, D), and NaN in all channels of a token that is not finite.
 
-    Not finite is a token that holds a NaN or an infinity, or whose norm overflows its dtype. The
+    A token is not finite if it holds a NaN or an infinity, or if its norm overflows its dtype. The
     norm is held above 1e-12, as in torch.nn.functional.normalize.
     """
     norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
@@ -163,7 +165,7 @@ def cosine_similarity(f: Tensor) -> Tensor:
 
 
 def similarity(f: Tensor, beta: float, normalize: bool = True) -> Tensor:
-    """S_beta = S * 1[S >= beta], (B, N, N), NaN as in S."""
+    """S_beta = S * 1[S >= beta], (B, N, N), NaN where S is. Without `normalize`, S = f f^T."""
     return threshold(cosine_similarity(f) if normalize else f @ f.mT, beta)
 
 
@@ -187,19 +189,20 @@ def mean_similarity(f: Tensor) -> Tensor:
 
 
 def content_floor(mu: Tensor) -> Tensor:
-    """From which similarity on content attention looks: mu, but every token sees itself.
+    """Similarity threshold of content attention: min(mu, 1 - 2e-5), (B,).
 
-    Where all tokens are equal, S and mu are 1 up to rounding and S >= mu would be chance. Tensor
-    cores, which truncate their sums, find S = 1 too small by 1e-5 at a few thousand dimensions.
+    The limit lets every token attend to itself. If all tokens are equal, S and mu are 1 up to
+    rounding, and S >= mu would be chance. Tensor cores, which truncate their sums, compute S = 1
+    too small by 1e-5 at a few thousand dimensions.
     """
     return mu.clamp(max=1 - 2e-5)
 
 
 def weights(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
-    """The two weight functions: s 1[s >= floor], and with a gamma exp(gamma (s - 1)) 1[s >= floor].
+    """The weight s 1[s >= floor], or with a gamma exp(gamma (s - 1)) 1[s >= floor].
 
-    The second is the numerator of softmax(gamma (s - mu)); as s <= 1, it needs no running maximum.
-    A similarity that is NaN has weight 0.
+    The second one is the numerator of softmax(gamma (s - mu)). As s <= 1, it needs no running
+    maximum. A similarity that is NaN has weight 0.
     """
     weight = s if gamma is None else torch.exp(gamma * (s - 1))
     return torch.where(s >= floor, weight, 0)
@@ -215,18 +218,19 @@ def aggregate(
     content attention.
 
     A token whose features are not finite (`unit_vectors`) has weight 0 for all others, whatever its
-    values are, and its own row of both results is NaN. Values of finite tokens must be finite: they
-    spread as in any product.
+    values are, and its own row of both results is NaN. Values of finite tokens must be finite,
+    because they spread as in any product.
     """
     s = cosine_similarity(f)
     finite = s.diagonal(dim1=-2, dim2=-1).isfinite()
     weight = weights(s, floor[:, None, None], gamma)
     total = torch.where(finite, weight.sum(dim=-1), torch.nan)
-    kept = torch.where(finite.unsqueeze(-1), values, 0)
-    return weight @ kept / (total + normaliser_eps(gamma)).unsqueeze(-1), total
+    finite_values = torch.where(finite.unsqueeze(-1), values, 0)
+    return weight @ finite_values / (total + normaliser_eps(gamma)).unsqueeze(-1), total
 
 
 def normaliser_eps(gamma: float | None) -> float:
+    """The eps that `aggregate` adds to the sums of the weights."""
     return AGGREGATE_EPS if gamma is None else SOFTMAX_EPS
 
 

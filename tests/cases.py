@@ -1,4 +1,4 @@
-"""What the tests of several ops share: where and how ops run, shapes, kinds of features."""
+"""Parameters that the tests of several ops share: devices, backends, shapes, kinds of features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 GPU = torch.cuda.is_available()
 
-#: (device, backend): the reference is what they are compared with.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+#: (device, backend) of the implementations that are compared with the reference.
 RUNS = [
     pytest.param("cpu", "torch", id="torch"),
     pytest.param(
@@ -32,9 +34,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
-    """(B, N, D, dtype) of every N with every D, so that all pairs of two of the four occur.
+    """(B, N, D, dtype) of every N with every D, so that all pairs of values of two of them occur.
 
-    What a launcher or a tile decides on is one of them or two: the dtype and a width, or the number
+    A launcher or a tile depends on one of the four or on two: the dtype and a width, or the number
     of tokens and one of these. A batch of single tokens is refused, see test_validation.
     """
     return [
@@ -45,7 +47,7 @@ def in_turn(tokens: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> list:
 
 
 def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
-    """(B, N, D, dtype): all of them on a GPU, else all pairs; large ones are slow to interpret."""
+    """(B, N, D, dtype): all combinations on a GPU, else all pairs; the interpreter skips some."""
     pairs = in_turn(TOKENS, DTYPES)
     if run_id == "interpreter":
         kept = [case for case in pairs if case[1] * case[2] < 577 * 300]
@@ -59,7 +61,7 @@ def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
 
 
 def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> list:
-    """Parameters (device, backend, B, N, D, dtype); `interpreted` picks the interpreter's."""
+    """Parameters (device, backend, B, N, D, dtype). The interpreter runs those of `interpreted`."""
     params = []
     for run in RUNS:
         for b, n, d, dtype in grid(run.id):
@@ -73,7 +75,7 @@ def runs_and_shapes(least_tokens: int = 1, interpreted=lambda b, n, d: True) -> 
 
 
 def runs_with(first: Iterable, second: Iterable) -> list:
-    """Parameters (device, backend, a, b): all pairs, in the interpreter a and b in turn."""
+    """Parameters (device, backend, a, b): all pairs. In the interpreter, a and b take turns."""
     first, second = list(first), list(second)
     return [
         pytest.param(*run.values, a, b, id=f"{run.id}-{a}-{b}", marks=run.marks)
@@ -84,7 +86,7 @@ def runs_with(first: Iterable, second: Iterable) -> list:
 
 
 def clusters(b: int, n: int, d: int, centers: int = 5) -> Tensor:
-    """Tokens around a few points, some far away, as the regions of an image and its outliers."""
+    """Tokens around a few points, as the regions of an image, and some far from these."""
     center = 4 * torch.randn(b, centers, d)
     tokens = center[:, torch.randint(centers, (n,))] + torch.randn(b, n, d)
     tokens[:, :: max(2, n // 9)] += 6 * torch.randn(b, 1, d)
@@ -92,7 +94,7 @@ def clusters(b: int, n: int, d: int, centers: int = 5) -> Tensor:
 
 
 def massive_channels(b: int, n: int, d: int) -> Tensor:
-    """A few channels a hundred times the others and nearly constant, as ViT features have."""
+    """Tokens with a few nearly constant channels a hundred times the others, as ViTs have them."""
     tokens = torch.randn(b, n, d)
     tokens[..., : min(3, d)] += 200 * (1 + 0.01 * torch.randn(b, n, min(3, d)))
     return tokens

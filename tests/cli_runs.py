@@ -1,24 +1,21 @@
-"""Runs of `scclip-fast` in this process, on a tiny CLIP with random weights."""
+"""Helpers that run `scclip-fast` in this process, on a tiny CLIP with random weights."""
 
-import base64
 import io
 import json
-import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import open_clip
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from scclip_fast import cli
 
 
 def save_tiny(folder: Path, **changed: int) -> str:
-    """Write a tiny CLIP, the same at every call; returns open_clip's name of it.
+    """Writes a tiny CLIP, the same at every call, and returns its --model.
 
-    changed: settings of its vision tower.
+    `changed` are settings of the vision tower.
     """
     text = dict(context_length=16, vocab_size=49408, width=16, heads=1, layers=1)
     vision = dict(image_size=32, patch_size=4, layers=3, width=32, head_width=16) | changed
@@ -33,28 +30,22 @@ def save_tiny(folder: Path, **changed: int) -> str:
 
 
 def run(*words) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of `scclip-fast WORDS`."""
+    """Runs `scclip-fast WORDS`; returns exit code, stdout and stderr."""
     with redirect_stdout(io.StringIO()) as stdout, redirect_stderr(io.StringIO()) as stderr:
         try:
             code = cli.main([str(word) for word in words])
-        except SystemExit as exit:  # of argparse
+        except SystemExit as exit:  # argparse raises it
             code = exit.code
     return code, stdout.getvalue(), stderr.getvalue()
 
 
 def segment(*words, model: str, classes: str | None) -> tuple[int, str, str]:
-    """`scclip-fast segment WORDS` at 32 pixels."""
+    """Runs `scclip-fast segment WORDS` with a short side of 32 pixels."""
     named = [] if classes is None else ["--classes", classes]
     options = ["--model", model, "--device", "cpu", "--short-side", "32", *named]
     return run("segment", *options, *words)
 
 
 def written(folder: Path) -> list[str]:
-    """The names of the files in a folder."""
+    """Returns the names of the files in a folder, sorted."""
     return sorted(path.name for path in folder.iterdir())
-
-
-def pictures(html: str) -> dict[str, Image.Image]:
-    """Those in the HTML of `scclip-fast app`, by their alternative text."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', html)
-    return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in found}

@@ -1,7 +1,7 @@
-"""Three processes, each of which runs `run`, and what test_distributed.py looks at afterwards.
+"""The code of the three processes of test_distributed.py, and the inputs that both need.
 
-Groups of one, two and three of them share the same tokens in different ways. The group of two is
-that of ranks 1 and 2, which count as 0 and 1 there.
+Groups of one, two and three processes share the same tokens in different ways. The group of two has
+the ranks 1 and 2, which are its ranks 0 and 1.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import scclip_fast as sf
-from scclip_fast import chunked, distributed
+from scclip_fast import distributed
+from scclip_fast.chunked import tiles
 
 WORLD, LARGE = 3, (1500, 64)
 N, D, K = 131, 24, 5
-WORKSPACES = {"pieces": 2**14, "whole": chunked.WORKSPACE_BYTES}  # several tiles a rank, or one
+WORKSPACES = {"pieces": 2**14, "whole": tiles.WORKSPACE_BYTES}  # several tiles a rank, or one
 KINDS = ("clusters", "far", "ties", "broken")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMBINATIONS = [*product(["pieces"], KINDS, DTYPES), ("whole", "clusters", torch.float32)]
 
-#: How N rows are shared out, sizes by rank; the cases take turns.
+#: Numbers of rows by rank, by the size of the group. The cases take them in turn.
 SHARES = {
     1: [(N,)],
     2: [(70, 61), (1, 130), (N, 0)],
@@ -50,7 +51,7 @@ def tokens(kind: str) -> Tensor:
 
 
 def cases() -> Iterator[tuple[str, int, Tensor, Tensor]]:
-    """(name, workspace, values, features); every other one of the features is strided."""
+    """Yields (name, workspace, values, features). Every other tensor of features is strided."""
     for turn, (where, kind, dtype) in enumerate(COMBINATIONS):
         x = tokens(kind).to(dtype)
         x = x.mT.contiguous().mT if turn % 2 else x
@@ -69,13 +70,13 @@ def results(module, values: Tensor, x: Tensor, **group) -> dict[str, tuple[Tenso
 
 @contextmanager
 def workspace(size: int) -> Iterator[None]:
-    before, chunked.WORKSPACE_BYTES = chunked.WORKSPACE_BYTES, size
+    before, tiles.WORKSPACE_BYTES = tiles.WORKSPACE_BYTES, size
     yield
-    chunked.WORKSPACE_BYTES = before
+    tiles.WORKSPACE_BYTES = before
 
 
 class Largest(TorchFunctionMode):
-    """How many numbers the largest tensor holds that is made within it."""
+    """Counts the numbers of the largest tensor that is made in its context."""
 
     numel = 0
 
@@ -87,7 +88,7 @@ class Largest(TorchFunctionMode):
 
 
 def largest() -> dict[str, int]:
-    """By op, for `LARGE` tokens in equal shares."""
+    """The numbers in the largest tensor of each op, for `LARGE` tokens in equal shares."""
     tokens, width = LARGE
     x, found = torch.randn(tokens // WORLD, width), {}
     calls = {
@@ -102,8 +103,8 @@ def largest() -> dict[str, int]:
     return found
 
 
-def said(call: Callable[[], object]) -> tuple[str, str]:
-    """The type and the text of the error that a call raises."""
+def error_of(call: Callable[[], object]) -> tuple[str, str]:
+    """The type and the text of the error that a call raises, or two empty texts."""
     try:
         call()
     except Exception as error:
@@ -112,7 +113,7 @@ def said(call: Callable[[], object]) -> tuple[str, str]:
 
 
 def faults(rank: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
-    """Calls that must fail on every rank. One that hangs ends with the group's timeout."""
+    """Calls that must fail on every rank. A call that hangs ends with the group's timeout."""
     x = torch.randn(10, D)
     last = rank == WORLD - 1
     knn, aggregate = distributed.knn, distributed.aggregate
@@ -162,14 +163,14 @@ def run(rank: int, folder: str) -> None:
                 found[name][world] = results(distributed, values[own], x[own], group=group)
     found["largest"] = largest()
     found["gradient"] = gradients()
-    found["faults"] = {name: said(call) for name, call in faults(rank, pair).items()}
+    found["faults"] = {name: error_of(call) for name, call in faults(rank, pair).items()}
     found["afterwards"] = distributed.knn(torch.arange(3.0)[:, None] + 3 * rank, 1)[1].tolist()
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def gradients() -> list[bool]:
-    """Whether results require gradients where the tokens do."""
+    """True for each result that requires a gradient, of tokens that do."""
     x = torch.randn(9, D, requires_grad=True)
     with torch.no_grad():
         means = distributed.aggregate(x, x)

@@ -7,11 +7,12 @@ from tolerance import assert_close
 from torch.autograd import gradcheck
 
 import scclip_fast as sf
-from scclip_fast import chunked, reference
+from scclip_fast import reference
+from scclip_fast.chunked import tiles
 
 
 def published_aggregate(values, features, beta=0.4):
-    """SC-CLIP's equation on (B, N, D), written out on its own."""
+    """SC-CLIP's equation on (B, N, D), step by step."""
     unit = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     s = unit @ unit.transpose(1, 2)
     s = torch.where(s < beta, torch.zeros_like(s), s)
@@ -19,14 +20,14 @@ def published_aggregate(values, features, beta=0.4):
     return s @ values
 
 
-#: Similarities near the threshold in `test_shapes`, 0.4 at most, are off by less.
+#: Larger than the error of similarities near the threshold in `test_shapes`, 0.4 at most.
 ROOM = 1e-6
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("device, backend, b, n, d, dtype", runs_and_shapes())
 def test_shapes(device, backend, b, n, d, dtype):
-    """Of every width of features, to a width of values that is another."""
+    """Every width of features, with values of another width."""
     features = torch.randn(b, n, d, dtype=torch.float64).to(dtype)
     values = torch.randn(b, n, max(1, d // 2), dtype=torch.float64).to(dtype)
     beta = 0.4 if d < 64 else 0.05  # random directions in many dimensions are nearly orthogonal
@@ -54,8 +55,8 @@ def test_features(device, backend, kind, beta):
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("gamma", [None, 3.0, 20.0])
 def test_sums_of_weights(device, backend, gamma):
-    """Both weight functions; slices of the values share one sum."""
-    from scclip_fast.ops.aggregation import weighted_mean
+    """Both weight functions. All slices of the values have the same sum of weights."""
+    from scclip_fast.ops.aggregate import weighted_mean
 
     values, features = torch.randn(2, 70, 300), torch.randn(2, 70, 5)
     floor = torch.tensor([0.1, -0.2])
@@ -76,7 +77,7 @@ def test_mixed_dtypes_and_strides(device, backend):
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e20, 1e37])
 def test_values_of_any_size(device, backend, size):
-    """A channel of its own size beside one of zeros."""
+    """One channel of a given size, one of zeros and one of ordinary size."""
     values, features = torch.randn(40, 3) * size, torch.randn(40, 8)
     values[:, 1], values[:, 2] = 0, torch.randn(40)
     out = sf.aggregate(values.to(device), features.to(device), backend=backend)
@@ -119,7 +120,7 @@ def test_gradients(device, backend, dtype):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("tile", [2**26, 2**11])
 def test_gradcheck(backend, tile, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", tile)
+    monkeypatch.setattr(tiles, "WORKSPACE_BYTES", tile)
     values = torch.randn(2, 9, 4, dtype=torch.float64, requires_grad=True)
     features = torch.randn(2, 9, 3, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda v, f: sf.aggregate(v, f, backend=backend), (values, features))
@@ -133,7 +134,7 @@ def test_tiles_agree(monkeypatch):
     )
     expected = sf.aggregate(values, features)
     for bytes_ in (2**18, 2**14, 2**11):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         assert_close(sf.aggregate(values, features), ref=expected)
 
 
@@ -160,7 +161,7 @@ class TestExplicit:
     @pytest.mark.parametrize("normalize", [True, False])
     @pytest.mark.parametrize("backend", ["torch", "reference"])
     def test_similarity_without_a_threshold(self, normalize, backend):
-        """Opposite tokens have products far below -1, and cosines that rounding puts below it."""
+        """Opposite tokens have products far below -1, and cosines that rounding moves below -1."""
         x = torch.randn(40, 8)
         x = torch.cat([x, -9 * x])
         expected = x.double() @ x.double().T

@@ -18,7 +18,7 @@ from scclip_fast.app import page, pictures
 from scclip_fast.app.explore import Explorer
 from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
-from scclip_fast.picture import to_rgb
+from scclip_fast.segment.image import to_rgb
 
 SIDE = 48  # 12 x 12 patches
 CLASSES = ["sky", "tree, bush", "sand"]

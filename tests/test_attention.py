@@ -6,14 +6,14 @@ from tolerance import RELATIVE_ERROR, assert_close, relative_error
 from torch.autograd import gradcheck
 
 import scclip_fast as sf
-from scclip_fast import chunked
+from scclip_fast.chunked import tiles
 from scclip_fast.kernels.attention import attention_triton
 
 
 def published_attention(q, k, v, features, gamma=3.0, alpha=0.5, scale=None, room=0.0):
-    """The equation written out on its own: two softmaxes on explicit matrices, blended.
+    """The equation step by step: two softmaxes on explicit matrices, blended.
 
-    Content looks at what is alike by `room` more than the mean.
+    The threshold of the content half is the mean similarity plus `room`.
     """
     unit = features / features.norm(dim=-1, keepdim=True).clamp(min=1e-12)
     s = unit @ unit.transpose(1, 2)
@@ -36,17 +36,17 @@ def compare(device, backend, tensors, factor=1.0, **options):
     assert out.dtype == tensors[2].dtype
     exact = [t.double() for t in tensors]
     low, high = (published_attention(*exact, **options, room=off) for off in (-ROOM, ROOM))
-    # No similarity within rounding of the mean; that of a single token is the mean.
+    # No similarity of these rows is within rounding of the mean. A single token's is the mean.
     sure = (low == high).all(dim=-1) | (tensors[0].shape[2] == 1)
     assert sure.double().mean() > 0.8
     assert_close(out.cpu()[sure], ref=low[sure], factor=factor)
 
 
-#: Similarities near their mean, of 0.5 at most, are off by less.
+#: Larger than the error of similarities near their mean, which is 0.5 at most.
 ROOM = 1e-6
 
-#: B, H, N, d, dv, D, dtype: every N with every head width of the grid, and both with every dtype;
-#: D, the width of the features, is test_aggregate's to vary. A batch of single tokens is refused.
+#: B, H, N, d, dv, D, dtype: every N with every head width of the grid, and both with every dtype.
+#: test_aggregate varies D, the width of the features. A batch of single tokens is refused.
 TOKENS, HEADS = (1, 2, 30, 31, 32, 33), (1, 3, 64, 257)
 SHAPES = [
     (3 if n % 2 and n > 1 else 1, 2, n, d, d, 7, DTYPES[(i + j) % 3])
@@ -97,8 +97,8 @@ def test_features(device, backend, kind):
     q, k, v, _ = inputs(2, 2, 100, 8, 8, 1, torch.float32)
     tensors = q, k, v, FEATURES[kind](2, 100, 32)
     exact = published_attention(*(t.double() for t in tensors))
-    # Cosines of tokens that share massive channels all lie near their mean, which decides who is
-    # seen: what float32 can resolve of that, the published form in float32 shows.
+    # Cosines of tokens that share massive channels all lie near their mean, which decides which
+    # tokens have a weight. The published form in float32 shows how much float32 resolves of that.
     plain = relative_error(published_attention(*tensors), exact)
     out = sf.blended_attention(*(t.to(device) for t in tensors), backend=backend)
     assert relative_error(out, exact) <= max(2 * plain, RELATIVE_ERROR[torch.float32])
@@ -143,7 +143,7 @@ def test_alpha_zero_is_torch_attention(device, backend):
 
 @pytest.mark.parametrize("device, backend", RUNS)
 def test_strided_unbatched_and_empty(device, backend):
-    """Heads as a projection leaves them: (B, N, 3, H, d) seen as q, k and v (B, H, N, d)."""
+    """q, k and v are views of one projection (B, N, 3, H, d)."""
     qkv = torch.randn(2, 50, 3, 4, 8, device=device).permute(2, 0, 3, 1, 4)
     features = torch.randn(2, 16, 50, device=device).transpose(1, 2)
     out = sf.blended_attention(*qkv, features, backend=backend)
@@ -173,12 +173,12 @@ def test_gradients(device, backend, dtype):
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("tile", [2**26, 2**11])
 def test_gradcheck(backend, tile, monkeypatch):
-    monkeypatch.setattr(chunked, "WORKSPACE_BYTES", tile)
+    monkeypatch.setattr(tiles, "WORKSPACE_BYTES", tile)
     tensors = [t.requires_grad_() for t in inputs(2, 2, 7, 3, 4, 5, torch.float64)]
     assert gradcheck(lambda *t: sf.blended_attention(*t, backend=backend), tensors)
     x = torch.randn(
         2, 2, 7, 3, dtype=torch.float64, requires_grad=True
-    )  # SC-CLIP's own: keys as queries
+    )  # keys are queries in SC-CLIP
     features = torch.randn(2, 7, 5, dtype=torch.float64)
     assert gradcheck(lambda x: sf.blended_attention(x, x, x, features, backend=backend), (x,))
 
@@ -187,12 +187,12 @@ def test_tiles_agree(monkeypatch):
     tensors = inputs(3, 2, 90, 8, 6, 5, torch.float64)
     expected = sf.blended_attention(*tensors)
     for bytes_ in (2**18, 2**14, 2**11):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         assert_close(sf.blended_attention(*tensors), ref=expected)
 
 
 def grouped(b, n, width):
-    """Features alike by 0.9 or not at all: no similarity is near the mean."""
+    """Features with similarities of 0.9 or 0, none of which is near the mean."""
     groups = torch.eye(5, width)[torch.randint(5, (b, n))]
     return 3 * groups + torch.randn(b, n, width) / width**0.5
 
@@ -212,7 +212,7 @@ def test_sizes_of_towers(b, h, n, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [5184, 20_000, 82_944])
 def test_float32_on_many_tokens(n):
-    """Sums of one sign over all tokens; 64 rows in float64."""
+    """Values of one sign, whose sums are large. 64 rows are compared with float64."""
     q, k, v = torch.randn(3, 1, 1, n, 64, device="cuda")
     v = v + 3
     content = torch.zeros_like(v)

@@ -55,7 +55,7 @@ def test_unknown_names(monkeypatch):
         pass
     monkeypatch.setenv("SCCLIP_FAST_BACKEND", "Triton")
     with pytest.raises(ValueError, match=r"SCCLIP_FAST_BACKEND must be one of .* got 'Triton'"):
-        sf.outlier_mask(X[0])
+        sf.knn(X, 1)
 
 
 def test_triton_where_it_cannot_run(monkeypatch):
@@ -73,7 +73,6 @@ def test_every_op_takes_every_backend():
         sf.knn(X, 2, backend=name)
         sf.lof(X, 2, backend=name)
         sf.lof_scores(X, 2, backend=name)
-        sf.outlier_mask(X[..., 0], backend=name)
         sf.repair(X, mask, (2, 2), backend=name)
         sf.similarity(X, backend=name)
         sf.aggregate(X, X, backend=name)
@@ -81,9 +80,21 @@ def test_every_op_takes_every_backend():
         sf.blended_attention(q, q, q, X, backend=name)
 
 
+@pytest.mark.parametrize("op", [sf.outlier_mask, sf.norm_scores])
+def test_a_backend_without_effect_is_deprecated(op, recwarn):
+    x = torch.rand(3, 50, 8) if op is sf.norm_scores else torch.rand(3, 50)
+    expected = op(x)
+    assert not recwarn
+    for name in ("torch", "reference"):
+        with pytest.warns(DeprecationWarning, match=f"backend has no effect on {op.__name__}"):
+            assert torch.equal(op(x, backend=name), expected)
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="got 'cuda'"):
+        op(x, backend="cuda")
+
+
 @pytest.mark.parametrize("capability, expected", [((7, 5), "torch"), ((8, 0), "triton")])
 def test_gpus_before_ampere(capability, expected, monkeypatch):
-    """Triton multiplies matrices there without tensor cores, in registers that do not suffice."""
+    """Triton multiplies without tensor cores on these GPUs, and needs more registers than exist."""
     major, minor = capability
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=major, minor=minor)
@@ -97,7 +108,7 @@ def test_gpus_before_ampere(capability, expected, monkeypatch):
 
 
 def test_the_kernels_are_what_runs(monkeypatch):
-    """backend="triton" enters the launchers and the others do not."""
+    """backend="triton" calls the launchers, and the other backends do not."""
     from scclip_fast.kernels import aggregate, attention, nearest, repair
 
     launched = []

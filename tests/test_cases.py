@@ -1,4 +1,4 @@
-"""What the grids of `cases` cover."""
+"""The grids of `cases` cover all pairs of parameters."""
 
 from itertools import combinations, product
 

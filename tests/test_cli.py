@@ -1,4 +1,4 @@
-"""`scclip-fast` as a whole: its parsers on any input, Ctrl+C, a closed pipe, lists of classes."""
+"""The command as a whole: any input, the models of all sub-commands, Ctrl+C, a closed pipe."""
 
 import io
 import os
@@ -18,19 +18,20 @@ from PIL import Image
 from scclip_fast import __version__, cli
 from scclip_fast.app import page as app_page
 from scclip_fast.cli import classes, models
-from scclip_fast.cli.common import CommandError
+from scclip_fast.cli.options import CommandError
+from scclip_fast.clip.config import STAGES
 
 COMMAND = [sys.executable, "-c", "import sys; from scclip_fast.cli import main; sys.exit(main())"]
 
 
 def options(command: str) -> list[str]:
-    """All options of a sub-command."""
+    """Returns all options of a sub-command."""
     (subparsers,) = (a for a in cli._parser()._actions if a.dest == "==SUPPRESS==" or a.choices)
     return [name for a in subparsers.choices[command]._actions for name in a.option_strings]
 
 
 OPTIONS = {name: options(name) for name in ("segment", "eval", "lof", "app")}
-# What a shell can pass: text, and bytes that are no UTF-8; no "/", so that all files stay here.
+# A shell can pass text and bytes that are no UTF-8. Without "/" all files stay in the sandbox.
 TEXT = st.one_of(st.text(max_size=8), st.binary(max_size=4).map(os.fsdecode)).filter(
     lambda text: not set(text) & set("\0/")
 )
@@ -52,7 +53,7 @@ def arguments(draw) -> list[str]:
 
 @pytest.fixture
 def sandbox(tmp_path, monkeypatch):
-    """A folder with a photo, and models that are never there."""
+    """A folder with a photo, where no model can be loaded."""
 
     def no_model(*args, **options):
         raise CommandError("no model")
@@ -75,13 +76,64 @@ def test_any_input_ends_in_one_line(sandbox, words):
     assert len(stderr.splitlines()) == (code == 2), stderr
 
 
+SHARED = ("--model", "--pretrained", "--precision", "--device")
+
+
+def test_the_commands_share_the_options_of_a_model():
+    (subparsers,) = (a for a in cli._parser()._actions if a.dest == "==SUPPRESS==" or a.choices)
+    for option in SHARED:
+        variants = {
+            (str(action.choices), action.metavar, action.help)
+            for command in OPTIONS
+            for action in subparsers.choices[command]._actions
+            if option in action.option_strings
+        }
+        assert len(variants) == 1, option
+    for command, names in OPTIONS.items():
+        assert set(SHARED) <= set(names), command
+    assert models.SWITCHES.keys() == set(STAGES)
+
+
+WORDS = {  # the least that each command needs
+    "segment": ["photo.png", "--classes", "sky"],
+    "eval": ["scenes", "--limit", "1"],
+    "lof": ["photo.png"],
+    "app": [],
+}
+WRONG_MODELS = {
+    "device": (["--device", "tpu"], "--device must be cpu, cuda or cuda:INDEX, got 'tpu'"),
+    "no device": (["--device", "cuda:99"], "--device cuda:99 is not there"),
+    "precision": (["--precision", "fp8"], "argument --precision: invalid choice: 'fp8'"),
+    "no folder": (["--model", "./no"], "--model: there is no folder ./no"),
+    "no model": (["--model", "."], "the folder . holds no model"),
+    "name": (["--model", "ViT-X"], "unknown model 'ViT-X'"),
+    "repository": (["--model", "openai/clip"], "--model also takes the folder of a download"),
+    "no weights": (["--model", "ViT-B-32", "--pretrained", ""], "--pretrained must name weights"),
+    "other weights": (["--model", "ViT-B-32", "--pretrained", "x"], "ViT-B-32 has no weights 'x'"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), WRONG_MODELS.values(), ids=WRONG_MODELS)
+def test_the_commands_fail_in_the_same_words(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Image.effect_noise((60, 40), 50).save("photo.png")
+    errors = {}
+    for command, needed in WORDS.items():
+        code, _, stderr = run(command, *needed, *words)
+        prefix = f"scclip-fast {command}: error: "
+        assert (code, stderr.count("\n")) == (2, 1) and stderr.startswith(prefix)
+        errors[command] = stderr.removeprefix(prefix)
+    assert message in errors["segment"] and len(set(errors.values())) == 1, errors
+
+
 def test_version():
     assert run("--version") == (0, f"scclip_fast {__version__}\n", "")
 
 
 @pytest.mark.parametrize("text", ["a, b|c", "a, b|c,", ",a,, b|c , ", "a\nb|c\n"])
 def test_lists_of_classes(text):
-    """The command line takes what the page takes."""
+    """The command line and the page take the same lists."""
     assert classes.checked(classes.split(text), "--classes") == ["a", "b, c"]
     assert app_page._classes(text) == ["a", "b, c"]
 
@@ -110,7 +162,7 @@ def test_one_class_gets_a_hint(photos, tmp_path):
 
 
 def test_a_name_that_is_no_text(photos, monkeypatch):
-    """stdout would refuse the byte that a file name may hold."""
+    """A file name may hold a byte that stdout would refuse to encode."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", stdout)
     monkeypatch.chdir(photos)
@@ -140,7 +192,7 @@ def test_an_interrupt_leaves_whole_files(photos, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 @pytest.mark.parametrize("words", [["lof", "--help"], ["lof", "0.png", "--size", "112"]])
 def test_a_closed_pipe(photos, words):
-    """As by `| head -1`: nobody reads what comes after the first bytes."""
+    """The reader stops after the first bytes, as with `| head -1`."""
     command = shlex.join([*COMMAND, *words, "--model", "scenes", "--device", "cpu"])
     shell = ["bash", "-c", f"{command} | head -c 1; exit ${{PIPESTATUS[0]}}"]
     done = subprocess.run(shell, cwd=photos, capture_output=True, text=True)

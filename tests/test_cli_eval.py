@@ -1,4 +1,4 @@
-"""`scclip-fast eval`, run in this process on a tiny CLIP with random weights, and with torchrun."""
+"""`scclip-fast eval` on a tiny CLIP with random weights, in this process and with torchrun."""
 
 import json
 import os
@@ -31,13 +31,13 @@ from scclip_fast.segment import Segmenter
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """open_clip's name of a tiny CLIP with random weights."""
+    """The --model of a tiny CLIP with random weights."""
     return cli_runs.save_tiny(tmp_path_factory.mktemp("tiny"), image_size=224, patch_size=16)
 
 
 @pytest.fixture
 def command(tiny, tmp_path, monkeypatch):
-    """Run `scclip-fast eval` in `tmp_path`; returns exit code, stdout and stderr."""
+    """Runs `scclip-fast eval` in `tmp_path`; returns exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
 
     def command(*words, model=tiny):
@@ -48,7 +48,7 @@ def command(tiny, tmp_path, monkeypatch):
 
 @pytest.fixture
 def voc(tmp_path):
-    """Two images as VOC 2012; returns the path of the second."""
+    """A VOC 2012 of two images in `tmp_path`; the value is the path of the second."""
     folder = tmp_path / "VOCdevkit" / "VOC2012"
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
@@ -61,26 +61,26 @@ def voc(tmp_path):
 
 
 def results(path):
-    """Without what differs from run to run."""
-    found = json.loads(path.read_text())
-    assert found.pop("seconds") > 0
-    return found
+    """Reads results, without the time, which differs from run to run."""
+    contents = json.loads(path.read_text())
+    assert contents.pop("seconds") > 0
+    return contents
 
 
 def test_command(command, tmp_path):
     code, stdout, stderr = command("scenes", "--limit", 2)
     assert (code, stderr) == (0, "")
-    found = results(tmp_path / "eval.json")
+    contents = results(tmp_path / "eval.json")
     names = PROTOCOLS["scenes"].class_names()
-    assert (found["dataset"], found["images"], found["failures"]) == ("scenes", 2, [])
-    assert [row["name"] for row in found["classes"]] == found["prompts"] == names
-    assert found["protocol"]["logit_scale"] == 40 and found["protocol"]["slide_crop"] == 224
-    assert found["config"]["beta"] == 0.4 and found["config"]["repair"] is True
-    assert set(found["versions"]) >= {"scclip_fast", "torch", "open_clip_torch"}
+    assert (contents["dataset"], contents["images"], contents["failures"]) == ("scenes", 2, [])
+    assert [row["name"] for row in contents["classes"]] == contents["prompts"] == names
+    assert contents["protocol"]["logit_scale"] == 40 and contents["protocol"]["slide_crop"] == 224
+    assert contents["config"]["beta"] == 0.4 and contents["config"]["repair"] is True
+    assert set(contents["versions"]) >= {"scclip_fast", "torch", "open_clip_torch"}
     heading, numbers = stdout.split("\n\n")[:2]
     assert "scenes, 2 images" in heading and "logit_scale 40" in heading and "beta 0.4" in heading
     assert len(numbers.splitlines()) == len(names) + 2
-    assert f"mIoU {100 * found['mIoU']:.2f} %" in stdout
+    assert f"mIoU {100 * contents['mIoU']:.2f} %" in stdout
 
 
 def test_command_is_the_library(command, tiny, tmp_path):
@@ -93,14 +93,14 @@ def test_command_is_the_library(command, tiny, tmp_path):
     segmenter = Segmenter(encoder, tokenizer, classes, **windows)
     dataset = PROTOCOLS["scenes"].dataset(limit=2)
     confusions = [confusion_matrix(segmenter(image), labels, 42) for _, image, labels in dataset]
-    found = results(tmp_path / "eval.json")
-    assert found["mIoU"] == summary(areas(sum(confusions)))["mIoU"]
-    assert found["miou_ci95"] == list(confidence_interval(confusions))
-    assert [k for k, v in found["config"].items() if v is False] == ["repair"]
+    contents = results(tmp_path / "eval.json")
+    assert contents["mIoU"] == summary(areas(sum(confusions)))["mIoU"]
+    assert contents["miou_ci95"] == list(confidence_interval(confusions))
+    assert [k for k, v in contents["config"].items() if v is False] == ["repair"]
 
 
 def test_the_command_segments_as_published(command, tiny, tmp_path):
-    """Masks that hold the published prediction have every pixel right, and others do not."""
+    """Masks made of the published prediction give an accuracy of 1, and other masks do not."""
     folder = tmp_path / "ade"
     path, mask = folder / "images/validation/a.jpg", folder / "annotations/validation/a.png"
     for file in (path, mask):
@@ -150,9 +150,9 @@ def test_command_with_a_damaged_image(command, voc, tmp_path):
     assert skipped.startswith(f"skipped b: {voc}: not an image")
     assert error == "scclip-fast eval: error: 1 image(s) could not be read, see above"
     assert ", 1 images\n" in stdout
-    found = results(tmp_path / "eval.json")
-    assert found["images"] == 1
-    assert found["failures"] == [{"name": "b", "error": skipped.removeprefix("skipped b: ")}]
+    contents = results(tmp_path / "eval.json")
+    assert contents["images"] == 1
+    assert contents["failures"] == [{"name": "b", "error": skipped.removeprefix("skipped b: ")}]
 
 
 def test_all(command, voc, tmp_path):
@@ -165,8 +165,8 @@ def test_all(command, voc, tmp_path):
     files = sorted(path.name for path in tmp_path.glob("*.json"))
     assert files == ["r_voc20.json", "r_voc21.json"]
     for name, threshold in (("voc20", 0), ("voc21", 0.15)):
-        found = results(tmp_path / f"r_{name}.json")
-        assert found["protocol"]["prob_thd"] == threshold and found["images"] == 1
+        contents = results(tmp_path / f"r_{name}.json")
+        assert contents["protocol"]["prob_thd"] == threshold and contents["images"] == 1
 
 
 @pytest.mark.parametrize("values", [(0, 255), (255,)], ids=str)
@@ -206,7 +206,7 @@ def test_the_folder_of_results_is_made(command, tmp_path):
 
 
 def test_files_of_others_are_kept(command, tmp_path):
-    """Results are made from the progress files beside them; without those, the file is not ours."""
+    """A run leaves its record beside the results; a file without a record is not replaced."""
     path = tmp_path / "mine.json"
     path.write_text("{}")
     code, _, stderr = command("scenes", "--limit", 1, "--out", path)

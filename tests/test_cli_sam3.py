@@ -1,4 +1,4 @@
-"""`scclip-fast segment` with a SAM3: a small one with random weights, and none at all."""
+"""`scclip-fast segment` with a small SAM3 of random weights."""
 
 import json
 from argparse import Namespace
@@ -9,14 +9,13 @@ import torch
 from cli_runs import run, written
 from PIL import Image
 from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, tiny_sam3
-from transformers import Sam3Model, Sam3Processor
+from transformers import Sam3Processor
 
-from scclip_fast import chunked
-from scclip_fast.cli import segment_sam3
-from scclip_fast.cli.segment_sam3 import Sam3Segmenter, load
+from scclip_fast.cli import segment
 from scclip_fast.plots import segmentation as overlay
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
+from scclip_fast.segment import Sam3Segmenter
 
 SIZE = (40, 60)
 
@@ -36,7 +35,7 @@ def photo(tmp_path):
 
 @pytest.fixture
 def command(folder, photo, tmp_path):
-    """`scclip-fast segment` of the photo into the folder out."""
+    """Runs `scclip-fast segment` on the photo, with results in the folder out."""
 
     def command(*words):
         words = ("--model", folder, "--classes", "sky, tree|bush", "--device", "cpu", *words)
@@ -46,7 +45,7 @@ def command(folder, photo, tmp_path):
 
 
 def stored(path):
-    """The settings that a picture was made with."""
+    """Returns the settings that a picture was made with."""
     with Image.open(path) as image:
         return json.loads(image.info["scclip_fast"])
 
@@ -54,7 +53,7 @@ def stored(path):
 def test_files_of_an_image(command, folder, tmp_path):
     out = tmp_path / "out"
     code, _, stderr = command("--json")
-    assert code == 0 and "prompt" not in stderr  # not a terminal: no bars of ours
+    assert code == 0 and "prompt" not in stderr  # stderr is no terminal, so there are no bars
     assert written(out) == ["photo.json", "photo_labels.png", "photo_overlay.png"]
     report = json.loads((out / "photo.json").read_text())
     assert [c["name"] for c in report["classes"]] == ["background", "sky", "tree"]
@@ -71,55 +70,11 @@ def test_files_of_an_image(command, folder, tmp_path):
     )
 
 
-def test_instances_become_classes(photo, monkeypatch):
-    """The best instance of a class's names, the best class of a pixel, or the background."""
-    top, left = torch.zeros(2, *SIZE, dtype=torch.bool)
-    top[:20], left[:, :30] = True, True
-    found = iter(
-        [
-            dict(scores=torch.tensor([0.4, 0.6]), masks=torch.stack([top, top & left])),  # sky
-            dict(scores=torch.tensor([]), masks=torch.zeros(0, *SIZE)),  # tree
-            dict(scores=torch.tensor([0.55]), masks=left[None]),  # bush
-        ]
-    )
-    monkeypatch.setattr(
-        Sam3Processor, "post_process_instance_segmentation", lambda *_, **__: [next(found)]
-    )
-    segmenter = Sam3Segmenter(tiny_sam3(), tiny_processor(), ["sky", "tree, bush"], ALL)
-    [(labels, probabilities)] = segmenter.bands(Image.open(photo))
-    assert segmenter.classes == ["background", "sky", "tree"]
-    corners = [labels[0, 0], labels[0, -1], labels[-1, 0], labels[-1, -1]]
-    assert [int(label) for label in corners] == [1, 0, 2, 0]
-    assert torch.allclose(probabilities[:, 0, 0], torch.tensor([0.4, 0.6, 0.55]))
-    assert torch.allclose(probabilities[:, 0, -1], torch.tensor([0.6, 0.4, 0.0]))
-
-
-def arguments(folder, **changed):
-    settings = dict(sam3_preset="depth", sam3_stages=None, device="cpu", precision="fp32")
-    return Namespace(model=str(folder), **settings | changed)
-
-
-def test_the_trunk_runs_once_a_photo_and_is_calibrated(folder, photo):
-    segmenter = load(arguments(folder), ["sky", "a, b"])
-    trunk, prompts = [], []
-    encoder = segmenter.model.vision_encoder
-    encoder.register_forward_hook(lambda _, args, out: trunk.append((args[0], out)))
-    segmenter.model.text_encoder.register_forward_hook(lambda *_: prompts.append(1))
-    for each in (segmenter, segmenter.frozen()):
-        list(each.bands(Image.open(photo)))
-    assert type(segmenter.model) is Sam3Model and len(prompts) == 6
-    (pixels, calibrated), (_, frozen) = trunk
-    with torch.inference_mode():
-        assert torch.equal(encoder(pixels).last_hidden_state, frozen.last_hidden_state)
-        with calibrate(segmenter.model):
-            expected = encoder(pixels)
-    assert torch.equal(calibrated.last_hidden_state, expected.last_hidden_state)
-    np.testing.assert_array_equal(segmenter.outliers, expected.outlier_mask[0])
-
-
 def test_stages_and_presets(folder):
     def config(**changed):
-        return load(arguments(folder, **changed), ["sky"]).config
+        options = dict(sam3_preset="depth", sam3_stages=None, device="cpu", precision="fp32")
+        args = Namespace(model=str(folder), **options | changed)
+        return segment._segmenter(args, ["sky"]).config
 
     assert config() == Sam3CalibrationConfig.for_depth(LAYERS)
     assert config(sam3_stages="none") == NONE
@@ -150,22 +105,22 @@ def test_another_choice_of_stages_is_noticed(command, tmp_path):
 
 
 def test_compare(command, photo, tmp_path, monkeypatch):
-    """The picture of what the frozen and the calibrated model find, here made to differ."""
+    """--compare draws the masks of the frozen and the calibrated model, which differ here."""
 
-    def found(processor, output, target_sizes):
+    def instances(processor, output, target_sizes):
         mask = torch.zeros(1, *SIZE)
         mask[:, :, : 20 if output.pred_masks.sum() == total["frozen"] else 40] = 1
         return [dict(scores=torch.tensor([0.6]), masks=mask)]
 
     model, processor, total = tiny_sam3(), tiny_processor(), {}
     segmenter = Sam3Segmenter(model, processor, ["sky"], ALL)
-    monkeypatch.setattr(segment_sam3, "load", lambda *_: segmenter)
+    monkeypatch.setattr(segment, "_segmenter", lambda *_: segmenter)
     with torch.inference_mode():
-        given = processor(images=Image.open(photo), text="sky", return_tensors="pt")
-        total["frozen"] = model(**given).pred_masks.sum()
+        inputs = processor(images=Image.open(photo), text="sky", return_tensors="pt")
+        total["frozen"] = model(**inputs).pred_masks.sum()
         with calibrate(model, ALL):
-            outliers = model(**given).outlier_mask[0].numpy()
-    monkeypatch.setattr(Sam3Processor, "post_process_instance_segmentation", found)
+            outliers = model(**inputs).outlier_mask[0].numpy()
+    monkeypatch.setattr(Sam3Processor, "post_process_instance_segmentation", instances)
     assert command("--compare")[0] == 0
     out = tmp_path / "out"
     assert written(out) == ["photo_compare.png", "photo_labels.png", "photo_overlay.png"]
@@ -177,20 +132,3 @@ def test_compare(command, photo, tmp_path, monkeypatch):
     picture = Image.open(out / "photo_compare.png")
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
     assert outliers.shape == (GRID, GRID) and stored(out / "photo_compare.png")["sam3_stages"]
-
-
-@pytest.mark.parametrize("columns", [chunked._MAX_COLUMNS, 300])
-def test_bars(folder, photo, monkeypatch, columns):
-    """One of the prompts, and one of each search that takes several steps: of 1024 pixels here."""
-    bars = []
-
-    def bar(steps, desc="prompts", **_):
-        bars.append((desc, len(steps)))
-        return steps
-
-    monkeypatch.setattr(segment_sam3, "tqdm", bar)
-    monkeypatch.setattr(chunked, "_MAX_COLUMNS", columns)
-    segmenter = load(arguments(folder, sam3_stages="trunk_repair,mask_repair"), ["sky", "tree, a"])
-    list(segmenter.bands(Image.open(photo)))
-    searches = [] if columns > 1024 else 3 * [("outliers of pixels", 4)]
-    assert bars == [("prompts", 3), *searches]

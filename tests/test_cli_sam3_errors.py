@@ -1,4 +1,4 @@
-"""What `scclip-fast segment` refuses of a SAM3, and of a CLIP what is a SAM3's."""
+"""Errors of `scclip-fast segment` with a SAM3, and with options of the other kind of model."""
 
 import re
 import sys
@@ -12,8 +12,6 @@ from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_sam3 import save_tiny_sam3
-
-from scclip_fast import cli
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def photo(tmp_path):
 
 @pytest.fixture
 def command(folder, photo, tmp_path):
-    """`scclip-fast segment` of the photo into the folder out."""
+    """Runs `scclip-fast segment` on the photo, with results in the folder out."""
 
     def command(*words, model=folder):
         words = ("--model", model, "--classes", "sky", "--device", "cpu", *words)
@@ -49,7 +47,7 @@ def test_weights_out_of_reach(command, tmp_path, monkeypatch):
     assert time.perf_counter() - start < 3  # transformers would try for minutes
 
 
-OF_CLIP = [  # defaults, too
+OF_CLIP = [  # some values are the defaults, which are refused too
     ("--pretrained", "openai"),
     ("--method", "scclip"),
     ("--no-repair",),
@@ -81,10 +79,14 @@ def test_every_option_is_looked_at(command):
 WRONG = {
     "256": ("--classes", ",".join(map(str, range(256))), "has 256 classes; .* at most 255"),
     "background": ("--classes", "tree, background", "names the background"),
+    "case": ("--classes", "Brick, brick", "not by case alone, got Brick, brick more than once"),
+    "a shared synonym": ("--classes", "person|man, worker|man", "got man more than once"),
     "long": ("--classes", " ".join("x" * 100), "is too long a prompt: 102 tokens of 32"),
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
     "none of them": ("--sam3-stages", "none,trunk_repair", "got 'none'"),
+    "device": ("--device", "tpu", "--device must be cpu, cuda or cuda:INDEX, got 'tpu'"),
+    "precision": ("--precision", "fp8", "argument --precision: invalid choice: 'fp8'"),
     "preset": ("--sam3-preset", "magic", "invalid choice: 'magic'"),
     "depth": ("--sam3-preset", "seed", r"seed does not fit: .* trunk of 6 layers .*, got 6"),
 }
@@ -105,7 +107,7 @@ def test_damaged_weights(folder, command, tmp_path):
 
 
 def test_weights_that_are_not_finite(folder, command, tmp_path):
-    """NaN scores are below every threshold: all would be background."""
+    """NaN scores are below every threshold, so every pixel would become background."""
     broken = copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     name = next(name for name in weights if name.endswith("patch_embeddings.projection.weight"))
@@ -118,7 +120,5 @@ def test_weights_that_are_not_finite(folder, command, tmp_path):
 
 def test_missing_extra(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.segment_sam3")
-    monkeypatch.delattr(cli, "segment_sam3")
     stderr = command()[2]
     assert 'needs the package transformers: pip install "scclip_fast[demo,sam3]"' in stderr

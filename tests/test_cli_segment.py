@@ -1,4 +1,4 @@
-"""`scclip-fast segment`, run in this process on a tiny CLIP with random weights."""
+"""`scclip-fast segment` on a tiny CLIP with random weights, in this process."""
 
 import json
 from functools import partial
@@ -8,14 +8,14 @@ import pytest
 from cli_runs import save_tiny, segment, written
 from PIL import Image
 
-from scclip_fast.cli import results, segment_images
+from scclip_fast.cli import files, segment_images
 from scclip_fast.clip import create_model
 from scclip_fast.plots import segmentation as overlay
 from scclip_fast.scenes.draw import CLASSES, scene
 from scclip_fast.segment import Segmenter
 
 NAMES = "sky, tree|bush, building"
-ENTRIES = ["sky", "tree, bush", "building"]  # the same, as Segmenter takes them
+ENTRIES = ["sky", "tree, bush", "building"]  # the same in the form of Segmenter
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def command(tiny, tmp_path, monkeypatch):
-    """Run `scclip-fast segment` in `tmp_path`."""
+    """Runs `scclip-fast segment` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     return partial(segment, model=tiny, classes=NAMES)
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """photo.png, 60 x 40, in the folder where the command runs."""
+    """The file photo.png, 60 x 40, in the folder where the command runs."""
     return save_photo(tmp_path / "photo.png")
 
 
@@ -66,9 +66,9 @@ def test_files_of_an_image(command, photo, tiny, tmp_path):
     assert [entry["name"] for entry in report["classes"]] == ["sky", "tree", "building"]
     probabilities = segmenter.probabilities(image).numpy()
     for index, entry in enumerate(report["classes"]):
-        own = labels == index
-        assert entry["share"] == own.mean()
-        mean = probabilities[index][own].mean() if own.any() else None
+        pixels = labels == index
+        assert entry["share"] == pixels.mean()
+        mean = probabilities[index][pixels].mean() if pixels.any() else None
         assert entry["mean_probability"] == (mean and pytest.approx(mean, rel=1e-5))
 
 
@@ -83,12 +83,12 @@ def test_labels_do_not_depend_on_json(command, photo, tmp_path):
 
 
 def test_options_reach_the_segmenter(command, photo, monkeypatch):
-    seen = {}
+    passed = {}
 
     def segment(segmenter, jobs, font):
         names = "logit_scale prob_thd area_thd background slide_crop slide_stride short_side"
-        seen.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
-        seen["method"] = segmenter.encoder.method
+        passed.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
+        passed["method"] = segmenter.encoder.method
         return 0
 
     monkeypatch.setattr(segment_images, "segment", segment)
@@ -97,15 +97,15 @@ def test_options_reach_the_segmenter(command, photo, monkeypatch):
         logit_scale=40, prob_thd=0, area_thd=None, background=None, slide_crop=224,
         slide_stride=112, short_side=32, pamr_steps=0, method="scclip",
     )  # fmt: skip
-    assert seen == defaults
+    assert passed == defaults
     changed = dict(
         logit_scale=7.5, prob_thd=0.25, area_thd=0.125, background="tree", slide_crop=64,
         slide_stride=48, short_side=48, pamr_steps=2, method="maskclip",
     )  # fmt: skip
     command(photo.name, *(w for k, v in changed.items() for w in (f"--{k.replace('_', '-')}", v)))
-    assert seen == changed | dict(background=1)
+    assert passed == changed | dict(background=1)
     command(photo.name, "--slide-crop", "0", "--short-side", "0")
-    assert seen["slide_crop"] is seen["short_side"] is None
+    assert passed["slide_crop"] is passed["short_side"] is None
 
 
 def test_resumes(command, photo, tmp_path):
@@ -119,7 +119,7 @@ def test_resumes(command, photo, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(written(out)) == 4
 
-    (out / "photo_overlay.png").unlink()  # of a run that was killed between the two
+    (out / "photo_overlay.png").unlink()  # as if the first run had been killed between the two
     assert command(photo.name, "--json")[1].startswith("1 image segmented")
     labels = out / "photo_labels.png"
     assert labels.stat().st_mtime_ns == before[labels]
@@ -156,7 +156,7 @@ def test_same_stems_through_the_command(command, tmp_path):
     assert command("a", "b")[2].startswith("2 of 2 done already")
     for folder in "ab":
         with Image.open(tmp_path / "segments" / f"{folder}_x.png_labels.png") as mask:
-            digest = results._digest(tmp_path / folder / "x.png")
+            digest = files._digest(tmp_path / folder / "x.png")
             assert json.loads(mask.info["scclip_fast"])["image"] == digest
 
 

@@ -1,4 +1,4 @@
-"""What `scclip-fast segment` says when something is wrong: one line, and exit code 2."""
+"""Errors of `scclip-fast segment` are one line and exit code 2."""
 
 import subprocess
 import sys
@@ -13,8 +13,9 @@ from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scclip_fast import cli
-from scclip_fast.cli.common import CommandError, read_photo
+from scclip_fast import cli, plots
+from scclip_fast.cli.files import read_photo
+from scclip_fast.cli.options import CommandError
 from scclip_fast.segment import Segmenter
 
 
@@ -25,14 +26,14 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def command(tiny, tmp_path, monkeypatch):
-    """Run `scclip-fast segment` in `tmp_path`."""
+    """Runs `scclip-fast segment` in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
     return partial(segment, model=tiny, classes="sky, tree")
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """photo.png in the folder where the command runs."""
+    """The file photo.png in the folder where the command runs."""
     path = tmp_path / "photo.png"
     Image.effect_noise((60, 40), 50).save(path)
     return path
@@ -168,9 +169,9 @@ def test_error_is_one_line(command, photo, words, named, message):
 
 def test_missing_extra(command, photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("fonts", "overlay", "segment_images"):
-        monkeypatch.delitem(sys.modules, f"scclip_fast.cli.{name}", raising=False)
-        monkeypatch.delattr(cli, name, raising=False)
+    for package, name in ((plots, "fonts"), (plots, "segmentation"), (cli, "segment_images")):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        monkeypatch.delattr(package, name, raising=False)
     code, _, stderr = command(photo.name)
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package matplotlib: pip install "scclip_fast[demo]"' in stderr

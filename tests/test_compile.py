@@ -5,12 +5,14 @@ import torch
 from cases import GPU
 
 import scclip_fast as sf
-from scclip_fast.ops import aggregation, attention, outliers
+from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
+from scclip_fast.ops.attention import _attention, _attention_backward
+from scclip_fast.ops.knn import nearest
 from scclip_fast.ops.repair import _repair
 
 GRID = (5, 8)
 
-#: op -> (function of tensors with a leading batch, its inputs)
+#: By op: a function of tensors with a batch dimension in front, and its inputs.
 OPS = {
     "knn": (lambda x: sf.knn(x, 5), lambda: (torch.randn(3, 40, 8),)),
     "lof_scores": (lambda x: sf.lof_scores(x, 5), lambda: (torch.randn(3, 40, 8),)),
@@ -55,7 +57,7 @@ def test_compile_fullgraph(name):
     torch._dynamo.reset()
     op, inputs = OPS[name]
     tensors = inputs()
-    # `lof` counts its outliers: a size not known in advance, which a graph holds only on request.
+    # `lof` counts its outliers. A graph holds a size that depends on data only on request.
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
         assert_same(compiled(*tensors), op(*tensors))
@@ -120,7 +122,7 @@ class TestOpcheck:
     @pytest.mark.parametrize("measure_all", [True, False])
     def test_nearest(self, backend, measure_all):
         (x,) = self.tensors((2, 20, 4))
-        self.check(outliers._nearest, x, 3, measure_all, backend)
+        self.check(nearest, x, 3, measure_all, backend)
 
     def test_repair(self, backend):
         (tokens,) = self.tensors((2, 20, 4), grad=True)
@@ -131,26 +133,24 @@ class TestOpcheck:
     def test_weighted_mean(self, backend, gamma):
         values, features = self.tensors((2, 20, 4), (2, 20, 3), grad=True)
         floor = torch.full((2,), 0.1, device=self.device)
-        self.check(aggregation.weighted_mean, values, features, floor, gamma, backend)
+        self.check(weighted_mean, values, features, floor, gamma, backend)
 
     def test_attention(self, backend):
         q, k, v, content = self.tensors(*[(2, 2, 20, 4)] * 4, grad=True)
-        self.check(attention._attention, q, k, v, content, 0.5, 0.5, backend)
+        self.check(_attention, q, k, v, content, 0.5, 0.5, backend)
 
 
 def test_opcheck_backward():
     values, features, grad = torch.randn(2, 20, 4), torch.randn(2, 20, 3), torch.randn(2, 20, 4)
     floor = torch.full((2,), 0.1)
-    out, total = aggregation.weighted_mean(values, features, floor, 3.0, "torch")
-    torch.library.opcheck(
-        aggregation._weighted_mean_backward, (grad, values, features, floor, 3.0, out, total)
-    )
+    out, total = weighted_mean(values, features, floor, 3.0, "torch")
+    torch.library.opcheck(_weighted_mean_backward, (grad, values, features, floor, 3.0, out, total))
     q, k, v, upstream = torch.randn(4, 2, 2, 20, 4)
-    torch.library.opcheck(attention._attention_backward, (upstream, q, k, v, 0.5))
+    torch.library.opcheck(_attention_backward, (upstream, q, k, v, 0.5))
 
 
 def test_a_scoped_backend_reaches_the_graph():
-    """The choice is made while tracing and is an argument in the graph."""
+    """The backend is chosen during tracing and is an argument in the graph."""
     torch._dynamo.reset()
     seen = []
 

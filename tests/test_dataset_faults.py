@@ -1,4 +1,4 @@
-"""Data sets that are not what they should be: each stops with the file and the mend, or counts."""
+"""Faults of data sets: harmless ones are read, others raise an error with file and remedy."""
 
 import struct
 import zlib
@@ -12,7 +12,7 @@ from scclip_fast.evaluate import PROTOCOLS, DataError, DatasetNotFoundError
 
 
 def files(root, key, which):
-    """The images (0) or masks (1) of a data set that was written, by name."""
+    """Returns the images (0) or masks (1) of a data set on disk, sorted by name."""
     return sorted(root.glob(LAYOUTS[key][which].format("*").replace("*_", "**/*_")))
 
 
@@ -94,7 +94,7 @@ def test_hidden_folders_do_not_count(tmp_path):
     assert PROTOCOLS["ade20k"].dataset(tmp_path).names == ["000001", "000002"]
 
 
-LISTS = {  # of the images "000001" and "b c", as files have them
+LISTS = {  # the names "000001" and "b c" in the encodings and line ends of files
     "plain": b"000001\nb c\n",
     "no end": b"000001\nb c",
     "CRLF": b"000001\r\nb c\r\n",
@@ -164,7 +164,7 @@ def test_masks_without_a_class(tmp_path, key, values):
 
 @pytest.mark.parametrize("key", ["voc21", "ade20k"])
 def test_one_mask_with_a_class_is_enough(tmp_path, key):
-    """An image without things is one of many in COCO-Object."""
+    """Many images of COCO-Object have no things, so a mask without a class is no error."""
     names, _ = write_dataset(tmp_path, key)
     last = PROTOCOLS[key].dataset(tmp_path).paths(names[0])[1]
     write_labels(last, np.full(Image.open(last).size[::-1], 255, np.uint8))
@@ -172,7 +172,7 @@ def test_one_mask_with_a_class_is_enough(tmp_path, key):
 
 
 def grey_png(path, bits, labels):
-    """A PNG of 1, 2 or 4 bits of grey with these values; Pillow writes none of 2 and 4."""
+    """Writes a PNG of 1, 2 or 4 bits of grey; Pillow cannot write 2 and 4."""
     height, width = labels.shape
     digits = [np.unpackbits(row[:, None], axis=1)[:, 8 - bits :].ravel() for row in labels]
     rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in digits)
@@ -212,7 +212,7 @@ MASKS = {
 @pytest.mark.parametrize(("write", "reason"), MASKS.values(), ids=MASKS.keys())
 @pytest.mark.parametrize("key", ["voc21", "cityscapes"])
 def test_masks_that_are_no_indices(tmp_path, key, write, reason):
-    """One such mask is a failure of its image, which the evaluation reports; all are an error."""
+    """One such mask is a failure that the evaluation reports; if all masks are such, it stops."""
     names, raw = write_dataset(tmp_path, key)
     paths = [PROTOCOLS[key].dataset(tmp_path).paths(name)[1] for name in names]
     write(paths[0], (raw[0] == raw[0].max()).astype(np.uint8))
@@ -226,7 +226,7 @@ def test_masks_that_are_no_indices(tmp_path, key, write, reason):
 
 
 def test_values_of_any_depth_that_keeps_them(tmp_path):
-    """Palettes of few bits and 16 bits of grey hold the indices themselves."""
+    """Palettes of 2, 4 and 8 bits and 16 bits of grey keep the indices."""
     names, _ = write_dataset(tmp_path, "voc21")
     path = PROTOCOLS["voc21"].dataset(tmp_path).paths(names[0])[1]
     labels = np.resize(np.array([0, 1, 2, 3], np.uint8), SIZES[1][::-1])

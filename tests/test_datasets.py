@@ -1,4 +1,4 @@
-"""The data sets' loaders, on tiny folders in the real formats, and the table of protocols."""
+"""The data sets, read from tiny folders in the real formats, and the table of protocols."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from scclip_fast.scenes import draw
 
 SIZES = ((6, 4), (5, 9))  # width and height of the two images
 
-# Where the files are; values in the label files; the same as class indices.
+# Paths of image, labels and split file; values in the label files; their indices of classes.
 LAYOUTS = {
     "voc21": (
         "VOCdevkit/VOC2012/JPEGImages/{}.jpg",
@@ -60,7 +60,7 @@ NAMES = {"cityscapes": ("frankfurt/a_1", "lindau/b_2")}
 
 
 def write_labels(path, labels):
-    """As VOC has them: one index a pixel, with a palette."""
+    """Writes labels as VOC does: an index for each pixel, with a palette."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(labels)
     image.putpalette(bytes(range(256)) * 3)
@@ -68,7 +68,7 @@ def write_labels(path, labels):
 
 
 def write_dataset(data, key):
-    """Two images in the folder `data`; returns their names and raw labels (H, W)."""
+    """Writes two images into the folder `data`; returns their names and raw labels (H, W)."""
     image_path, labels_path, split, values, _ = LAYOUTS[key]
     names = NAMES.get(key, ("000001", "000002"))
     labels = []

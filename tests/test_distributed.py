@@ -1,4 +1,4 @@
-"""The ops over rows that three processes share: the bits of one, and errors on all of them."""
+"""Ops over rows that three processes share have the bits of one process, and raise on all ranks."""
 
 import pytest
 import ranks
@@ -6,7 +6,7 @@ import torch
 from tolerance import assert_close
 
 from scclip_fast import distributed
-from scclip_fast.shards import rows_of
+from scclip_fast.distributed.shards import rows_of
 
 CASES = [name for name, *_ in ranks.cases()]
 OPS = ("knn", "scclip", "breunig", "aggregate")
@@ -14,14 +14,14 @@ OPS = ("knn", "scclip", "breunig", "aggregate")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every rank found; `ranks.run` says under which names."""
+    """The results of every rank, as `ranks.run` saves them."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.multiprocessing.spawn(ranks.run, (str(folder),), nprocs=ranks.WORLD)
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks.WORLD)]
 
 
 def of_all(found, case, op, world):
-    """The tensors that an op returned to the ranks of a group, one rank's after the other's."""
+    """The tensors that an op returned to the ranks of a group, concatenated in their order."""
     members = found[1:] if world == 2 else found[:world]
     return [torch.cat(parts) for parts in zip(*(m[case][world][op] for m in members), strict=True)]
 
@@ -53,7 +53,7 @@ def test_what_the_op_itself_gives(found, case, op):
 
 
 def test_cases_have_what_they_are_for(found):
-    """Several pieces and tiles, ties at the k-th place, tokens without a score."""
+    """There are several pieces and tiles, ties at the k-th place, and tokens without a score."""
     assert {"pieces", "whole"} == {case.split("-")[0] for case in CASES}
     distances, indices = found[0]["pieces-ties-float32"]["op"]["knn"]
     assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
@@ -63,7 +63,7 @@ def test_cases_have_what_they_are_for(found):
 
 @pytest.mark.parametrize("op", ["knn", "lof_scores", "aggregate"])
 def test_no_rank_holds_all_rows(found, op):
-    """Its share, its lists and pieces of the others' rows: nothing of N x D, let alone N x N."""
+    """A rank holds its rows, its lists and pieces of other rows, but nothing of size N x D."""
     tokens, width = ranks.LARGE
     for rank in found:
         assert tokens * width / 3 <= rank["largest"][op] < tokens * width / 2
@@ -73,7 +73,7 @@ def test_no_gradient(found):
     assert [rank["gradient"] for rank in found] == [[False] * 4] * ranks.WORLD
 
 
-#: By fault: what rank 0 says, and what the last rank does where it is something else.
+#: By fault: the error of rank 0, and that of the last rank if it differs.
 FAULTS = {
     "k": "ValueError: all ranks must agree on k, got 5 on rank 0 and 6 on rank 2",
     "k that compares equal": "ValueError: all ranks must agree on k, got 5 on rank 0 and 5.0 on",

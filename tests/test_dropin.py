@@ -1,4 +1,4 @@
-"""This file plays a published repository, and its functions are then replaced by `dropin`'s."""
+"""A small model in the style of a published repository, whose functions `dropin` replaces."""
 
 import sys
 
@@ -106,7 +106,7 @@ def test_lof(name, settings):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_aggregate(name, batch):
     feats = torch.randn(70, batch, 12).double()
-    S = torch.rand(batch, 70, 70).double()  # not symmetric: rows are told from columns
+    S = torch.rand(batch, 70, 70).double()  # not symmetric, so that rows differ from columns
     found = getattr(dropin, name)(feats, S)
     torch.testing.assert_close(found, adaptively_aggregate(feats, S), **EXACT)
 

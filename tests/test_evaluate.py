@@ -1,4 +1,4 @@
-"""The evaluation's numbers, and its loop on a segmenter made of arithmetic."""
+"""The evaluation's numbers, and its loop with a segmenter that thresholds brightness."""
 
 import json
 
@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from scclip_fast.evaluate import (
     PROTOCOLS,
     MissingResultsError,
-    Progress,
     Ranks,
+    RunRecord,
     SettingsChangedError,
     confidence_interval,
     confusion_matrix,
@@ -30,7 +30,7 @@ NAMES = [f"image_{i}" for i in range(5)]
 
 @pytest.fixture
 def voc(tmp_path):
-    """Five images of different sizes as VOC 2012; some pixels are ignored."""
+    """A VOC 2012 of five images of different sizes, with some ignored pixels."""
     folder, rng = tmp_path / "VOC2012", np.random.default_rng(0)
     for part in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (folder / part).mkdir(parents=True)
@@ -45,7 +45,7 @@ def voc(tmp_path):
 
 
 class Stub:
-    """A segmenter: the class follows from the pixel's brightness."""
+    """A segmenter that derives the class from the pixel's brightness, and counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -56,13 +56,13 @@ class Stub:
 
 
 def evaluate(dataset, out, world_size=1, settings=SETTINGS):
-    """All processes of a run, one after the other; returns the report and the images segmented."""
-    progress, segmenter = Progress(out, settings), Stub()
+    """Runs all processes in turn; returns the report and the number of images segmented."""
+    record, segmenter = RunRecord(out, settings), Stub()
     for rank in range(world_size):
-        run(segmenter, dataset, progress, Ranks(rank, world_size))
-    found = report(dataset, progress, CLASSES)
-    found.pop("seconds")
-    return found, segmenter.calls
+        run(segmenter, dataset, record, Ranks(rank, world_size))
+    numbers = report(dataset, record, CLASSES)
+    numbers.pop("seconds")
+    return numbers, segmenter.calls
 
 
 def test_numbers_by_hand():
@@ -72,13 +72,13 @@ def test_numbers_by_hand():
     expected = np.zeros((5, 5), int)
     expected[0, :2], expected[1, [1, 4]], expected[2, 0] = (2, 1), (2, 1), 1
     assert np.array_equal(confusion, expected)
-    found = summary(areas(confusion))
-    # Class 3 is nowhere. Class 4 is predicted in one pixel, but is no label.
-    assert found["IoU"] == [2 / 4, 2 / 4, 0, None, 0]
-    assert found["Acc"] == [2 / 3, 2 / 3, 0, None, None]
-    assert found["mIoU"] == 1 / 4
-    assert found["mAcc"] == pytest.approx(4 / 9)
-    assert found["aAcc"] == 4 / 7
+    numbers = summary(areas(confusion))
+    # Class 3 occurs nowhere. Class 4 is predicted at one pixel but is no label.
+    assert numbers["IoU"] == [2 / 4, 2 / 4, 0, None, 0]
+    assert numbers["Acc"] == [2 / 3, 2 / 3, 0, None, None]
+    assert numbers["mIoU"] == 1 / 4
+    assert numbers["mAcc"] == pytest.approx(4 / 9)
+    assert numbers["aAcc"] == 4 / 7
 
 
 def test_numbers_are_torchmetrics_over_the_data_set():
@@ -94,8 +94,8 @@ def test_numbers_are_torchmetrics_over_the_data_set():
 
 
 def test_nothing_to_divide_by():
-    found = summary(areas(np.zeros((2, 2), int)))
-    assert found == dict(mIoU=None, mAcc=None, aAcc=None, IoU=[None] * 2, Acc=[None] * 2)
+    numbers = summary(areas(np.zeros((2, 2), int)))
+    assert numbers == dict(mIoU=None, mAcc=None, aAcc=None, IoU=[None] * 2, Acc=[None] * 2)
     assert np.isnan(confidence_interval(np.zeros((3, 2, 2), int))).all()
     with pytest.raises(ValueError, match="at least one"):
         confidence_interval([])
@@ -110,17 +110,17 @@ def test_confidence_interval_is_that_of_a_loop():
     rng = np.random.default_rng(2)
     confusions = rng.integers(0, 50, (30, 4, 4)) * (rng.random((30, 4, 4)) < 0.5)
     confusions[:, 3] = confusions[:, :, 3] = 0  # a class that never occurs
-    found = confidence_interval(confusions, level=0.8, resamples=200, seed=3)
+    interval = confidence_interval(confusions, level=0.8, resamples=200, seed=3)
     draws = np.random.default_rng(3).multinomial(30, np.full(30, 1 / 30), 200)
     means = []
     for counts in draws:
         drawn = np.repeat(confusions, counts, axis=0).sum(axis=0)[:3, :3]
         union = drawn.sum(axis=0) + drawn.sum(axis=1) - np.diagonal(drawn)
         means.append((np.diagonal(drawn) / union).mean())
-    assert found == pytest.approx((np.quantile(means, 0.1), np.quantile(means, 0.9)), rel=1e-12)
+    assert interval == pytest.approx((np.quantile(means, 0.1), np.quantile(means, 0.9)), rel=1e-12)
     narrow = confidence_interval(iter(confusions), level=0.2)
     mean = summary(areas(confusions.sum(axis=0)))["mIoU"]
-    assert found[0] < narrow[0] < mean < narrow[1] < found[1]
+    assert interval[0] < narrow[0] < mean < narrow[1] < interval[1]
 
 
 @pytest.mark.parametrize("wrong", [dict(level=1), dict(level=0), dict(resamples=0)])
@@ -130,21 +130,21 @@ def test_confidence_interval_checks(wrong):
 
 
 def test_report(voc, tmp_path):
-    found, calls = evaluate(voc, tmp_path / "out.json")
+    numbers, calls = evaluate(voc, tmp_path / "out.json")
     total = sum(confusion_matrix(Stub()(image), labels, 21) for _, image, labels in voc)
     expected = summary(areas(total))
-    assert (calls, found["images"], found["failures"]) == (5, 5, [])
+    assert (calls, numbers["images"], numbers["failures"]) == (5, 5, [])
     for name in ("mIoU", "mAcc", "aAcc"):
-        assert found[name] == expected[name]
-    assert [tuple(row.values()) for row in found["classes"]] == list(
+        assert numbers[name] == expected[name]
+    assert [tuple(row.values()) for row in numbers["classes"]] == list(
         zip(CLASSES, expected["IoU"], expected["Acc"], strict=True)
     )
-    assert expected["IoU"].count(None) == 16  # 0 to 3 are predicted, 0, 3 and 5 labels
-    lower, upper = found["miou_ci95"]
-    assert lower < found["mIoU"] < upper
-    lines = table(found).splitlines()
-    numbers = [f"{100 * expected[name][3]:.2f}" for name in ("IoU", "Acc")]
-    assert lines[4].split() == ["class", "3", *numbers]
+    assert expected["IoU"].count(None) == 16  # 0 to 3 are predicted; 0, 3 and 5 are labels
+    lower, upper = numbers["miou_ci95"]
+    assert lower < numbers["mIoU"] < upper
+    lines = table(numbers).splitlines()
+    cells = [f"{100 * expected[name][3]:.2f}" for name in ("IoU", "Acc")]
+    assert lines[4].split() == ["class", "3", *cells]
     assert lines[10].split() == ["class", "9", "-", "-"]
 
 
@@ -166,8 +166,8 @@ def test_goes_on_after_a_kill_with_any_number_of_processes(voc, tmp_path, world_
     first, second = sorted(tmp_path.glob("out.json.rank*.jsonl"))
     first.write_bytes(first.read_bytes()[:-9])  # in the middle of the last line
     second.write_bytes(second.read_bytes()[:20])  # in the middle of the first
-    found, calls = evaluate(voc, out, world_size)
-    assert found == expected
+    numbers, calls = evaluate(voc, out, world_size)
+    assert numbers == expected
     assert calls == 3  # one of the first process's three and both of the second's
 
 
@@ -200,7 +200,7 @@ def test_changed_settings(voc, tmp_path):
     changed = {"model": "stub", "config": {"alpha": 0.4}, "new": 1}
     with pytest.raises(SettingsChangedError, match=r"rank0\.jsonl .* \(config\.alpha, new\)"):
         evaluate(voc, out, settings=changed)
-    Progress(out, changed).clear()
+    RunRecord(out, changed).clear()
     assert evaluate(voc, out, settings=changed)[1] == 5
 
 
@@ -211,12 +211,12 @@ def test_a_damaged_image_is_left_out_until_it_is_mended(voc, tmp_path, capsys):
     content = path.read_bytes()
     path.write_bytes(content[:100])
     for world_size in (2, 1):
-        found, calls = evaluate(voc, out, world_size)
+        numbers, calls = evaluate(voc, out, world_size)
         error = capsys.readouterr().err
         assert error.startswith(f"skipped image_1: {path}: ") and error.count("\n") == 1
-        assert (found["images"], calls) == (4, 4 if world_size == 2 else 0)
-        assert [failure["name"] for failure in found["failures"]] == ["image_1"]
-        assert found["failures"][0]["error"].startswith(str(path))
+        assert (numbers["images"], calls) == (4, 4 if world_size == 2 else 0)
+        assert [failure["name"] for failure in numbers["failures"]] == ["image_1"]
+        assert numbers["failures"][0]["error"].startswith(str(path))
     path.write_bytes(content)
     assert evaluate(voc, out) == (expected, 1)
 
@@ -224,20 +224,20 @@ def test_a_damaged_image_is_left_out_until_it_is_mended(voc, tmp_path, capsys):
 def test_no_image_can_be_read(voc, tmp_path):
     for name in NAMES:
         voc.paths(name)[0].unlink()
-    found, _ = evaluate(voc, tmp_path / "out.json")
-    assert (found["images"], len(found["failures"])) == (0, 5)
-    assert table(found) == "no images, no numbers"
+    numbers, _ = evaluate(voc, tmp_path / "out.json")
+    assert (numbers["images"], len(numbers["failures"])) == (0, 5)
+    assert table(numbers) == "no images, no numbers"
 
 
 def test_results_on_another_disk(voc, tmp_path):
-    progress = Progress(tmp_path / "out.json", SETTINGS)
-    run(Stub(), voc, progress, Ranks(0, 2))
+    record = RunRecord(tmp_path / "out.json", SETTINGS)
+    run(Stub(), voc, record, Ranks(0, 2))
     with pytest.raises(MissingResultsError, match="no result of 2 images, image_1 for one"):
-        report(voc, progress, CLASSES)
+        report(voc, record, CLASSES)
 
 
 def test_errors_of_the_segmenter_are_not_hidden(voc, tmp_path):
-    progress = Progress(tmp_path / "out.json", SETTINGS)
+    record = RunRecord(tmp_path / "out.json", SETTINGS)
     stub = Stub()
 
     def segmenter(image):
@@ -246,16 +246,16 @@ def test_errors_of_the_segmenter_are_not_hidden(voc, tmp_path):
         return stub(image)
 
     with pytest.raises(ZeroDivisionError):
-        run(segmenter, voc, progress)
-    assert list(progress.read()) == NAMES[:2]
+        run(segmenter, voc, record)
+    assert list(record.read()) == NAMES[:2]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_json_has_no_numbers_that_are_none(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        Progress(tmp_path / "out.json", {"beta": value})
-    with Progress(tmp_path / "out.json", SETTINGS).appending(0) as append:
+        RunRecord(tmp_path / "out.json", {"beta": value})
+    with RunRecord(tmp_path / "out.json", SETTINGS).appending(0) as append:
         with pytest.raises(ValueError, match="not JSON compliant"):
             append({"name": "a", "cells": [], "seconds": value})
         append({"name": "b", "cells": [], "seconds": 1})
-    assert list(Progress(tmp_path / "out.json", SETTINGS).read()) == ["b"]
+    assert list(RunRecord(tmp_path / "out.json", SETTINGS).read()) == ["b"]

@@ -127,8 +127,8 @@ def test_a_checkout_without_links(tmp_path, monkeypatch):
     copytree(ROOT / "kernels", tmp_path / "kernels")
     (source / "kernels").unlink()
     (source / "kernels").symlink_to("../kernels")
-    (source / "search.py").unlink()
-    with pytest.raises(FileNotFoundError, match=r"search\.py is no file"):
+    (source / "precision.py").unlink()
+    with pytest.raises(FileNotFoundError, match=r"precision\.py is no file"):
         hub.build(tmp_path / "folder")
 
 

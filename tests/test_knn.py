@@ -5,6 +5,7 @@ from tolerance import assert_close, assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
+from scclip_fast.chunked import search, tiles
 
 
 def check(x, k, device, backend):
@@ -25,7 +26,7 @@ def test_shapes(device, backend, b, n, d, dtype):
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 30, 31, 32])
 def test_lists_around_powers_of_two(device, backend, k):
-    """A list is held as the next power of two."""
+    """A list has a capacity of the next power of two."""
     check(torch.randn(1, 33, 7), k, device, backend)
 
 
@@ -40,7 +41,7 @@ def test_longer_than_the_kernel_takes(k):
     check(torch.randn(1, 577, 5), k, "cpu", "torch")
     with pytest.raises(ValueError, match=rf"k must be at most 128 .* got {k}"):
         sf.knn(torch.randn(577, 5), k, backend="triton")
-    with sf.backend("triton"):  # a preference, which gives way
+    with sf.backend("triton"):  # unlike the argument, a scope gives way
         assert sf.knn(torch.randn(577, 5), k)[1].shape == (577, k)
 
 
@@ -100,7 +101,7 @@ def test_tokens_that_are_not_finite_are_nobodys_neighbour(device, backend):
     assert torch.equal(indices[:, 3:] - 3, clean[1])
     assert torch.allclose(distances[:, 3:], clean[0], rtol=1e-5)
     assert distances[:, :3].isinf().all()
-    # Where nothing else is left, it is, at distance inf, and the token itself still is not.
+    # Where no finite token is left, it is one, at distance inf, but never of itself.
     distances, indices = sf.knn(x[:, :6].to(device), 5, backend=backend)
     assert torch.equal(
         indices.sort(dim=-1).values[0].cpu(),
@@ -110,16 +111,14 @@ def test_tokens_that_are_not_finite_are_nobodys_neighbour(device, backend):
 
 
 def test_tiles_agree(monkeypatch):
-    """Several tiles, and lists longer than a tile is wide, give what one tile gives."""
-    from scclip_fast import chunked, search
-
+    """Several tiles, and lists longer than a tile is wide, have the results of one tile."""
     x = torch.randn(5, 300, 24, dtype=torch.float64)
     expected = {k: search.nearest(x, k) for k in (1, 30, 250)}
     for bytes_ in (2**21, 2**17, 2**13):
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", bytes_)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", bytes_)
         for k, whole in expected.items():
             assert all(map(torch.equal, search.nearest(x, k), whole))
-    assert chunked.plan(5, 300, 24, x.dtype).columns < 250
+    assert tiles.plan(5, 300, 24, x.dtype).columns < 250
 
 
 @pytest.mark.gpu

@@ -171,7 +171,7 @@ def test_missing_packages_name_their_extra(python):
     extras = {
         "clip.loading": "open_clip clip",
         "segment": "numpy clip",
-        "picture": "numpy clip",
+        "segment.image": "numpy clip",
         "scenes.draw": "numpy clip",
         "evaluate": "numpy eval",
         "sklearn": "numpy sklearn",

@@ -1,6 +1,6 @@
-"""The torch path never makes an N x N tensor, and holds to its workspace.
+"""The torch path never makes an N x N tensor, and its memory stays within its workspace.
 
-`python tests/test_memory.py` measures it, in a process of its own.
+`python tests/test_memory.py` measures the memory, in a process of its own.
 """
 
 import json
@@ -12,7 +12,7 @@ from measure import measure
 from own_process import output_of
 
 import scclip_fast as sf
-from scclip_fast import chunked
+from scclip_fast.chunked import tiles
 
 MIB = 2**20
 N = 6000  # N x N float32 is 137 MiB
@@ -46,8 +46,8 @@ def backward(n, d):
 
 
 def peaks():
-    """The peak of each call in bytes, or None where the system does not tell."""
-    chunked.WORKSPACE_BYTES = WORKSPACE
+    """Yields each call's name and its peak in bytes, or None if the system has no such number."""
+    tiles.WORKSPACE_BYTES = WORKSPACE
     for name, call in (forward(N, 16) | backward(N, 16)).items():
         call()
         yield name, measure(call).peak_bytes
@@ -61,8 +61,8 @@ def measured():
 @pytest.mark.parametrize("name", [*forward(2, 1), *backward(2, 1)])
 def test_peak_memory(name, measured):
     if measured[name] is None:
-        pytest.skip("this system does not tell the peak of a process's memory")
-    # Beside the workspace: N k distances and indices, and the matrix library's own.
+        pytest.skip("this system does not report the peak of a process's memory")
+    # N k distances and indices, and the memory of the matrix library, come on top.
     lists = 12 * N * 400 if name == "knn-400" else 0
     assert measured[name] < WORKSPACE + lists + 8 * MIB, f"{measured[name] / MIB:.1f} MiB"
 
@@ -70,7 +70,7 @@ def test_peak_memory(name, measured):
 def test_measure_sees_memory():
     held = measure(lambda: torch.ones(64 * MIB // 4))
     if held.peak_bytes is None:
-        pytest.skip("this system does not tell the peak of a process's memory")
+        pytest.skip("this system does not report the peak of a process's memory")
     assert 60 * MIB < held.peak_bytes < 80 * MIB and held.seconds > 0
 
 

@@ -1,9 +1,9 @@
-"""The norm rule, and the artefacts that it finds where LOF takes them for a cluster."""
+"""The norm rule, and artefacts that LOF takes for a cluster and the norm rule finds."""
 
 import numpy as np
 import pytest
 import torch
-from cases import DTYPES, RUNS
+from cases import DEVICES, DTYPES
 from tolerance import relative_error
 
 import scclip_fast as sf
@@ -15,21 +15,20 @@ def numpy_scores(x):
     return torch.from_numpy(norms / np.median(norms, axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("device, backend", RUNS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize("shape", [(1, 1, 5), (1, 2, 1), (3, 31, 64), (2, 196, 257)])
-def test_equals_numpy(device, backend, dtype, shape):
+def test_equals_numpy(device, dtype, shape):
     x = torch.randn(shape, dtype=torch.float64).to(dtype)
-    backend = None if dtype == torch.float64 else backend  # which no kernel takes
-    scores = sf.norm_scores(x.to(device), backend=backend)
+    scores = sf.norm_scores(x.to(device))
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert scores.shape == shape[:2]
     tolerance = 1e-14 if dtype == torch.float64 else 1e-6
     assert relative_error(scores, numpy_scores(x)) < tolerance
-    alone = torch.stack([sf.norm_scores(image.to(device), backend=backend) for image in x])
+    alone = torch.stack([sf.norm_scores(image.to(device)) for image in x])
     assert torch.equal(alone, scores)
     strided = x.to(device).mT.contiguous().mT
-    assert relative_error(sf.norm_scores(strided, backend=backend), numpy_scores(x)) < tolerance
+    assert relative_error(sf.norm_scores(strided), numpy_scores(x)) < tolerance
 
 
 def test_tokens_that_are_not_finite():
@@ -44,7 +43,7 @@ def test_tokens_that_are_not_finite():
 
 
 def test_zero_median():
-    """Norms are then the scores, so that large ones differ and zero is ordinary."""
+    """If the median norm is 0, the norms are the scores, so that large norms differ."""
     x = torch.zeros(41, 4)
     assert torch.equal(sf.norm_scores(x), torch.zeros(41))
     x[:3, 0] = torch.tensor([2.0, 3.0, 1e30])
@@ -69,7 +68,7 @@ def test_norms_beyond_every_finite_number():
 @pytest.mark.parametrize("largest", [1e25, torch.finfo(torch.float32).max])
 @pytest.mark.parametrize("others", [1e-10, 1.0])
 def test_the_largest_token_is_an_outlier(largest, others):
-    """Its norm or its score can exceed every finite number, and are the largest of these then."""
+    """A norm or score that exceeds every finite number is replaced by the largest one."""
     x = others * torch.randn(50, 16)
     x[7] = largest
     scores = sf.norm_scores(x)
@@ -84,7 +83,7 @@ def test_no_gradient_and_empty_batch():
 
 
 def with_artefacts(count):
-    """37 x 37 smooth tokens, of which `count` are of 5 times the norm, in one direction."""
+    """37 x 37 smooth tokens, and the mask of `count` artefacts of 5 times the norm, all alike."""
     side, width = 37, 64
     x = torch.linspace(0, 1, side)
     waves = torch.stack([f(a * x) for a in (2, 3, 5) for f in (torch.sin, torch.cos)])
@@ -101,7 +100,7 @@ def with_artefacts(count):
 
 @pytest.mark.parametrize("count", [30, 31, 60])
 def test_alike_artefacts(count):
-    """LOF of k = 30 finds 30 of them, and of 31, which are 30 neighbours to each other, none."""
+    """LOF with k = 30 finds 30 artefacts, but none of 31, whose neighbours are each other."""
     tokens, artefacts = with_artefacts(count)
     recall = {}
     for score in SCORES:

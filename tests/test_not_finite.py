@@ -1,4 +1,4 @@
-"""Tokens that are not finite: what they do to aggregation, content attention and repair."""
+"""Aggregation, content attention and repair of tokens that are not finite."""
 
 import pytest
 import torch
@@ -6,12 +6,13 @@ from cases import GPU
 from tolerance import assert_close
 
 import scclip_fast as sf
-from scclip_fast import chunked, reference
-from scclip_fast.ops.aggregation import weighted_mean
+from scclip_fast import reference
+from scclip_fast.chunked import compute_dtype, tiles
+from scclip_fast.ops.aggregate import weighted_mean
 
 INTERPRETED = pytest.mark.skipif(GPU, reason="the kernels run on the GPU")
 BACKENDS = ["torch", "reference", pytest.param("triton", marks=INTERPRETED)]
-#: Token 3's features; the norm of the last overflows float32.
+#: Features of token 3. The norm of the last kind overflows float32.
 BROKEN = {
     "nan": [torch.nan] * 6,
     "one nan": [1.0, torch.nan, 2.0, 0.0, -1.0, 3.0],
@@ -19,8 +20,8 @@ BROKEN = {
     "infs": [torch.inf, -torch.inf, torch.inf, torch.inf, 1.0, 2.0],
     "norm": [3e38, -3e38, 3e38, 3e38, 3e38, 0.0],
 }
-#: The two weight functions. The floor is below 0, so that a similarity of 0 would have a weight,
-#: and near it, as negative weights could make a sum vanish, by which rows are divided.
+#: gamma of the two weight functions. The floor is below 0, so that a similarity of 0 would have a
+#: weight, and near 0, because negative weights could make the sums vanish that divide the rows.
 WEIGHTS = [None, 3.0]
 FLOOR = -0.05
 
@@ -39,9 +40,9 @@ def features(request):
 
 @pytest.fixture(params=[*BACKENDS, "tiles"])
 def backend(request, features, monkeypatch):
-    """A backend; "tiles" is the torch path with less than all rows at a time."""
+    """A backend. "tiles" is the torch path with less than all rows in a tile."""
     if request.param == "tiles":
-        monkeypatch.setattr(chunked, "WORKSPACE_BYTES", 2**11)
+        monkeypatch.setattr(tiles, "WORKSPACE_BYTES", 2**11)
         return "torch"
     if request.param == "reference" and features[0, 3].isfinite().all():
         pytest.skip("the norm is finite in float64")
@@ -49,7 +50,7 @@ def backend(request, features, monkeypatch):
 
 
 def mean(values, features, gamma, backend):
-    floor = torch.full((len(values),), FLOOR, dtype=chunked.compute_dtype(values, features))
+    floor = torch.full((len(values),), FLOOR, dtype=compute_dtype(values, features))
     return weighted_mean(values, features, floor, gamma, backend)
 
 
@@ -86,14 +87,14 @@ class TestAggregate:
 
 
 def test_aggregate_of_features_by_themselves(features, backend):
-    """An outlier of infinity is no NaN elsewhere."""
+    """Infinite values of the token do not become NaN in other rows."""
     out = sf.aggregate(features, features, backend=backend)
     assert out[0, 3].isnan().all() and others(out).isfinite().all()
 
 
 def test_content_attention(features, backend):
     q, k, v = torch.randn(3, 2, 3, 40, 4)
-    # alpha = 1: the content half alone, as the self half attends to the token.
+    # alpha = 1 is the content half alone, because the self half attends to the token.
     out = sf.blended_attention(q, k, v, features, alpha=1.0, backend=backend)
     exact = [others(t).double() for t in (q, k, v, features)]
     expected = sf.blended_attention(*exact, alpha=1.0, backend="reference")
@@ -119,7 +120,7 @@ def test_values_of_finite_tokens_spread(backend):
     values, features = torch.randn(40, 5), torch.rand(40, 6)
     values[7, 2] = torch.inf
     out = sf.aggregate(values, features, beta=-1.0, backend=backend)
-    if backend == "triton":  # the halves of an infinity are it and NaN
+    if backend == "triton":  # an infinity is split into infinity and NaN
         assert not out[:, 2].isfinite().any()
     else:
         assert (out[:, 2] == torch.inf).all()
@@ -128,7 +129,7 @@ def test_values_of_finite_tokens_spread(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_distributed_rule_is_in_the_tiles(backend):
-    """All tokens broken: nothing is left, and every row is NaN."""
+    """If no token is finite, every row is NaN."""
     x = torch.full((5, 3), torch.inf)
     assert sf.aggregate(torch.ones(5, 2), x, backend=backend).isnan().all()
 

@@ -1,29 +1,29 @@
-"""PAMR against one loop a pixel, and what it is for: noise goes, edges stay."""
+"""PAMR agrees with a loop over pixels, removes noise and keeps edges."""
 
 import numpy as np
 import pytest
 import torch
 
-from scclip_fast.pamr import DILATIONS, pamr
+from scclip_fast.segment.pamr import DILATIONS, pamr
 
 OFFSETS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)]
 
 
 def plain(image, maps, steps, dilations):
-    """image (K, H, W) and maps (C, H, W), float64 arrays, pixel by pixel."""
+    """Refines maps (C, H, W) along an image (K, H, W), float64 arrays, pixel by pixel."""
     height, width = image.shape[1:]
 
     def neighbors(x, row, column):
-        """(channels, 8 len(dilations)); what is outside is the nearest pixel inside."""
+        """Returns the neighbours (channels, 8 len(dilations)); the border is repeated outside."""
         places = [(row + d * y, column + d * x) for d in dilations for y, x in OFFSETS]
         return np.stack([x[:, r.clip(0, height - 1), c.clip(0, width - 1)] for r, c in places], 1)
 
     pixels = [(np.int64(row), np.int64(column)) for row in range(height) for column in range(width)]
     weights = {}
     for row, column in pixels:
-        own, others = image[:, row, column, None], neighbors(image, row, column)
-        deviation = np.concatenate([others] + [own] * len(dilations), axis=1).std(axis=1, ddof=1)
-        score = -(np.abs(others - own) / (1e-8 + 0.1 * deviation[:, None])).mean(axis=0)
+        center, others = image[:, row, column, None], neighbors(image, row, column)
+        deviation = np.concatenate([others] + [center] * len(dilations), axis=1).std(axis=1, ddof=1)
+        score = -(np.abs(others - center) / (1e-8 + 0.1 * deviation[:, None])).mean(axis=0)
         weights[row, column] = np.exp(score - score.max()) / np.exp(score - score.max()).sum()
     for _ in range(steps):
         maps = np.stack([neighbors(maps, *pixel) @ weights[pixel] for pixel in pixels], axis=1)
@@ -35,7 +35,7 @@ def plain(image, maps, steps, dilations):
 @pytest.mark.parametrize("dilations", [(1, 2), (3,), DILATIONS], ids=str)
 def test_against_a_loop(dilations, steps):
     image, maps = torch.randn(2, 3, 9, 12).double(), torch.randn(2, 4, 9, 12).double()
-    image[:, :, 2:5, 3:8] = 0.5  # flat: pixels whose neighbours are all alike
+    image[:, :, 2:5, 3:8] = 0.5  # a flat area, where all neighbours are equal
     found = pamr(image, maps, steps, dilations)
     for i in range(2):
         expected = plain(image[i].numpy(), maps[i].numpy(), steps, dilations)
@@ -49,7 +49,7 @@ def test_the_dilations_are_sc_clips():
 
 
 def scene(noise):
-    """A picture of two flat halves, and a noisy map of the right one."""
+    """Returns an image of two flat halves, and a noisy map of the right half."""
     image = torch.zeros(1, 3, 40, 40)
     image[..., 20:] = 1
     maps = image[:, :1] + noise * torch.randn(1, 1, 40, 40)
@@ -62,11 +62,11 @@ def test_noise_goes_and_edges_stay():
     for half, value in ((slice(0, 20), 0), (slice(20, 40), 1)):
         before, after = (m[..., half] for m in (maps, refined))
         assert after.std() < before.std() / 4
-        assert (after.mean(dim=(1, 2)) - value).abs().max() < 0.2  # also in the columns at the edge
+        assert (after.mean(dim=(1, 2)) - value).abs().max() < 0.2  # the edge included
 
 
 def test_a_picture_without_edges_only_smooths():
-    """All neighbours weigh the same: one bright pixel becomes an eighth at each of the 8."""
+    """All neighbours have the same weight: a bright pixel becomes 1/8 at each of the 8."""
     maps = torch.zeros(1, 1, 5, 5)
     maps[..., 2, 2] = 1
     expected = torch.zeros(1, 1, 5, 5)

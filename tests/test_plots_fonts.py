@@ -9,8 +9,6 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from scclip_fast.cli.common import CommandError
-from scclip_fast.cli.fonts import check
 from scclip_fast.plots import fonts, segmentation
 
 NAMES = ["字", "典"]
@@ -91,8 +89,8 @@ def test_numbers_where_no_font_has_the_name(monkeypatch):
 def test_what_is_no_font(tmp_path):
     (tmp_path / "text.ttf").write_text("no font")
     for name in ("text.ttf", "absent.ttf"):
-        with pytest.raises(CommandError, match=rf"--font .*{name} is not a font"):
-            check(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name} is not a font"):
+            fonts.check(tmp_path / name)
 
 
 def test_the_option(tmp_path, monkeypatch):

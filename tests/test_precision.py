@@ -11,16 +11,17 @@ from tolerance import assert_close
 from torch.backends.cuda import matmul
 
 import scclip_fast as sf
-from scclip_fast import chunked, distributed
-from scclip_fast.metrics import nearest
+from scclip_fast import distributed
+from scclip_fast.chunked.attention import plain_attention
 from scclip_fast.precision import true_float32
+from scclip_fast.sklearn.metrics import nearest
 
 CPU_AUTOCAST = [torch.bfloat16, torch.float16]
 BACKENDS = ["torch", "reference"]
 
 
 def tight_clusters():
-    """(1, 160, 8): TF32 rounds the products by more than the distances within a cluster differ."""
+    """Tokens (1, 160, 8) whose distances within a cluster differ by less than TF32's rounding."""
     centers = 10 * torch.randn(4, 8)
     return (centers.repeat_interleave(40, dim=0) + 0.02 * torch.randn(160, 8))[None]
 
@@ -58,7 +59,7 @@ OPS = SMOOTH | {
         lambda x, **b: sf.lof_scores(x, 20, variant="breunig", **b),
         lambda: [tight_clusters()],
     ),
-    "outlier_mask": (sf.outlier_mask, lambda: [torch.rand(2, 40)]),
+    "outlier_mask": (lambda s, backend: sf.outlier_mask(s), lambda: [torch.rand(2, 40)]),
 }
 
 SETTINGS = {
@@ -100,7 +101,7 @@ def gradients(op, inputs, upstream, forward=nullcontext, backward=nullcontext):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_settings_make_products_coarse(setting):
-    """Without which none of these tests could fail."""
+    """If they did not, no test here could fail."""
     x = torch.randn(40, 8)
     fine = x @ x.T
     SETTINGS[setting]()
@@ -215,12 +216,12 @@ def test_outside_custom_ops(op, seed):
 
 @pytest.mark.parametrize("width", [8, 72])
 def test_attention_of_float32_on_a_gpu(width):
-    """The plain form, which the CPU does not take, is torch's attention."""
+    """The plain form, which runs on GPUs alone, equals torch's attention."""
     q, k, v = torch.randn(3, 2, 40, width)
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(t.double() for t in (q, k, v)), scale=0.3
     )
-    assert_close(chunked._plain_attention(q, k, v, scale=0.3), ref=expected)
+    assert_close(plain_attention(q, k, v, scale=0.3), ref=expected)
 
 
 class TestTheGuard:
@@ -240,7 +241,7 @@ class TestTheGuard:
             fail(x=torch.ones(1))
 
     def test_a_device_without_autocast(self):
-        """Bad input gets the function's own error."""
+        """Devices without autocast, and arguments that are no tensors, reach the function."""
         assert true_float32(lambda x: x.device.type)(torch.ones(1, device="meta")) == "meta"
         assert true_float32(lambda x: x)("no tensor") == "no tensor"
 
@@ -260,7 +261,7 @@ class TestTheGuard:
 
     @pytest.mark.parametrize("lowered", ["before", "between"])
     def test_threads(self, lowered):
-        """Neither a thread that leaves first nor one that came first lowers another's precision."""
+        """No thread lowers the precision of another, whichever enters or leaves first."""
         entered, leave = threading.Event(), threading.Event()
 
         @true_float32
@@ -303,7 +304,7 @@ class TestTheGuard:
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 class TestReferenceIsExact:
-    """It rounds once: results and gradients are those of float64."""
+    """Results and gradients of the reference are those of float64, rounded once."""
 
     def test_results(self, name, dtype):
         op, inputs = SMOOTH[name][0], [t.to(dtype) for t in SMOOTH[name][1]()]

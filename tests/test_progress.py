@@ -1,14 +1,15 @@
-"""What a caller sees of a search that takes long."""
+"""The bar that a caller shows during a long search."""
 
 import pytest
 import torch
 
 import scclip_fast as sf
-from scclip_fast import chunked, progress
+from scclip_fast import progress
+from scclip_fast.chunked import tiles
 
 
 def test_a_bar_sees_every_step_and_changes_nothing(monkeypatch):
-    monkeypatch.setattr(chunked, "_MAX_COLUMNS", 32)
+    monkeypatch.setattr(tiles, "MAX_COLUMNS", 32)
     x, seen = torch.randn(2, 100, 8), []
     expected = sf.lof_scores(x, 5, backend="torch")
 

@@ -1,4 +1,4 @@
-"""What must hold for any tokens."""
+"""Properties that hold for any tokens."""
 
 import torch
 from hypothesis import given, settings
@@ -12,7 +12,7 @@ settings.load_profile("scclip_fast")
 
 @st.composite
 def tokens(draw):
-    """(N, D) numbers in 64ths, on which arithmetic is exact; duplicates happen."""
+    """Tokens (N, D) of multiples of 1/64, on which arithmetic is exact. Duplicates happen."""
     n, d = draw(st.integers(7, 40)), draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     spread = draw(st.sampled_from([1, 8, 256]))
@@ -37,7 +37,7 @@ def test_permuted_tokens_have_permuted_distances(x, k, backend, random):
 @given(st.integers(0, 2**31), st.integers(1, 6), variants, backends)
 def test_permuted_tokens_have_permuted_scores(seed, k, variant, backend):
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)  # no ties: they go by index
+    x = torch.randn(30, 4, generator=generator, dtype=torch.float64)  # ties would go by index
     order = torch.randperm(30, generator=generator)
     expected = sf.lof_scores(x, k, variant=variant, backend=backend)
     assert torch.allclose(
@@ -81,7 +81,7 @@ def test_at_most_the_share_of_outliers(x, contamination):
 
 @given(tokens(), st.floats(-1, 0.9))
 def test_aggregation_of_a_constant_is_the_constant(x, beta):
-    """Weights sum to one, but for the 1e-6 in the denominator."""
+    """Weights sum to one, except for the 1e-6 in the denominator."""
     weight = sf.similarity(x, beta).sum(dim=-1)
     out = sf.aggregate(torch.ones(len(x), 2, dtype=x.dtype), x, beta)
     assert torch.allclose(out, (weight / (weight + 1e-6))[:, None].expand_as(out), rtol=1e-6)

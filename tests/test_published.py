@@ -1,9 +1,9 @@
-"""The published evaluation, written out step by step: mmsegmentation's pixels, SC-CLIP, PAMR."""
+"""PublishedSegmenter agrees with the published evaluation, written out step by step here."""
 
 import math
 
 import numpy as np
-import plain_segment
+import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,25 +17,25 @@ NAMES = ["sky", "person", "man", "tree", "a red car", "grass", "dog", "house", "
 CLASSES = ["sky", "person, man", *NAMES[3:]]
 OWNERS = [0, 1, 1, 2, 3, 4, 5, 6, 7, 8]
 TEMPLATES = ["a photo of a {}.", "the {} in a scene."]
-#: Height and width of photos, and of what the model gets for a short side of 48 pixels.
+# Sizes (height, width) of photos, and their sizes after resizing to a short side of 48 pixels.
 SIZES = {(96, 128): (48, 64), (131, 97): (65, 48), (113, 200): (48, 85), (30, 44): (48, 70)}
 SMALL = dict(short_side=48, slide_crop=32, slide_stride=16)
 
 
 def coefficients(source, target):
-    """OpenCV's loop over one axis: the first neighbour and the weights, in 1/2048, of each."""
-    scale, found = 1.0 / (float(target) / source), []
+    """Returns the first neighbour and the weights, in 1/2048, of each pixel, as OpenCV's loop."""
+    scale, rows = 1.0 / (float(target) / source), []
     for d in range(target):
         f = np.float32((d + 0.5) * scale - 0.5)
         s = math.floor(f)
         f = np.float32(f - np.float32(s))
         weights = (np.float32(1) - f, f)
-        found.append((s, *(int(np.rint(w * np.float32(2048))) for w in weights)))
-    return found
+        rows.append((s, *(int(np.rint(w * np.float32(2048))) for w in weights)))
+    return rows
 
 
 def opencv_resize(image, size):
-    """cv2.resize(image, ..., INTER_LINEAR) of an image (H, W, 3) in uint8, pixel by pixel."""
+    """Resizes an image (H, W, 3), uint8, as cv2.resize with INTER_LINEAR, pixel by pixel."""
     source = image.astype(int)
     height, width = source.shape[:2]
     columns = np.empty((height, size[1], 3), int)
@@ -52,7 +52,7 @@ def opencv_resize(image, size):
 
 
 def neighbours(x, dilation, centre):
-    """(B, K, P, H, W): the neighbours by a convolution, with the pixel times `centre` added."""
+    """Returns the neighbours (B, K, P, H, W) by a convolution, plus the pixel times `centre`."""
     kernel = torch.zeros(8, 1, 3, 3, dtype=x.dtype)
     for i, place in enumerate([0, 1, 2, 3, 5, 6, 7, 8]):
         kernel[i, 0, place // 3, place % 3] = 1
@@ -63,12 +63,12 @@ def neighbours(x, dilation, centre):
 
 
 def published_pamr(image, maps, steps):
-    """PAMR as its convolutions, at SC-CLIP's dilations."""
+    """Runs PAMR by the published convolutions, at SC-CLIP's dilations."""
 
     def around(x, centre):
         return torch.cat([neighbours(x, d, centre) for d in (8, 16)], dim=2)
 
-    pixel = image[:, :, None].expand(-1, -1, 2, -1, -1)  # once a dilation
+    pixel = image[:, :, None].expand(-1, -1, 2, -1, -1)  # once for each dilation
     deviation = torch.cat([around(image, 0), pixel], dim=2).std(dim=2, keepdim=True)
     weights = (-around(image, -1).abs() / (1e-8 + 0.1 * deviation)).mean(1, keepdim=True)
     weights = weights.softmax(dim=2)
@@ -77,35 +77,35 @@ def published_pamr(image, maps, steps):
     return maps
 
 
-def published(encoder, image, seen, steps, scale=40.0):
-    """The label map of a photo (H, W, 3), by the published code's steps."""
-    resized = torch.from_numpy(opencv_resize(image, seen)).double()
-    # mmsegmentation's SegDataPreProcessor, with SC-CLIP's numbers.
+def published(encoder, image, size, steps, scale=40.0):
+    """Returns the label map of a photo (H, W, 3) by the steps of the published code."""
+    resized = torch.from_numpy(opencv_resize(image, size)).double()
+    # As in mmsegmentation's SegDataPreProcessor, with SC-CLIP's numbers.
     mean = torch.tensor([122.771, 116.746, 104.094]).double()
     std = torch.tensor([68.501, 66.632, 70.323]).double()
     pixels = ((resized - mean) / std).permute(2, 0, 1)[None]
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
-    maps = plain_segment.maps(encoder, text, pixels, 32, 16)[None]
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
+    maps = published_segment.maps(encoder, text, pixels, 32, 16)[None]
     maps = F.interpolate(maps, image.shape[:2], mode="bilinear")
     if steps:
         guide = F.interpolate(pixels, image.shape[:2], mode="bilinear")
         maps = published_pamr(guide, maps, steps)
-    return plain_segment.probabilities(maps[0], OWNERS, scale).argmax(dim=0)
+    return published_segment.probabilities(maps[0], OWNERS, scale).argmax(dim=0)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    """In float64: there no rounding decides which tokens are similar."""
+    """A model in float64, where rounding does not decide which tokens are similar."""
     return SCCLIP(tiny_clip(layers=3).double())
 
 
 def agreement(encoder, kind, steps):
-    """The share of pixels of all photos with the published label."""
+    """Returns the share of pixels, over all photos, that have the published label."""
     segmenter = kind(encoder, tokenizer(), CLASSES, templates=TEMPLATES, pamr_steps=steps, **SMALL)
     same = []
-    for size, seen in SIZES.items():
+    for size, resized in SIZES.items():
         image = photo(*size)
-        labels = published(encoder, image.numpy(), seen, steps)
+        labels = published(encoder, image.numpy(), resized, steps)
         assert len(labels.unique()) > 1
         same.append((segmenter(image) == labels).flatten())
     return torch.cat(same).double().mean().item()
@@ -113,18 +113,18 @@ def agreement(encoder, kind, steps):
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_label_maps_are_the_published_ones(encoder, steps):
-    """Fails with a resize in floating point and with PAMR along the edges of the original."""
+    """Resizing in floating point, or PAMR along the edges of the original, would fail here."""
     assert agreement(encoder, PublishedSegmenter, steps) >= 0.9999
 
 
 @pytest.mark.parametrize("steps", [0, 3])
 def test_the_published_pixels_decide_labels(encoder, steps):
-    """`Segmenter` has other labels at the same photos, so that the test above is one."""
+    """`Segmenter` has other labels on the same photos, so the test above can fail."""
     assert 0.9 < agreement(encoder, Segmenter, steps) < 0.9999
 
 
 SHAPES = [((96, 128), (48, 64)), ((131, 97), (65, 48)), ((30, 44), (48, 70)), ((7, 5), (7, 5))]
-SHAPES += [((142, 60), (1120, 60))]  # positions that float32 rounds across half a weight
+SHAPES += [((142, 60), (1120, 60))]  # float32 rounds positions to another weight here
 SHAPES += [((1, 9), (3, 4)), ((9, 1), (4, 3)), ((1, 1), (2, 2)), ((50, 60), (1, 1))]
 
 
@@ -146,12 +146,12 @@ def test_resize_is_opencvs():
 
 
 def test_resize_by_hand():
-    """Weights 0.25 and 0.75, rounded half up; the border stays."""
+    """The weights are 0.25 and 0.75, values are rounded half up, and the border is kept."""
     row = torch.tensor([[0, 10, 255]], dtype=torch.uint8)
     assert resize_uint8(row, (1, 6)).tolist() == [[0, 3, 8, 71, 194, 255]]
     assert resize_uint8(row.T, (6, 1)).T.tolist() == [[0, 3, 8, 71, 194, 255]]
     square = torch.tensor([[1, 2], [2, 2]], dtype=torch.uint8)
-    assert resize_uint8(square, (1, 1)).item() == 2  # of 1.75
+    assert resize_uint8(square, (1, 1)).item() == 2  # rounded from 1.75
 
 
 def test_resize_takes_whole_numbers_alone():

@@ -8,26 +8,26 @@ from torch.autograd import gradcheck
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.ops.repair import _pooled
+from scclip_fast.chunked.repair import pooled
 from scclip_fast.reference import repair as listed
 
-POOLED = pytest.param(("cpu", _pooled), id="pooled")
+POOLED = pytest.param(("cpu", pooled), id="pooled")
 
 
 @pytest.fixture(
     params=[*(pytest.param(run.values, id=run.id, marks=run.marks) for run in RUNS), POOLED]
 )
 def run(request, monkeypatch):
-    """(device, backend); the torch path has two ways, of which a CPU takes the first by itself."""
+    """(device, backend). "pooled" runs on a CPU the form of the torch path that GPUs run."""
     device, backend = request.param
-    if backend is _pooled:
-        monkeypatch.setattr(reference, "repair", _pooled)
+    if backend is pooled:
+        monkeypatch.setattr(reference, "repair", pooled)
         backend = "torch"
     return device, backend
 
 
 def published_repair(tokens, mask, height, width):
-    """Token by token, as SC-CLIP says it: the mean of the 8 neighbours that are no outliers."""
+    """SC-CLIP's rule token by token: the mean of the 8 neighbours that are no outliers."""
     out = tokens.clone()
     for image in range(tokens.shape[0]):
         for i in mask[image].nonzero().flatten().tolist():
@@ -44,7 +44,10 @@ def published_repair(tokens, mask, height, width):
 
 
 def check(tokens, mask, grid, **options):
-    """Right, in rows, good tokens untouched, and the same for an image alone."""
+    """Asserts a contiguous result equal to the published rule, also for an image alone.
+
+    Tokens that are no outliers keep their bits.
+    """
     out = sf.repair(tokens, mask, grid, **options)
     assert out.dtype == tokens.dtype and out.device == tokens.device and out.is_contiguous()
     assert_close(out, ref=published_repair(tokens.double().cpu(), mask.cpu(), *grid))
@@ -79,7 +82,7 @@ def test_widths(run, d, dtype):
 
 
 def test_sums_of_integers_are_exact(run):
-    """In whichever order, so that the bits are those of the reference on all backends."""
+    """Sums of integers are exact in any order, so that all backends have the reference's bits."""
     device, backend = run
     tokens = torch.randint(-99, 99, (2, 84, 5), device=device).float()
     mask = torch.rand(2, 84, device=device) < 0.5
@@ -89,7 +92,7 @@ def test_sums_of_integers_are_exact(run):
 
 @pytest.mark.parametrize("d", [5, 70])
 def test_views(run, d):
-    """Channels first, an offset, gaps between rows, one token for all; and masks of such kinds."""
+    """Tokens with channels first, an offset, gaps between rows or one row, and such masks."""
     device, backend = run
     n, flags = 15, torch.rand(2, 40, device=device) < 0.4
     views = (
@@ -117,7 +120,7 @@ def test_a_broken_outlier_does_not_spread(run):
 
 
 def test_broken_tokens_that_are_no_outliers(run):
-    """They stay, and so do the outliers without a neighbour; a mean of them is broken."""
+    """A token that is not finite and no outlier stays, and a mean that it enters is not finite."""
     device, backend = run
     tokens = torch.randn(1, 12, 3, device=device)
     tokens[0, 3, 1], tokens[0, 11, 2] = torch.nan, -torch.inf
@@ -135,7 +138,7 @@ def test_broken_tokens_that_are_no_outliers(run):
 
 
 def test_large_values_do_not_overflow(run):
-    """Eight neighbours near the end of float16 sum beyond it."""
+    """The sum of eight neighbours near the largest float16 exceeds it."""
     device, backend = run
     tokens = torch.full((1, 9, 2), 60000.0, dtype=torch.float16, device=device)
     mask = (torch.arange(9, device=device) == 4)[None]
@@ -161,7 +164,7 @@ def test_gradcheck(run):
 @pytest.mark.parametrize("grid", [(1, 9), (7, 12)], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9])
 def test_gradient(run, grid, share, dtype):
-    """Equal to that of the reference; what is broken upstream spreads no farther than there."""
+    """The gradient is the reference's, and NaN upstream reaches the same tokens."""
     device, backend = run
     n = grid[0] * grid[1]
     tokens = torch.randn(2, n, 5, device=device).to(dtype).requires_grad_()
@@ -178,7 +181,7 @@ def test_gradient(run, grid, share, dtype):
 
 
 def test_batched_gradients():
-    """As `vectorize=True` and `is_grads_batched` ask for them."""
+    """The backward pass under vmap, as `vectorize=True` and `is_grads_batched` run it."""
     tokens, mask = torch.randn(12, 2, dtype=torch.float64), torch.arange(12) % 5 == 0
     jacobian = partial(torch.autograd.functional.jacobian, lambda t: sf.repair(t, mask, (3, 4)))
     assert torch.equal(jacobian(tokens, vectorize=True), jacobian(tokens))

@@ -1,10 +1,10 @@
-"""Neighbours on inputs that a search by products gets wrong, and the certificate that finds them.
+"""Neighbours on inputs where a search by products errs, and the certificate that finds these rows.
 
-Each guarantee of `certificate.py` and `search.py` has an input that only it saves. What was broken
-by hand, and the tests that failed:
+Each guarantee of `chunked/certificate.py` and `chunked/search.py` has an input that only it saves.
+Each clause was broken by hand, and these tests failed:
 
 - gamma = 0 in the first condition: test_a_dropped_neighbour_leaves_its_row_undecided
-- `a` for `a + v` in the bound: test_the_bound_grows_with_the_token_that_was_dropped
+- `a` for `a + V` in the bound: test_the_bound_grows_with_the_token_that_was_dropped
 - rho = 0: test_the_rounding_of_the_measured_distance_counts
 - gamma = 0 in the second condition, or the condition left out:
   test_candidates_that_were_not_measured_are_neighbours
@@ -21,8 +21,9 @@ from sklearn.neighbors import LocalOutlierFactor as Theirs
 from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
-from scclip_fast import reference, search
-from scclip_fast.certificate import undecided
+from scclip_fast import reference
+from scclip_fast.chunked import search
+from scclip_fast.chunked.certificate import undecided
 
 
 def far_clusters(gap):
@@ -84,7 +85,7 @@ EXTREMES = {
 @pytest.mark.parametrize("device, backend", RUNS)
 @pytest.mark.parametrize("kind", EXTREMES)
 def test_every_neighbour(device, backend, kind):
-    """The sets of float64, and the scores where no tie leaves them open."""
+    """Neighbours are float64's, and so are the scores that no tie can change."""
     x, k = EXTREMES[kind](), 9
     _, indices = sf.knn(x.to(device), k, backend=backend)
     assert_neighbors(indices[None], x=x[None], k=k)
@@ -110,7 +111,7 @@ def test_float64(kind):
 
 @pytest.mark.parametrize("device, backend", RUNS)
 def test_clusters_as_scikit_learn_finds_them(device, backend):
-    """The audit's input: every neighbour of every row was wrong, 34 of 50 outliers agreed."""
+    """Two clusters far apart, of which every neighbour was wrong and 34 of 50 outliers agreed."""
     x = far_clusters(50_000)
     theirs = Theirs(20).fit(x.numpy())
     _, indices = sf.knn(x.to(device), 20, backend=backend)
@@ -122,7 +123,7 @@ def test_clusters_as_scikit_learn_finds_them(device, backend):
 
 
 def test_new_rows_of_the_estimator():
-    """The same clusters, new rows beside them: scores were off by a quarter."""
+    """New rows beside these clusters, whose scores were off by a quarter."""
     from scclip_fast.sklearn import LocalOutlierFactor
 
     x = far_clusters(50_000).numpy()
@@ -146,7 +147,7 @@ def image_like(b, n, d):
 
 
 def test_image_like_features_are_decided():
-    """Speed: the second and third pass are for odd data."""
+    """The second and third pass, which are slow, search almost no rows of ordinary data."""
     x = image_like(2, 576, 256)
     search.counts.clear()
     sf.lof_scores(x, 30, backend="torch")
@@ -176,9 +177,9 @@ def test_ties_beyond_the_candidates():
 
 @pytest.mark.parametrize("every", [True, False])
 def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
-    """Rows that are all searched again, by float64 or by differences, have the same neighbours."""
+    """The neighbours are the same if float64 and differences search all rows again."""
     x = image_like(1, 196, 48)
-    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
     again = []
 
     def all_of_them(scores, *_):
@@ -186,19 +187,19 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
         return torch.ones(scores.shape[:2], dtype=torch.bool)
 
     monkeypatch.setattr(search, "undecided", all_of_them)
-    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, every_distance=every)]
+    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
     assert again == [torch.float32, torch.float64]
     assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("every", [True, False])
 def test_while_a_graph_is_captured_no_row_is_listed(monkeypatch, every):
-    """Listing rows would wait for the GPU, so all of them are searched by differences."""
+    """All rows are searched by differences, because listing some would wait for the GPU."""
     x = torch.cat([image_like(1, 196, 48), far_clusters(50_000)[None, :196].repeat(1, 1, 24)])
-    expected = search.nearest(x, 9, every_distance=every)
+    expected = search.nearest(x, 9, measure_all=every)
     monkeypatch.setattr(search, "_is_captured", lambda x: True)
     monkeypatch.setattr(search, "undecided", None)
-    found = search.nearest(x, 9, every_distance=every)
+    found = search.nearest(x, 9, measure_all=every)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(*(indices.sort(dim=-1).values for indices in (found[1], expected[1])))
 
@@ -222,26 +223,26 @@ def test_duplicates_are_searched_once():
 
 
 class TestCertificate:
-    """`undecided` on scores that are wrong by as much as rounding may make them."""
+    """`undecided` on scores whose error is the largest that rounding may cause."""
 
     WIDTH = 4096
     GAMMA = WIDTH * torch.finfo(torch.float32).eps / 2
 
     def is_undecided(self, scores, a, r2, measured):
-        """True if a row of norm a with the k-distance r2 is undecided; scores ascend."""
+        """True if a row of norm a, k-distance r2 and these ascending scores is undecided."""
         scores, a = (torch.tensor(v, dtype=torch.float32)[None, None] for v in (scores, a))
         return undecided(scores, a, r2[None, None], measured, self.WIDTH, complete=False).item()
 
     def score(self, a, d, error):
-        """The score of a token at d, as far from a row of norm a as it can be from the centre.
+        """The score of a token at the distance d from a row of norm a, with the norm a + d.
 
-        error is the share of what rounding may add.
+        error is the share of the largest possible rounding that the score has.
         """
         norm = a + d
         return d**2 - a**2 + error * self.GAMMA * (norm**2 + 2 * a * norm)
 
     def drops(self, a, r, error, r2=None):
-        """True if a row is undecided where a token as near as r came out `error` too high."""
+        """True if a row is undecided when a token at r has a score too high by `error`."""
         near = [self.score(a, share * r, 0) for share in (0.1, 0.2, 0.3, 0.9)]
         r2 = torch.tensor(r**2, dtype=torch.float64) if r2 is None else r2
         return self.is_undecided([*near, self.score(a, r, error)], a, r2, measured=5)
@@ -255,14 +256,14 @@ class TestCertificate:
         assert not self.drops(a=1.0, r=10.0, error=1.2)
 
     def test_the_rounding_of_the_measured_distance_counts(self):
-        """A float32 sum of squares may come out too low by its own bound."""
+        """A float32 sum of squares may be too low by its own bound."""
         r2 = torch.tensor(1.0)
         assert self.drops(a=0.0, r=1 + self.GAMMA / 2, error=1, r2=r2)
         assert self.drops(a=0.0, r=1 + self.GAMMA, error=1, r2=r2)
         assert not self.drops(a=0.0, r=1 + 3 * self.GAMMA, error=1, r2=r2)
 
     def test_candidates_that_were_not_measured_are_neighbours(self):
-        """Two of five are taken unmeasured, the second of them low by the bound."""
+        """Two of five candidates are not measured. The score of the second is low by the bound."""
         a, r2 = 1.0, torch.tensor(0.05**2, dtype=torch.float64)
         for d, open_ in ((0.055, True), (0.03, False)):
             unmeasured = self.score(a, d, error=-1)

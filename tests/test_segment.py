@@ -1,27 +1,27 @@
-"""Segmenter against the published rules, step by step, on a small model with a real tokenizer."""
+"""Segmenter agrees with the published rules, step by step, on a small model."""
 
 import open_clip
-import plain_segment
+import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP
-from scclip_fast.pamr import pamr
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment.pamr import pamr
 
 CLASSES = ["sky", "person, man, old woman", "tree", "a red car, taxi"]
 NAMES = ["sky", "person", "man", "old woman", "tree", "a red car", "taxi"]
 OWNERS = [0, 1, 1, 1, 2, 3, 3]
 TEMPLATES = ["a photo of a {}.", "the {} in a scene."]
-#: the published 336 pixels with windows of 224 every 112, for a model of 32 pixels
+# The published 336 pixels with windows of 224 every 112, scaled to a model of 32 pixels.
 SMALL = dict(short_side=48, slide_crop=32, slide_stride=16)
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    """In float64: there no rounding decides which tokens are similar."""
+    """A model in float64, where rounding does not decide which tokens are similar."""
     return SCCLIP(tiny_clip(layers=3).double())
 
 
@@ -33,15 +33,18 @@ def make(encoder):
     return make
 
 
-def plain(encoder, image, seen, crop, stride):
-    """Probabilities of `image` (H, W, 3), seen at the size `seen`; crop None: as a whole."""
-    pixels = F.interpolate(plain_segment.normalised(image), seen, mode="bilinear")
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+def plain(encoder, image, resized, crop, stride):
+    """Returns the published probabilities of an image (H, W, 3) that is resized to `resized`.
+
+    Windows have `crop` pixels; None takes the whole image at once.
+    """
+    pixels = F.interpolate(published_segment.normalised(image), resized, mode="bilinear")
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     if crop is None:
         cosines = (encoder(pixels) @ text.T).permute(0, 3, 1, 2)[0].detach()
     else:
-        cosines = plain_segment.maps(encoder, text, pixels, crop, stride)
-    return plain_segment.probabilities(
+        cosines = published_segment.maps(encoder, text, pixels, crop, stride)
+    return published_segment.probabilities(
         F.interpolate(cosines[None], image.shape[:2], mode="bilinear")[0], OWNERS
     )
 
@@ -51,19 +54,19 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize(
-    ("size", "seen", "count"),
+    ("size", "resized", "count"),
     [
         ((48, 64), (48, 64), 6),
-        ((96, 131), (48, 66), 8),  # the last column of windows is flush: 34, not 48
+        ((96, 131), (48, 66), 8),  # the last column of windows starts at 34, not at 48
         ((70, 50), (67, 48), 8),
         ((30, 20), (72, 48), 8),  # enlarged
     ],
     ids=str,
 )
-def test_windows_in_one_batch_are_the_windows_one_by_one(encoder, make, size, seen, count):
+def test_windows_in_one_batch_are_the_windows_one_by_one(encoder, make, size, resized, count):
     image = photo(*size)
-    assert len(plain_segment.windows(seen, 32, 16)) == count
-    assert_close(make().probabilities(image), plain(encoder, image, seen, 32, 16))
+    assert len(published_segment.windows(resized, 32, 16)) == count
+    assert_close(make().probabilities(image), plain(encoder, image, resized, 32, 16))
 
 
 def test_images_smaller_than_a_window(encoder, make):
@@ -116,11 +119,11 @@ def test_spaces_around_synonyms_do_not_matter(make):
 
 
 def test_logit_scale(encoder, make):
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     image = photo(48, 64)
-    cosines = plain_segment.maps(encoder, text, plain_segment.normalised(image), 32, 16)
+    cosines = published_segment.maps(encoder, text, published_segment.normalised(image), 32, 16)
     for scale in (1.0, 55.0):
-        expected = plain_segment.probabilities(cosines, OWNERS, scale)
+        expected = published_segment.probabilities(cosines, OWNERS, scale)
         assert_close(make(logit_scale=scale).probabilities(image), expected)
 
 
@@ -138,7 +141,7 @@ def test_prob_thd(make, background):
 
 
 def plain_area(probabilities, threshold, background):
-    """Zero where a class has at most that share of all pixels of the foreground."""
+    """Sets classes to 0 that have at most the threshold's share of the foreground's pixels."""
     label = probabilities.argmax(dim=0)
     area = torch.stack([(label == c).sum() for c in range(len(probabilities))])
     area[background] = 0
@@ -154,7 +157,8 @@ def test_area_thd(make, place):
     background = area.argsort()[-place].item()
     foreground = area.sum() - area[background]
     assert area[background] > 0 and foreground > 0
-    # Between its shares of the foreground and of the image, where the rule tells a class apart.
+    # Thresholds between a class's share of the foreground and its share of the image: a rule that
+    # took the share of the image would keep or remove another class.
     shares = [(area[c] / foreground + area[c] / area.sum()).item() / 2 for c in range(4)]
     kept = set()
     for threshold in (0.0, *(share for c, share in enumerate(shares) if c != background), 1.0):
@@ -167,7 +171,7 @@ def test_area_thd(make, place):
 
 
 def test_both_thresholds(make):
-    """The probability is asked for after small classes are taken out."""
+    """prob_thd applies to the probabilities that are left after small classes are removed."""
     image = photo(60, 80)
     taken = plain_area(make().probabilities(image), 0.3, 0)
     largest, label = taken.max(dim=0)
@@ -177,14 +181,14 @@ def test_both_thresholds(make):
 
 
 def test_pamr_refines_the_cosines(encoder, make):
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     image = photo(60, 80)
-    pixels = plain_segment.normalised(image)
-    seen = F.interpolate(pixels, (48, 64), mode="bilinear")
-    cosines = plain_segment.maps(encoder, text, seen, 32, 16)[None]
+    pixels = published_segment.normalised(image)
+    resized = F.interpolate(pixels, (48, 64), mode="bilinear")
+    cosines = published_segment.maps(encoder, text, resized, 32, 16)[None]
     refined = pamr(pixels, F.interpolate(cosines, (60, 80), mode="bilinear"), 3)[0]
     found = make(pamr_steps=3).probabilities(image)
-    assert_close(found, plain_segment.probabilities(refined, OWNERS))
+    assert_close(found, published_segment.probabilities(refined, OWNERS))
     assert not torch.allclose(found, make().probabilities(image), atol=1e-3)
 
 
@@ -192,7 +196,7 @@ def test_pamr_refines_the_cosines(encoder, make):
 def test_text_features_are_open_clips(encoder, make, templates):
     segmenter = make(["cat", "dog, puppy"], templates)
     templates = templates or open_clip.OPENAI_IMAGENET_TEMPLATES
-    expected = plain_segment.text_features(encoder, ["cat", "dog", "puppy"], templates)
+    expected = published_segment.text_features(encoder, ["cat", "dog", "puppy"], templates)
     assert torch.equal(segmenter.text_features, expected.float())
 
 

@@ -1,4 +1,4 @@
-"""Segmenter after half(), bfloat16(), double() and float(), in any order, and under autocast."""
+"""Segmenter works after half(), bfloat16(), double() and float(), and under autocast."""
 
 import pytest
 import torch
@@ -9,14 +9,14 @@ from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter
 
 SETTINGS = dict(short_side=48, slide_crop=32, slide_stride=16)
-#: Largest error of a probability: the rounding of the dtype through 12 blocks, times logit_scale.
+# Largest error of a probability: the rounding of the dtype through 12 blocks, times logit_scale.
 ERROR = {torch.float16: 0.01, torch.bfloat16: 0.05, torch.float64: 1e-5, torch.float32: 0}
 
 
 @pytest.fixture
 def make():
     def make(dtype=None, **settings):
-        """A Segmenter around a model of this dtype, its text features included."""
+        """Returns a Segmenter with a model and text features of this dtype."""
         model = tiny_clip() if dtype is None else tiny_clip().to(dtype)
         classes = ["sky", "person, man", "tree"]
         settings = SETTINGS | settings
@@ -53,7 +53,7 @@ def test_in_any_order(make, order):
 
 
 def test_the_encoder_alone(make):
-    """The model is the caller's, who may convert it after the segmenter was made."""
+    """A caller may convert the model after making the segmenter."""
     image, segmenter = photo(40, 56), make()
     expected = segmenter.probabilities(image)
     segmenter.encoder.half()

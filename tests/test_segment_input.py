@@ -1,4 +1,4 @@
-"""Segmenter: the images it takes, memory that does not change the answer, and what it refuses."""
+"""The images and settings that Segmenter takes and refuses, and its memory."""
 
 import math
 
@@ -8,16 +8,17 @@ import torch
 from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
-from scclip_fast import picture, segment
 from scclip_fast.clip import SCCLIP, NotFiniteError
 from scclip_fast.segment import Segmenter
+from scclip_fast.segment import clip as segment_clip
+from scclip_fast.segment import image as images
 
 CLASSES = ["sky", "person, man", "tree"]
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    """In float64: there no rounding decides which tokens are similar."""
+    """A model in float64, where rounding does not decide which tokens are similar."""
     return SCCLIP(tiny_clip(layers=3).double())
 
 
@@ -54,7 +55,7 @@ def test_pictures_of_all_kinds(make, image):
 
 
 def test_a_read_only_array(make, image):
-    """As numpy shows a PIL image; torch warns of those, once a process if not told otherwise."""
+    """numpy shows a PIL image as a read-only array, of which torch warns once a process."""
     shown = np.asarray(Image.fromarray(image.numpy()))
     assert not shown.flags.writeable
     always = torch.is_warn_always_enabled()
@@ -84,8 +85,8 @@ def test_the_picture_stays_as_it_was(make, image):
 def test_bands_do_not_change_the_answer(make, image, settings, monkeypatch):
     segmenter = make(**settings)
     whole, probabilities = segmenter(image), segmenter.probabilities(image)
-    monkeypatch.setattr(picture, "_BAND_BYTES", 4096)  # a few rows
-    assert len(list(picture.upsampled(torch.rand(4, 12, 16), (60, 80)))) > 5
+    monkeypatch.setattr(images, "_BAND_BYTES", 4096)  # a few rows
+    assert len(list(images.upsampled(torch.rand(4, 12, 16), (60, 80)))) > 5
     assert torch.equal(segmenter(image), whole)
     torch.testing.assert_close(segmenter.probabilities(image), probabilities)
 
@@ -101,7 +102,7 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)
     assert torch.equal(segmenter.probabilities(image), expected)
-    monkeypatch.setattr(segment, "_WINDOWS", 4)
+    monkeypatch.setattr(segment_clip, "_MAX_WINDOWS", 4)
     torch.testing.assert_close(segmenter.probabilities(image), expected, rtol=0, atol=1e-5)
     assert batches == [6, 4, 2]
 
@@ -212,7 +213,7 @@ def test_an_array_of_names(make):
 
 @pytest.mark.parametrize("broken", ["visual.proj", "text_projection"])
 def test_weights_that_are_not_finite(broken):
-    """An argmax of NaN would be the first class, everywhere."""
+    """The argmax of NaN would be the first class at every pixel."""
     encoder = SCCLIP(tiny_clip(layers=3))
     encoder.model.state_dict()[broken][0, 0] = math.nan
     what = "image" if broken == "visual.proj" else "text"

@@ -1,4 +1,4 @@
-"""The memory of a large photo with many names, beyond the model's, at the photo's own size.
+"""The memory beside the model that a large photo with many names takes.
 
 `python tests/test_segment_memory.py` measures it, in a process of its own.
 """
@@ -17,13 +17,13 @@ from scclip_fast.segment import Segmenter
 
 MIB = 2**20
 SIZE, NAMES = (1500, 2000), 151  # all maps at once are 1.8 GB
-# An eighth of the 1 GiB that 24 million pixels may take, and a batch of windows.
+# An eighth of the 1 GiB that 24 million pixels may take, plus a batch of windows.
 MOST = 128 * MIB + 64 * MIB
 
 
 def peak():
-    """Bytes, or None where the system does not tell."""
-    # 14 x 14 patches in a window, as in ViT-B/16, but hardly any work in the model.
+    """Returns the peak in bytes; None if the system does not report it."""
+    # A window has 14 x 14 patches, as in ViT-B/16, but the model is small.
     encoder = SCCLIP(tiny_clip(layers=2, patch_size=16, image_size=224), method="clip")
     names = [f"name {index}" for index in range(NAMES)]
     segmenter = Segmenter(encoder, tokenizer(), names, templates=["{}"], short_side=None)
@@ -37,10 +37,10 @@ def peak():
 
 @pytest.mark.slow
 def test_windows_of_a_large_photo_with_many_names():
-    found = output_of(__file__)["peak"]
-    if found is None:
+    peak_bytes = output_of(__file__)["peak"]
+    if peak_bytes is None:
         pytest.skip("this system does not tell the peak of a process's memory")
-    assert found <= MOST, f"{found / MIB:.0f} MiB"
+    assert peak_bytes <= MOST, f"{peak_bytes / MIB:.0f} MiB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Segmenter on transformers' CLIP, and either library without the other."""
+"""Segmenter runs transformers' CLIP, and needs only one of the two libraries."""
 
 import importlib
 import re
@@ -26,7 +26,7 @@ TEMPLATES = ["a photo of a {}.", lambda name: f"the {name} in a scene."]
 
 @pytest.fixture(scope="module")
 def encoders():
-    """open_clip's and transformers', in float64: there no rounding decides which are similar."""
+    """The same model in both libraries, in float64: rounding does not decide which are similar."""
     source = tiny_clip(layers=4, quick_gelu=True).double()
     return SCCLIP(source), SCCLIP(copied(source))
 
@@ -38,7 +38,7 @@ def encoder(encoders):
 
 @pytest.mark.parametrize("templates", [None, TEMPLATES], ids=["openai", "own"])
 def test_segmenter(encoders, templates):
-    """Classes with synonyms, long and short texts in one batch."""
+    """The classes have synonyms, and a batch has long and short texts."""
     classes = CLASSES if templates else CLASSES[:2]
     settings = dict(SETTINGS, templates=templates)
     expected = Segmenter(encoders[0], tokenizer(), classes, **settings)
@@ -68,7 +68,7 @@ def test_segmenter_without_text(encoder, kind):
 
 @pytest.fixture
 def import_without(monkeypatch):
-    """Import the package's clip and segment anew, as if one library were not installed."""
+    """Imports the package's clip and segment anew, as if one library were not installed."""
 
     def take_out():
         names = [name for name in sys.modules if re.match(r"scclip_fast\.(clip|segment)\b", name)]

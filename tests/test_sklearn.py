@@ -1,4 +1,4 @@
-"""The estimator against scikit-learn's: its checks, its own tests, its class."""
+"""The estimator, compared with scikit-learn's class, and run through scikit-learn's own tests."""
 
 import importlib
 import sys
@@ -14,14 +14,14 @@ from scclip_fast.sklearn import METRICS, LocalOutlierFactor
 
 Theirs = sklearn.neighbors.LocalOutlierFactor
 
-# Their tests build some of their parameters, estimators, when they are imported.
+# scikit-learn's tests create estimators as parameters when they are imported.
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sklearn.neighbors, "LocalOutlierFactor", LocalOutlierFactor)
     sys.modules.pop("sklearn.neighbors.tests.test_lof", None)
     their_tests = importlib.import_module("sklearn.neighbors.tests.test_lof")
 globals().update({n: test for n, test in vars(their_tests).items() if n.startswith("test_")})
 
-#: Parts of names of their tests that must fail here, and why.
+#: Parts of the names of tests of scikit-learn that must fail here, and the reasons.
 EXCLUDED = {
     "test_sparse": "tokens are dense: sparse matrices are refused",
     "test_lof_precomputed": "a matrix of all distances is what this class exists to avoid",
@@ -48,7 +48,7 @@ def ours_for_theirs(request, monkeypatch):
     [LocalOutlierFactor(), *(LocalOutlierFactor(metric=m, novelty=True) for m in METRICS[1:])]
 )
 def test_estimator(estimator, check):
-    """With novelty and the first metric, it is among their tests."""
+    """scikit-learn's tests check the estimator with novelty and the first metric."""
     check(estimator)
 
 
@@ -71,7 +71,7 @@ def test_equals_scikit_learn(metric, contamination, dtype, rtol, as_tensor):
     kind = torch.from_numpy if as_tensor else np.asarray
     settings = {"metric": metric, "contamination": contamination, "n_neighbors": 15}
     for novelty in (False, True):
-        # On float64 copies: their float32 is not exact either.
+        # scikit-learn's float32 is not exact either, so it gets float64 copies.
         theirs = Theirs(**settings, algorithm="brute", novelty=novelty).fit(x.astype(np.float64))
         ours = LocalOutlierFactor(**settings, novelty=novelty).fit(kind(x))
         compare = {
@@ -106,7 +106,7 @@ def test_equals_scikit_learn(metric, contamination, dtype, rtol, as_tensor):
 
 
 def test_the_import_is_all_that_changes():
-    """The parameters are scikit-learn's, with its defaults."""
+    """Parameters and their defaults are scikit-learn's."""
     assert LocalOutlierFactor().get_params() == Theirs().get_params()
 
 
@@ -126,8 +126,8 @@ def test_parameters_that_change_nothing(algorithm, novelty):
 
 
 def test_more_queries_than_one_tile_holds(monkeypatch):
-    monkeypatch.setattr("scclip_fast.chunked.WORKSPACE_BYTES", 2**15)
-    monkeypatch.setattr("scclip_fast.chunked._MAX_COLUMNS", 96)
+    monkeypatch.setattr("scclip_fast.chunked.tiles.WORKSPACE_BYTES", 2**15)
+    monkeypatch.setattr("scclip_fast.chunked.tiles.MAX_COLUMNS", 96)
     x, new = rows(), rows(500, seed=1)
     found = LocalOutlierFactor().fit(x).kneighbors(new, 20)
     expected = Theirs(algorithm="brute").fit(x).kneighbors(new, 20)

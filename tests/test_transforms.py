@@ -1,4 +1,4 @@
-"""Forward mode and torch.func: right where an op has them, an error elsewhere, never a silent 0."""
+"""Forward mode and torch.func are right for ops that have them, and raise for the others."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ import scclip_fast as sf
 
 MASK = torch.arange(20) % 3 == 0
 
-#: Ops whose derivatives are reverse-mode alone, as functions of tokens (20, 4).
+#: Ops that have only reverse-mode derivatives, as functions of tokens (20, 4).
 REVERSE = {
     "aggregate": lambda x: sf.aggregate(x, x, 0.2),
     "repair": lambda x: sf.repair(x, MASK, (4, 5)),
@@ -96,7 +96,7 @@ def test_tangents(name, mode):
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
 @pytest.mark.parametrize("name", SMOOTH)
 def test_tangents_are_not_lost_in_a_graph(name):
-    """The graph breaks, or is refused where it must not."""
+    """The graph breaks, or compilation fails if the graph must not break."""
     torch._dynamo.reset()
     x, tangent = torch.randn(2, 20, 4)
     found = inside_a_graph(SMOOTH[name], x, tangent)

@@ -1,4 +1,4 @@
-"""Bad arguments get an error that names the argument, what came and what is allowed."""
+"""Errors for bad arguments name the argument, the value given and the values allowed."""
 
 from fractions import Fraction
 
@@ -11,7 +11,7 @@ X = torch.randn(2, 40, 8)
 MASK = torch.zeros(2, 40, dtype=torch.bool)
 Q = torch.randn(2, 3, 40, 4)
 
-#: op on one tensor of tokens, called with its name
+#: ops as functions of one tensor of tokens, by the name of this argument (spaces make names differ)
 TOKEN_OPS = {
     "x": lambda x: sf.knn(x, 5),
     "features": lambda x: sf.lof(x, 5),
@@ -65,7 +65,7 @@ SEQUENCE_FIRST = {
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize("name", SEQUENCE_FIRST)
 def test_a_batch_of_single_tokens(name, backend):
-    """It is refused as a sequence-first image; one image of a single token is allowed."""
+    """The batch is refused as a sequence-first image. One image of a single token is allowed."""
     op = SEQUENCE_FIRST[name]
     with sf.backend(backend):
         for shape in ((3, 1, 8), (196, 1, 8), (2, 1, 1)):
@@ -82,7 +82,7 @@ def test_a_batch_of_single_tokens(name, backend):
 
 
 def test_repair_of_single_tokens():
-    """The grid tells that images have one patch, so that a batch of them is meant."""
+    """A batch of single tokens is allowed here, because the grid confirms one patch an image."""
     x = torch.randn(3, 1, 8)
     assert torch.equal(sf.repair(x, torch.ones(3, 1, dtype=torch.bool), (1, 1)), x)
     with pytest.raises(ValueError, match="grid must be"):

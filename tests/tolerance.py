@@ -1,4 +1,4 @@
-"""How far an implementation may be from float64, in one place."""
+"""The errors against float64 that tests allow, in one place."""
 
 from __future__ import annotations
 
@@ -16,70 +16,71 @@ RELATIVE_ERROR = {
     torch.bfloat16: 8e-3,
 }
 
-#: Two squared distances tie when they differ by less than this share of themselves: what float32
+#: Two squared distances tie when they differ by less than this share of themselves, which float32
 #: rounds away in a sum of up to a few thousand squared differences.
 TIE = 4e-6
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
+    """||out - ref|| / ||ref||, in float64."""
     error = torch.linalg.vector_norm(out.double().cpu() - ref.double().cpu())
     return (error / torch.linalg.vector_norm(ref.double().cpu()).clamp(min=1e-30)).item()
 
 
 def assert_close(out: Tensor, *, ref: Tensor, factor: float = 1) -> None:
-    """`out` is within `factor` times the tolerance of its dtype of `ref`; NaN where it has NaN."""
+    """Asserts a relative error of at most `factor` times the one that the dtype of `out` allows.
+
+    `out` must have NaN exactly where `ref` has.
+    """
     assert out.shape == ref.shape, f"{tuple(out.shape)} instead of {tuple(ref.shape)}"
     out, nan = out.detach(), ref.isnan()
     assert torch.equal(out.isnan().cpu(), nan.cpu()), "NaN in other places"
-    limit = factor * RELATIVE_ERROR[out.dtype]
-    found = relative_error(out.cpu()[~nan.cpu()], ref.cpu()[~nan.cpu()])
-    assert found <= limit, f"relative error {found:.2e}, allowed {limit:.1e}"
+    allowed = factor * RELATIVE_ERROR[out.dtype]
+    error = relative_error(out.cpu()[~nan.cpu()], ref.cpu()[~nan.cpu()])
+    assert error <= allowed, f"relative error {error:.2e}, allowed {allowed:.1e}"
 
 
-def assert_neighbors(indices: Tensor, *, x: Tensor, k: int) -> None:
-    """The sets are float64's, but for pairs that tie within float32 rounding."""
-    x = x.detach().double().cpu()
-    indices = indices.cpu()
-    batch, n, _ = x.shape
-    assert indices.shape == (batch, n, k) and indices.dtype == torch.int64
-    assert ((indices >= 0) & (indices < n)).all(), "an index out of range"
-    assert (indices != torch.arange(n)[:, None]).all(), "a token among its own neighbours"
-    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a neighbour twice"
-    d2 = reference.squared_distances(x)
-    true, _ = reference.knn(x, k)
-    # In a set of k, every member beyond the true k-th distance stands for one that was missed.
-    found, limit = d2.gather(-1, indices), true[..., -1:] * (1 + TIE)
-    near = (found <= limit) | limit.isnan()
-    assert near.all(), f"{(~near).any(dim=-1).sum()} rows have a neighbour that is too far"
-
-
-def assert_nearest(
-    indices: Tensor, *, x: Tensor, k: int, rows: slice = slice(None)
+def assert_neighbors(
+    indices: Tensor, *, x: Tensor, k: int, rows: slice = slice(None), tie: float = TIE
 ) -> tuple[Tensor, Tensor]:
-    """The sets are float64's, but for ties of the distance itself within its float32 rounding.
+    """Asserts that the neighbours are k others of each row, and float64's but for ties.
 
-    indices are (M, k), of the given rows of x (N, D). Returns which of the rows (M,) have the same
-    set, and float64's squared distances (M, N).
+    Args:
+        indices: (M, k) or (B, M, k), the neighbours of the given rows of
+        x: (N, D) or (B, N, D).
+        tie: squared distances that differ by a smaller share of themselves tie.
+
+    Returns:
+        The mask (..., M) of the rows whose set is float64's, and the squared distances of float64,
+        (..., M, N).
     """
     x, indices = x.detach().double().cpu(), indices.cpu()
-    d2 = torch.cdist(x[rows], x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    own = torch.arange(len(x))[rows, None]
-    true = d2.scatter(1, own, torch.inf).sort(dim=1, stable=True)
-    assert (indices != own).all(), "a token among its own neighbours"
-    assert (indices.sort(dim=1).values.diff(dim=1) > 0).all(), "a neighbour twice"
-    beyond = d2.gather(1, indices) / true.values[:, k - 1 : k].clamp(min=1e-300)
-    assert (beyond <= 1 + 1e-5).all(), f"a neighbour {beyond.max().item():.6f} times too far"
-    same = indices.sort(dim=1).values == true.indices[:, :k].sort(dim=1).values
-    return same.all(dim=1), d2
+    n = x.shape[-2]
+    itself = torch.arange(n)[rows, None]
+    assert indices.shape == (*x.shape[:-2], len(itself), k) and indices.dtype == torch.int64
+    assert ((indices >= 0) & (indices < n)).all(), "an index out of range"
+    assert (indices != itself).all(), "a token among its own neighbours"
+    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a neighbour twice"
+    d2 = torch.cdist(x[..., rows, :], x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    finite = x.isfinite().all(dim=-1)
+    d2 = torch.where(finite[..., rows, None] & finite[..., None, :], d2, torch.nan)
+    # NaN sorts last: the row itself, and tokens that are not finite.
+    nearest = d2.masked_fill(itself == torch.arange(n), torch.nan).sort(dim=-1, stable=True)
+    # In a set of k, every member beyond the true k-th distance stands for one that was missed.
+    farthest = nearest.values[..., k - 1 : k] * (1 + tie)
+    near = (d2.gather(-1, indices) <= farthest) | farthest.isnan()
+    assert near.all(), f"{(~near).any(dim=-1).sum()} rows have a neighbour that is too far"
+    same = indices.sort(dim=-1).values == nearest.indices[..., :k].sort(dim=-1).values
+    return same.all(dim=-1), d2
 
 
 def decided(indices: Tensor, *, x: Tensor) -> Tensor:
-    """(B, N) tokens whose LOF no tie can move: theirs and their neighbours' sets are float64's.
+    """Mask (B, N) of the tokens whose LOF no tie can change.
 
-    Where two candidates for the last place tie, either is right, and the score that follows
-    differs.
+    Their neighbours and the neighbours of these are float64's. Where two candidates for the last
+    place tie, either is right, and the scores that follow from them differ.
     """
     expected = reference.knn(x.detach().double().cpu(), indices.shape[-1])[1]
-    found = indices.cpu()
-    same = (found.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
-    return same & same.gather(-1, found.flatten(1)).view_as(found).all(dim=-1)
+    indices = indices.cpu()
+    same = (indices.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
+    return same & same.gather(-1, indices.flatten(1)).view_as(indices).all(dim=-1)

@@ -14,7 +14,8 @@ import gradio as gr
 from PIL import Image
 
 from ..cli import classes as class_lists
-from ..cli.common import CommandError, out_of_memory, read_photo
+from ..cli.files import read_photo
+from ..cli.options import CommandError, out_of_memory
 from ..cli.segment_images import EXAMPLE
 from ..clip import SCCLIPConfig
 from ..clip.config import STAGES

@@ -11,9 +11,9 @@ from .. import __version__
 from ..clip import NotFiniteError
 from ..extras import advice
 from . import app, eval, lof, segment
-from .common import CommandError, Parser, one_line, out_of_memory
+from .options import CommandError, Parser, one_line, out_of_memory
 
-# Each has add(commands) and run(args); what is slow to import is imported in run.
+# Each has add(commands) and run(args). What is slow to import is imported in `run`.
 _COMMANDS = (segment, eval, lof, app)
 
 
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a sub-command.
 
     Returns:
-        The exit code: 0; 2 after one line on stderr with the reason; 1 where the reader of stdout
-        has gone, as with `| head -1`; 130 after Ctrl+C.
+        The exit code: 0; 2 after one line on stderr with the reason; 1 if the reader of stdout has
+        gone, as with `| head -1`; 130 after Ctrl+C.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # file names may hold bytes that are no text
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Python would write the rest at exit, and complain.
+        # Python would flush the rest to the closed pipe at exit and report the failure.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    """Runs a parsed command; the errors that a user can mend become one line each."""
     try:
         args.run(args)
     except (CommandError, NotFiniteError) as error:

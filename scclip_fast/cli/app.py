@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import common, models
-from .common import CommandError
+from . import models, options
+from .options import CommandError
 
 if TYPE_CHECKING:  # of the extra app
     from ..app.explore import Explorer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # of the extra app
 
 def add(commands: argparse._SubParsersAction) -> None:
     """Adds the parser of `scclip-fast app`."""
-    parser = common.add_command(
+    parser = options.add_command(
         commands,
         "app",
         "open a local web page: drop a photo, type classes, see what each stage changes",
@@ -32,18 +32,18 @@ def add(commands: argparse._SubParsersAction) -> None:
     host = "address that the page listens at; 0.0.0.0 lets the network in"
     add("--host", default="127.0.0.1", help=host)
     port = "port that the page listens at"
-    add("--port", type=common.positive, default=7860, help=port)
+    add("--port", type=options.positive, default=7860, help=port)
     add(
         "--max-upload",
         metavar="MB",
-        type=common.positive,
+        type=options.positive,
         default=20,
         help="largest photo, in megabytes",
     )
     add(
         "--short-side",
         metavar="PIXELS",
-        type=common.positive,
+        type=options.positive,
         default=224,
         help="shorter side of a photo, as the model input",
     )

@@ -1,4 +1,4 @@
-"""Class names from a command line, a file or the page, as `Segmenter` takes them."""
+"""Class names from the command line, a file or the page, in the form that segmenters take."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import re
 from pathlib import Path
 
 from . import models
-from .common import CommandError
+from .options import CommandError
 
 
 def from_options(args: argparse.Namespace) -> list[str]:
-    """The classes of --classes or --classes-file, by default those of --model scenes.
+    """Returns the classes of --classes or --classes-file; the default is those of --model scenes.
 
     Returns:
         A string a class, its synonyms after commas.
 
     Raises:
-        CommandError: no classes, a file that cannot be read, or what `checked` refuses.
+        CommandError: there are no classes, a file cannot be read, or `checked` raises it.
     """
     if args.classes is None and args.classes_file is None:
         if args.model != "scenes":
@@ -32,30 +32,32 @@ def from_options(args: argparse.Namespace) -> list[str]:
         entries = [line.rstrip(", \t").split(",") for line in _lines(args.classes_file)]
     if not models.is_sam3(args.model):
         return checked(entries, option)
-    classes = checked(entries, option, most=255)  # the background is one more
+    classes = checked(entries, option, most=255)  # the background takes one of the 256 colours
     if "background" in map(first_name, classes):
         raise CommandError(f"{option} names the background, which a SAM3 has besides its classes")
     return classes
 
 
 def split(text: str) -> list[list[str]]:
-    """The names of each class in a list with commas or lines between classes, "|" in synonyms.
+    """Splits a list into the names of each class.
 
-    Nothing between two commas, or after the last, is no class.
+    Commas or line breaks separate the classes, "|" the synonyms of a class. A blank entry, as after
+    the last comma, is no class.
     """
     return [entry.split("|") for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
 def checked(entries: list[list[str]], source: str, most: int = 256) -> list[str]:
-    """A string a class, its synonyms after commas.
+    """Returns a string a class, its synonyms after commas.
 
     Args:
         entries: the names of each class.
-        source: the option or file that they come from, for errors.
+        source: the option or file that the names come from, for errors.
         most: the number of classes allowed, by default that of a palette's colours.
 
     Raises:
-        CommandError: no class, an empty or repeated name, or more than `most` classes.
+        CommandError: there is no class, a name is empty, a first name is repeated, or there are
+            more than `most` classes.
     """
     entries = [[name.strip() for name in entry] for entry in entries]
     if not entries:
@@ -71,11 +73,12 @@ def checked(entries: list[list[str]], source: str, most: int = 256) -> list[str]
 
 
 def first_name(entry: str) -> str:
-    """The name of a class without its synonyms."""
+    """Returns the name of a class without its synonyms."""
     return entry.partition(",")[0]
 
 
 def _lines(path: Path) -> list[str]:
+    """Returns the lines of a text file that are not blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 import sys
 from collections.abc import Iterable
@@ -12,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from . import common, models
-from .common import CommandError
+from . import files, models, options
+from .options import CommandError
 
 if TYPE_CHECKING:  # these load open_clip and torchmetrics
     from ..clip import SCCLIP
     from ..evaluate import Protocol, PublishedSegmenter, Ranks
-    from ..evaluate.datasets import FolderDataset, Scenes
+    from ..evaluate.datasets import Dataset
 
 _DATASETS = (
     "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
@@ -27,11 +26,11 @@ _DATASETS = (
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """The parser of `eval`."""
-    parser = common.add_command(
+    """Adds the parser of `scclip-fast eval`."""
+    parser = options.add_command(
         commands,
         "eval",
-        "measure mIoU on the published benchmarks; what was interrupted goes on where it stopped",
+        "measure mIoU on the published benchmarks; an interrupted run goes on where it stopped",
         run,
         usage="%(prog)s DATASET [--root FOLDER] [options]",
         extra="eval",
@@ -44,91 +43,92 @@ def add(commands: argparse._SubParsersAction) -> None:
     add(
         "--out",
         metavar="JSON",
-        type=common.file_path,
+        type=options.file_path,
         default=Path("eval.json"),
-        help="the results; progress is kept beside it, and all adds _DATASET to its name",
+        help="the file of the results; finished images are recorded in files beside it, and all "
+        "adds _DATASET to its name",
     )
-    add("--limit", metavar="N", type=common.positive, help="only the first N; scenes: 500")
-    add("--force", action="store_true", help="replace results that are there")
+    add(
+        "--limit",
+        metavar="N",
+        type=options.positive,
+        help="evaluate only the first N images; by default all of them, and 500 of scenes",
+    )
+    add("--force", action="store_true", help="replace existing results")
     add(
         "--pamr-steps",
         metavar="N",
-        type=common.natural,
+        type=options.natural,
         default=0,
-        help="of refinement by PAMR, along the edges of the resized photo, as published",
+        help="number of refinement steps by PAMR, along the edges of the resized photo, as in the "
+        "published code",
     )
-    add(
-        "--slide-crop",
-        metavar="PIXELS",
-        type=common.natural,
-        default=224,
-        help="side of the sliding windows; 0 for the whole image at once",
-    )
-    add("--slide-stride", metavar="PIXELS", type=common.positive, default=112, help="their step")
+    options.add_windows(parser)
     models.add_model(parser)
     models.add_method(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate one data set or all."""
+    """Evaluates one data set or all of them."""
     from .. import evaluate
 
     names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
     names = names if args.dataset == "all" else [args.dataset]
-    _check(args, known=evaluate.PROTOCOLS)
+    _check(args, evaluate.PROTOCOLS)
     if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     with evaluate.process_group(models.device(args.device)) as ranks:
-        datasets = {name: _open(args, name, ranks) for name in names}
-        found = {name: dataset for name, dataset in datasets.items() if dataset is not None}
-        if not found:
+        opened = {name: _open(args, name, ranks) for name in names}
+        datasets = {name: dataset for name, dataset in opened.items() if dataset is not None}
+        if not datasets:
             raise CommandError(f"no data set in {args.root} can be evaluated, see above")
-        for name in found:
-            _check_ours(args, _out(args, name))
+        for name in datasets:
+            _check_record(args, _out(args, name))
         encoder, tokenizer = models.load_encoder(args)
-        digest, failures = evaluate.settings.weights_digest(encoder), 0
-        for name, dataset in found.items():
+        digest, failures = evaluate.provenance.weights_digest(encoder), 0
+        for name, dataset in datasets.items():
             settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
             segmenter = evaluate.PublishedSegmenter(
                 encoder, tokenizer, settings["prompts"], shared_names=True, **settings["protocol"]
             )
             failures += _evaluate(args, segmenter, dataset, settings, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
-    if missing := [name for name in names if name not in found]:
+    if missing := [name for name in names if name not in datasets]:
         problems.append(f"left out: {', '.join(missing)}")
     if problems:
         raise CommandError("; ".join(problems))
 
 
-def _check(args: argparse.Namespace, known: Iterable[str]) -> None:
-    """What can be wrong before anything is loaded."""
-    if args.dataset not in (*known, "all"):
+def _check(args: argparse.Namespace, names: Iterable[str]) -> None:
+    """Checks the options before anything is loaded."""
+    if args.dataset not in (*names, "all"):
         raise CommandError(f"there is no data set {args.dataset!r}; choose from {_DATASETS}")
     if args.root is None and args.dataset != "scenes":
         raise CommandError(f"{args.dataset} needs --root, the data set's folder or one above it")
-    common.check_windows(args)
-    common.check_output("--out", args.out, (".json",), force=True)
+    options.check_windows(args)
+    files.check_output("--out", args.out, (".json",), force=True)
 
 
 def _out(args: argparse.Namespace, name: str) -> Path:
-    """The results of a data set."""
+    """Returns the file for the results of a data set."""
     if args.dataset != "all":
         return args.out
     return args.out.with_name(f"{args.out.stem}_{name}{args.out.suffix}")
 
 
-def _check_ours(args: argparse.Namespace, out: Path) -> None:
-    """CommandError where results are there without the progress files that they were made from."""
-    progress = out.parent.glob(f"{glob.escape(out.name)}.rank*.jsonl")
-    if os.path.exists(out) and not args.force and not any(progress):
+def _check_record(args: argparse.Namespace, out: Path) -> None:
+    """Raises CommandError if `out` exists without the record of the run that made it."""
+    from ..evaluate import RunRecord
+
+    if os.path.exists(out) and not args.force and not RunRecord.paths(out):
         raise CommandError(
             f"{out} is there, and no run that goes on here made it; --force replaces it, another "
             "--out keeps both"
         )
 
 
-def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | Scenes | None:
-    """The data set; for `all`, None and a line on stderr where it can't be used."""
+def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> Dataset | None:
+    """Opens a data set. For `all`, one that cannot be used gives None and a line on stderr."""
     from ..evaluate import PROTOCOLS, DataError, DatasetNotFoundError
 
     try:
@@ -142,7 +142,7 @@ def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> FolderDataset | 
 
 
 def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, digest: str) -> dict:
-    """All settings of an evaluation; "protocol" has those of the segmenter."""
+    """Returns all settings of an evaluation; "protocol" holds the arguments of the segmenter."""
     thresholds = asdict(protocol)
     for name in ("name", "dataset"):
         del thresholds[name]
@@ -171,30 +171,29 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
 def _evaluate(
     args: argparse.Namespace,
     segmenter: PublishedSegmenter,
-    dataset: FolderDataset | Scenes,
+    dataset: Dataset,
     settings: dict,
     ranks: Ranks,
 ) -> int:
-    """One data set to the end; returns the number of images that failed."""
+    """Evaluates one data set to the end and returns the number of images that failed."""
     from .. import evaluate
-    from . import results
 
     out = _out(args, settings["dataset"])
-    files = {"version": __version__, "files": evaluate.settings.files(dataset)}
-    progress = evaluate.Progress(out, settings | files)
+    source = {"version": __version__, "files": evaluate.provenance.dataset_files(dataset)}
+    record = evaluate.RunRecord(out, settings | source)
     if ranks.rank == 0:
         print(_heading(settings, dataset), flush=True)
     try:
         if args.force and ranks.rank == 0:
-            progress.clear()
+            record.clear()
         ranks.wait()
-        evaluate.run(segmenter, dataset, progress, ranks)
+        evaluate.run(segmenter, dataset, record, ranks)
         ranks.wait()
         if ranks.rank > 0:
             return 0
-        report = evaluate.report(dataset, progress, segmenter.classes)
-        found = settings | {"versions": evaluate.settings.versions()} | report
-        results.write(out, results.encode_json(found))
+        report = evaluate.report(dataset, record, segmenter.classes)
+        contents = settings | {"versions": evaluate.provenance.versions()} | report
+        files.write(out, files.encode_json(contents))
     except evaluate.SettingsChangedError as error:
         hint = "--force discards them, another --out keeps both"
         raise CommandError(f"{error}; {hint}") from None
@@ -207,12 +206,13 @@ def _evaluate(
     return len(report["failures"])
 
 
-def _heading(settings: dict, dataset: FolderDataset | Scenes) -> str:
-    model, folder = settings["model"], f" in {dataset.folder}" if dataset.folder else ""
+def _heading(settings: dict, dataset: Dataset) -> str:
+    """Returns the lines about an evaluation that are printed before it starts."""
+    folder = f" in {dataset.folder}" if dataset.folder else ""
     rows = {
         "data set": f"{settings['dataset']}, {len(dataset)} images{folder}",
         "protocol": _listed(settings["protocol"]),
-        "model": _listed(model),
+        "model": _listed(settings["model"]),
         "config": _listed(settings["config"]) or "-",
         "device": settings["device"],
     }

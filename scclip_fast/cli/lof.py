@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import models
-from .common import CommandError, add_command, check_output, file_path, positive
+from . import files, models
+from .files import check_output
+from .options import CommandError, add_command, file_path, positive
 
 if TYPE_CHECKING:  # of the extra demo
     from ..plots.outliers import PhotoOutliers
@@ -106,19 +107,19 @@ def _weights(args: argparse.Namespace) -> str:
 def _write(args: argparse.Namespace, rows: list[PhotoOutliers]) -> None:
     """Writes the files that the options name, each whole or not at all."""
     from ..plots import outliers
-    from . import lof_photo, results
+    from . import lof_photo
 
     heading = f"Outlier patches of {args.model}, weights: {_weights(args)}"
     format = args.out.suffix[1:].lower() or "png"
-    results.write(args.out, outliers.draw(rows, heading, format))
+    files.write(args.out, outliers.draw(rows, heading, format))
     print(f"\nPicture: {args.out}")
     if args.json is not None:
         settings = {name: getattr(args, name) for name in _SETTINGS} | {"weights": _weights(args)}
-        results.write(args.json, results.encode_json(lof_photo.report(rows, settings)))
+        files.write(args.json, files.encode_json(lof_photo.report(rows, settings)))
         print(f"Data: {args.json}")
     if args.npy is not None:
         for path, row in zip(_arrays(args), rows, strict=True):
-            results.write(path, lof_photo.encode_npy(row))
+            files.write(path, lof_photo.encode_npy(row))
             print(f"Scores: {path}")
 
 

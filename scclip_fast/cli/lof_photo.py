@@ -17,8 +17,9 @@ from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..ops import lof_scores, outlier_mask
 from ..plots.outliers import PhotoOutliers
-from ..segment import normalisation
-from .common import CommandError, read_photo
+from ..segment.clip import normalisation
+from .files import read_photo
+from .options import CommandError
 
 
 def load_photo(path: Path | None) -> Image.Image:
@@ -86,7 +87,7 @@ def find(
 
 
 def report(photos: list[PhotoOutliers], settings: dict) -> dict:
-    """Returns scores, outliers and settings for `results.encode_json`.
+    """Returns scores, outliers and settings for `files.encode_json`.
 
     Rows and columns count the patches from the upper left one on.
     """

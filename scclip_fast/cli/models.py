@@ -1,4 +1,4 @@
-"""The options of a model, and the one loader of all sub-commands."""
+"""The options that choose a model, and the loader that all sub-commands share."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..clip.sources import HubError, Source, find_source
-from .common import CommandError, out_of_memory
+from ..clip.sources import HubError, Source, find_source, first_line, load_transformers
+from .options import CommandError, out_of_memory
 
 if TYPE_CHECKING:  # of the extras
+    from transformers import Sam3Model, Sam3Processor
+
     from ..clip import SCCLIP
 
 METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
-SWITCHES = {  # of SCCLIPConfig, and what is left without
-    "repair": "the outlier tokens as they are",
-    "pre_aggregate": "no aggregation before the last block",
-    "content_attention": "the last block with its self-attention alone",
-    "post_aggregate": "no aggregation after the last block",
-    "multi_level": "no auxiliary branch",
+SWITCHES = {  # stages in SCCLIPConfig, and the effect of switching each off
+    "repair": "keep the outlier tokens as they are",
+    "pre_aggregate": "do not aggregate before the last block",
+    "content_attention": "leave the last block its self-attention alone",
+    "post_aggregate": "do not aggregate after the last block",
+    "multi_level": "leave out the auxiliary branch",
 }
 RANDOM = "random"  # the --pretrained of untrained weights
 SEED = 0  # of untrained weights
 OFFLINE = "--model also takes the folder of a download, or scenes, for drawn scenes only"
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class OnlyFor(argparse.Action):
-    """Stores an option of one kind of model, CLIP or SAM3, and that it was given."""
+    """An option of one kind of model, CLIP or SAM3.
+
+    The action stores the value, and in `only_for` that the option was given, for `check_kind`.
+    """
 
     def __init__(self, *args, kind: str, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -43,25 +49,15 @@ class OnlyFor(argparse.Action):
 CLIP, SAM3 = (dict(action=OnlyFor, kind=kind) for kind in ("CLIP", "SAM3"))
 
 
-def add_method(parser: argparse.ArgumentParser) -> None:
-    """Adds --method and --no-STAGE, after `add_model`."""
-    add = parser.add_argument
-    meaning = "how the last block's features are made dense"
-    add("--method", choices=METHODS, default="scclip", help=meaning, **CLIP)
-    switched_off = dict(nargs=0, default=True, const=False, **CLIP)
-    for switch, meaning in SWITCHES.items():
-        add(_option(switch), dest=switch, help=f"of scclip: {meaning}", **switched_off)
-
-
 def add_model(
     parser: argparse.ArgumentParser, default: str = "ViT-B-16-quickgelu", *, random: bool = False
 ) -> None:
-    """Adds --model, --pretrained, --precision and --device, for `load_encoder`.
+    """Adds --model, --pretrained, --precision and --device, which every sub-command takes.
 
     Args:
-        parser: of a sub-command.
+        parser: the parser of a sub-command.
         default: the default of --model.
-        random: whether untrained weights are of use to the sub-command.
+        random: whether the sub-command takes untrained weights.
     """
     parser.set_defaults(
         only_for={}, takes_random=random, method="scclip", **dict.fromkeys(SWITCHES, True)
@@ -78,13 +74,36 @@ def add_model(
         "--pretrained",
         metavar="TAG",
         default="openai",
-        help="open_clip's name of the weights, which other models bring; for lof alone random, for "
-        "untrained weights",
+        help="open_clip's name of the weights, for a model that comes without; for lof alone "
+        "random, for untrained weights",
         **CLIP,
     )
-    add("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help="of the model")
+    add("--precision", choices=tuple(_DTYPES), default="fp32", help="number format of the model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda or cuda:INDEX")
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """Adds --method and --no-STAGE, after `add_model`."""
+    add = parser.add_argument
+    meaning = "how the features of the last block are made dense"
+    add("--method", choices=METHODS, default="scclip", help=meaning, **CLIP)
+    switched_off = dict(nargs=0, default=True, const=False, **CLIP)
+    for stage, effect in SWITCHES.items():
+        add(_switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
+
+
+def _switch(stage: str) -> str:
+    """Returns the option that switches a stage off."""
+    return f"--no-{stage.replace('_', '-')}"
+
+
+def check_kind(args: argparse.Namespace) -> None:
+    """Raises CommandError for an option that --model ignores, even if its value is the default."""
+    model_kind = "SAM3" if is_sam3(args.model) else "CLIP"
+    for option, kind in args.only_for.items():
+        if kind != model_kind:
+            raise CommandError(f"{option} is for {kind}, not for {args.model}")
 
 
 def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
@@ -94,64 +113,78 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
         CommandError: there is no such CLIP or device, or the weights are out of reach.
     """
     target = device(args.device)
-    off = [switch for switch in SWITCHES if not getattr(args, switch)]
+    off = [stage for stage in SWITCHES if not getattr(args, stage)]
     if off and args.method != "scclip":
-        raise CommandError(f"{_option(off[0])} is for --method scclip, got {args.method}")
-    found = source(args.model)
-    if found.kind == "sam3":
+        raise CommandError(f"{_switch(off[0])} is for --method scclip, got {args.method}")
+    model_source = source(args.model)
+    if model_source.kind == "sam3":
         raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` alone takes")
-    if found.kind == "transformers":
+    if model_source.kind == "transformers":
         args.extra = f"{args.extra},sam3"
-    encoder, tokenizer = _create(args, found, target)
+    encoder, tokenizer = _create(args, model_source, target)
     encoder.config = replace(encoder.config, **dict.fromkeys(off, False))
     return encoder, tokenizer
 
 
 def _create(
-    args: argparse.Namespace, found: Source, device: torch.device
+    args: argparse.Namespace, model_source: Source, device: torch.device
 ) -> tuple[SCCLIP, Callable]:
     from ..clip import create_model
 
     options = {"method": args.method, "precision": args.precision, "device": device}
     try:
-        tag = None if found.brings_weights else _tag(args)
+        tag = None if model_source.brings_weights else _tag(args)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(SEED)
             return create_model(args.model, tag, **options)
     except ValueError as error:
         raise CommandError(str(error)) from None
+    except HubError as error:
+        raise CommandError(f"{error}; {OFFLINE}") from None
     except RuntimeError as error:
         if out_of_memory(error):
             raise
-        offline = f"; {OFFLINE}" if isinstance(error, HubError) else ""
-        raise CommandError(f"{error}{offline}") from None
+        raise CommandError(str(error)) from None
 
 
 def _tag(args: argparse.Namespace) -> str | None:
-    """--pretrained as `create_model` takes it: None for untrained weights."""
+    """Returns --pretrained in the form of `create_model`: None for untrained weights."""
     if args.pretrained != RANDOM:
         if not args.pretrained:
             raise CommandError("--pretrained must name weights, got an empty name")
         return args.pretrained
     if not args.takes_random:
-        raise CommandError("--pretrained random is for `scclip-fast lof`: it knows no classes")
+        raise CommandError(
+            "--pretrained random is for `scclip-fast lof`: untrained weights do not tell classes "
+            "apart"
+        )
     return None
 
 
-def _option(switch: str) -> str:
-    return f"--no-{switch.replace('_', '-')}"
+def load_sam3(args: argparse.Namespace) -> tuple[Sam3Model, Sam3Processor]:
+    """Loads the SAM3 of `add_model`, not calibrated, with its processor.
 
+    Raises:
+        CommandError: there is no such device, or the weights are damaged or out of reach.
+    """
+    target = device(args.device)
+    from transformers import Sam3Model, Sam3Processor
 
-def check_kind(args: argparse.Namespace) -> None:
-    """Raises CommandError where an option is given, be it its default, that --model ignores."""
-    own = "SAM3" if is_sam3(args.model) else "CLIP"
-    for option, kind in args.only_for.items():
-        if kind != own:
-            raise CommandError(f"{option} is for {kind}, not for {args.model}")
+    try:
+        model, processor = load_transformers(
+            Sam3Model, Sam3Processor, args.model, _DTYPES[args.precision]
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except HubError as error:
+        raise CommandError(f"{error}; {OFFLINE}") from None
+    except Exception as error:  # from transformers, safetensors or the file system
+        raise CommandError(f"cannot load {args.model}: {first_line(error)}") from None
+    return model.to(target).eval(), processor
 
 
 def source(model: str) -> Source:
-    """The kind of a --model and its name there, or CommandError."""
+    """Returns the kind of a --model and its name there, or raises CommandError."""
     try:
         return find_source(model)
     except ValueError as error:
@@ -161,7 +194,7 @@ def source(model: str) -> Source:
 
 
 def brings_weights(model: str) -> bool:
-    """Whether a --model comes with weights, so that --pretrained is not read."""
+    """Whether a --model comes with weights, so that --pretrained has no effect."""
     return source(model).brings_weights
 
 
@@ -171,14 +204,14 @@ def is_sam3(model: str) -> bool:
 
 
 def device(name: str) -> torch.device:
-    """The device of --device, or CommandError."""
+    """Returns the device of --device, or raises CommandError."""
     try:
         device = torch.device(name)
-    except (RuntimeError, ValueError):  # ValueError: of characters that are no text
+    except (RuntimeError, ValueError):  # ValueError: the name holds bytes that are no text
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise CommandError(f"--device must be cpu, cuda or cuda:INDEX, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count() or "no"
-        raise CommandError(f"--device {name} is not there: torch finds {found} CUDA device(s)")
+        count = torch.cuda.device_count() or "no"
+        raise CommandError(f"--device {name} is not there: torch finds {count} CUDA device(s)")
     return device

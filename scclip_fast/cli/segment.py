@@ -4,51 +4,177 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..sam3.config import STAGES, Sam3CalibrationConfig
 from . import classes as class_lists
-from . import common, models, segment_options
-from .common import CommandError
+from . import files, models, options
+from .models import CLIP, SAM3
+from .options import CommandError
 
-if TYPE_CHECKING:  # these are in extras
-    from ..segment import Segmenter
-    from .segment_sam3 import Sam3Segmenter
+if TYPE_CHECKING:  # these need packages of the extras
+    from transformers import Sam3Model
+
+    from ..segment import ImageSegmenter
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """The parser of `scclip-fast segment`."""
-    parser = common.add_command(
+    """Adds the parser of `scclip-fast segment`."""
+    parser = options.add_command(
         commands,
         "segment",
         "find classes that you name in photos: masks, and pictures of them",
         run,
         usage='%(prog)s IMAGE ... --classes "sky, tree, person|man|woman" [options]',
         extra="demo",
-        smaller="",  # by the options, see `_smaller`
+        smaller="",  # `_smaller` makes it from the options
     )
-    segment_options.add_files(parser)
-    segment_options.add_clip(parser)
-    segment_options.add_sam3(parser)
+    _add_files(parser)
+    _add_clip(parser)
+    _add_sam3(parser)
     models.add_model(parser)
     models.add_method(parser)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Segment what isn't done yet."""
-    from . import results
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the images, the classes and the results."""
+    add = parser.add_argument
+    add(
+        "images",
+        metavar="IMAGE",
+        nargs="*",
+        help="files, folders and globs; with --model scenes, none segments an example",
+    )
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help='the classes, with commas between them and "|" between synonyms; --model scenes has '
+        "its own by default",
+    )
+    classes.add_argument(
+        "--classes-file",
+        metavar="FILE",
+        type=Path,
+        help="a text file with one class a line, its synonyms after commas",
+    )
+    add("--recursive", action="store_true", help="search the folders inside folders too")
+    add(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        default=Path("segments"),
+        help="the folder for NAME_labels.png and NAME_overlay.png of each image",
+    )
+    add(
+        "--font",
+        metavar="FILE",
+        type=Path,
+        help="the font of the legends; by default a font of this machine that has the letters",
+    )
+    add(
+        "--json",
+        action="store_true",
+        help="also write NAME.json with the share of each class and more",
+    )
+    add(
+        "--compare",
+        nargs=0,
+        default=False,
+        const=True,
+        help="with a SAM3, also write NAME_compare.png: the outliers among its tokens, and its "
+        "masks frozen and calibrated",
+        **SAM3,
+    )
+    add("--force", action="store_true", help="replace existing results")
 
+
+def _add_clip(parser: argparse.ArgumentParser) -> None:
+    """Adds the sizes, windows and thresholds of `Segmenter`."""
+    add = parser.add_argument
+    add(
+        "--short-side",
+        metavar="PIXELS",
+        type=options.natural,
+        default=336,
+        help="resize the image's shorter side to this; 0 keeps the image's own size",
+        **CLIP,
+    )
+    options.add_windows(parser, **CLIP)
+    add(
+        "--logit-scale",
+        metavar="X",
+        type=options.scale,
+        default=40.0,
+        help="sharpness of the probabilities",
+        **CLIP,
+    )
+    add(
+        "--prob-thd",
+        metavar="P",
+        type=options.share,
+        default=0.0,
+        help="pixels whose best class is less probable than this become the background",
+        **CLIP,
+    )
+    add(
+        "--area-thd",
+        metavar="SHARE",
+        type=options.share,
+        help="remove classes that have at most this share of the pixels that are not background",
+        **CLIP,
+    )
+    add("--background", metavar="NAME", help="the class that is the background", **CLIP)
+    add(
+        "--pamr-steps",
+        metavar="N",
+        type=options.natural,
+        default=0,
+        help="number of refinement steps by PAMR",
+        **CLIP,
+    )
+
+
+def _add_sam3(parser: argparse.ArgumentParser) -> None:
+    """Adds the calibration of a SAM3."""
+    add = parser.add_argument
+    add(
+        "--sam3-stages",
+        metavar="NAMES",
+        help="the stages that calibrate a SAM3, with commas between them: trunk_repair, "
+        "trunk_aggregate, trunk_attention, trunk_fusion, which are the default; cross_attention, "
+        "decoder_calibration, mask_repair, mask_threshold; or none, for the frozen model",
+        **SAM3,
+    )
+    add(
+        "--sam3-preset",
+        choices=("depth", "seed"),
+        default="depth",
+        help="the layers that the stages read: SC-CLIP's fractions of the depth, or 2 to 7, as in "
+        "the design document of this package",
+        **SAM3,
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the results that are missing."""
     classes = class_lists.from_options(args)
     args.smaller = _smaller(args)
     settings = _settings(args, classes)
     if args.font is not None:
-        from . import fonts
+        from ..plots import fonts
 
-        fonts.check(args.font)
+        try:
+            fonts.check(args.font)
+        except ValueError as error:
+            raise CommandError(f"--font {error}") from None
         settings["font"] = str(args.font)
-    paths = results.find_images(args.images, args.recursive, args.out) if args.images else [None]
-    results.make_folder(args.out)
+    paths = files.find_images(args.images, args.recursive, args.out) if args.images else [None]
+    files.make_folder(args.out)
     kinds = ["labels", "overlay", *(kind for kind in ("compare", "json") if getattr(args, kind))]
-    jobs = results.jobs(paths, args.out, settings, kinds=kinds, force=args.force)
+    jobs = files.jobs(paths, args.out, settings, kinds=kinds, force=args.force)
     jobs = [job for job in jobs if job.files]
     if done := len(paths) - len(jobs):
         print(f"{done} of {len(paths)} done already; --force makes them again", file=sys.stderr)
@@ -67,15 +193,23 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
-    """All that results depend on, except the image; CommandError where they don't fit."""
+    """Returns everything that results depend on, except the image.
+
+    Raises:
+        CommandError: options do not fit each other or the model.
+    """
     if not args.images and args.model != "scenes":
         raise CommandError("name an IMAGE: a file, a folder or a glob")
     models.check_kind(args)
     if models.is_sam3(args.model):
         args.extra, args.smaller = "demo,sam3", "--precision bf16, or smaller images"
-        from . import segment_sam3
-
-        return {"classes": classes} | segment_sam3.settings(args)
+        return {
+            "classes": classes,
+            "model": args.model,
+            "precision": args.precision,
+            "sam3_preset": args.sam3_preset,
+            "sam3_stages": _stages(args.sam3_stages),
+        }
     names = list(map(class_lists.first_name, classes))
     if args.background is not None and args.background not in names:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")
@@ -84,7 +218,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
         raise CommandError("--prob-thd and --area-thd need --background NAME")
     if args.background is not None and not has_threshold:
         raise CommandError("--background needs --prob-thd or --area-thd, as it does nothing alone")
-    common.check_windows(args)
+    options.check_windows(args)
     used = ("model", "pretrained", "method", *models.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",
@@ -99,8 +233,19 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     return settings | ({"pretrained": None} if models.brings_weights(args.model) else {})
 
 
+def _stages(text: str | None) -> list[str]:
+    """Returns the stages of --sam3-stages in the order of `STAGES`; None for its default."""
+    if text is None:
+        return [name for name in STAGES if getattr(Sam3CalibrationConfig, name)]
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in STAGES]:
+        allowed = ", ".join(STAGES)
+        raise CommandError(f"--sam3-stages must be none or some of {allowed}; got {unknown[0]!r}")
+    return [name for name in STAGES if name in names]
+
+
 def _smaller(args: argparse.Namespace) -> str:
-    """What to try when memory runs out: what the options leave to try."""
+    """Returns the advice for the case that memory runs out, which depends on the options."""
     ways = ["--pamr-steps 0"] if args.pamr_steps else []
     ways += ["a smaller --short-side" if args.short_side else "--short-side 336"]
     ways += [] if args.slide_crop else ["windows (--slide-crop 224)"]
@@ -108,31 +253,52 @@ def _smaller(args: argparse.Namespace) -> str:
     return f"{', '.join(ways)}, or fewer classes; finished images are kept"
 
 
-def _segmenter(args: argparse.Namespace, classes: list[str]) -> Segmenter | Sam3Segmenter:
-    if models.is_sam3(args.model):
-        from .segment_sam3 import load
+def _segmenter(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
+    """Loads the model of --model and returns its segmenter, or raises CommandError."""
+    try:
+        return (_sam3 if models.is_sam3(args.model) else _clip)(args, classes)
+    except ValueError as error:  # from the names: one is too long, or two are the same
+        raise CommandError(str(error)) from None
 
-        return load(args, classes)
+
+def _clip(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
     encoder, tokenizer = models.load_encoder(args)
     from ..segment import Segmenter
 
     names = list(map(class_lists.first_name, classes))
+    return Segmenter(
+        encoder,
+        tokenizer,
+        classes,
+        logit_scale=args.logit_scale,
+        prob_thd=args.prob_thd,
+        area_thd=args.area_thd,
+        background=None if args.background is None else names.index(args.background),
+        slide_crop=args.slide_crop or None,
+        slide_stride=args.slide_stride,
+        short_side=args.short_side or None,
+        pamr_steps=args.pamr_steps,
+    )
+
+
+def _sam3(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
+    model, processor = models.load_sam3(args)
+    from ..segment import Sam3Segmenter
+
+    return Sam3Segmenter(model, processor, classes, _calibration(args, model))
+
+
+def _calibration(args: argparse.Namespace, model: Sam3Model) -> Sam3CalibrationConfig:
+    """Returns the calibration of --sam3-preset and --sam3-stages, or raises CommandError."""
+    layers, stages = len(model.vision_encoder.backbone.layers), _stages(args.sam3_stages)
     try:
-        return Segmenter(
-            encoder,
-            tokenizer,
-            classes,
-            logit_scale=args.logit_scale,
-            prob_thd=args.prob_thd,
-            area_thd=args.area_thd,
-            background=None if args.background is None else names.index(args.background),
-            slide_crop=args.slide_crop or None,
-            slide_stride=args.slide_stride,
-            short_side=args.short_side or None,
-            pamr_steps=args.pamr_steps,
-        )
-    except ValueError as error:  # of names: too long, or equal
-        raise CommandError(str(error)) from None
+        seed = args.sam3_preset == "seed"
+        preset = Sam3CalibrationConfig.seed() if seed else Sam3CalibrationConfig.for_depth(layers)
+        config = replace(preset, **{name: name in stages for name in STAGES})
+        config.check(layers, len(model.detr_decoder.layers))
+    except ValueError as error:
+        raise CommandError(f"--sam3-preset {args.sam3_preset} does not fit: {error}") from None
+    return config
 
 
 def _images(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The work of `scclip-fast segment`: a mask, a picture and a report of each image."""
+"""The work of `scclip-fast segment`: a mask, a picture and a report for each image."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from tqdm import tqdm
 from ..plots import fonts
 from ..plots import segmentation as overlay
 from ..scenes.draw import scene
-from ..segment import Segmenter
-from . import results
-from .common import CommandError, read_photo
-from .results import Job
+from ..segment import ImageSegmenter
+from . import files
+from .files import Job
+from .options import CommandError
 
-EXAMPLE = ("benchmark", 18)  # the drawn scene that stands in where no image is given
+EXAMPLE = ("benchmark", 18)  # the drawn scene that is segmented where no image is given
 
 
-def segment(segmenter: Segmenter, jobs: list[Job], font: Path | None = None) -> int:
-    """Write the results of all jobs; returns how many images could not be read.
+def segment(segmenter: ImageSegmenter, jobs: list[Job], font: Path | None = None) -> int:
+    """Writes the results of all jobs and returns how many images could not be read.
 
-    Legends are drawn with a font file, as far as it has the characters of the names.
+    Args:
+        segmenter: the model with the classes.
+        jobs: the images and their results.
+        font: a file to draw the legends with; a name that it lacks characters for gets another
+            font.
     """
     unknown = fonts.faces(segmenter.classes, font).count(None)
     if unknown:
@@ -47,45 +51,48 @@ def segment(segmenter: Segmenter, jobs: list[Job], font: Path | None = None) -> 
 
 def _photo(path: Path | None) -> Image.Image:
     if path is not None:
-        return read_photo(path)
+        return files.read_photo(path)
     return Image.fromarray(scene(*EXAMPLE).image)
 
 
 def _segment_one(
-    segmenter: Segmenter, photo: Image.Image, job: Job, font: Path | None = None
+    segmenter: ImageSegmenter, photo: Image.Image, job: Job, font: Path | None = None
 ) -> None:
     labels, means = _labels(segmenter, photo)
     if "labels" in job.files:
         mask = Image.fromarray(labels)
         mask.putpalette(overlay.palette()[: len(segmenter.classes)].tobytes())
-        results.write(job.files["labels"], results.encode_png(mask, job.settings))
+        files.write(job.files["labels"], files.encode_png(mask, job.settings))
     if "overlay" in job.files:
         picture = overlay.draw(photo, labels, segmenter.classes, font)
-        results.write(job.files["overlay"], results.encode_png(picture, job.settings))
-    if "compare" in job.files:
-        before, _ = _labels(segmenter.frozen(), photo)
-        names = segmenter.classes
-        found = overlay.compare(photo, segmenter.outliers, before, labels, names, font)
-        results.write(job.files["compare"], results.encode_png(found, job.settings))
+        files.write(job.files["overlay"], files.encode_png(picture, job.settings))
+    if "compare" in job.files:  # a SAM3's alone
+        outliers, names = segmenter.outliers, segmenter.classes
+        frozen, _ = _labels(segmenter.frozen(), photo)
+        picture = overlay.compare(photo, outliers, frozen, labels, names, font)
+        files.write(job.files["compare"], files.encode_png(picture, job.settings))
     if "json" in job.files:
         report = _report(segmenter.classes, labels, means, job)
-        results.write(job.files["json"], results.encode_json(report))
+        files.write(job.files["json"], files.encode_json(report))
 
 
-def _labels(segmenter: Segmenter, photo: Image.Image) -> tuple[np.ndarray, list[float]]:
-    """The class of each pixel (H, W), uint8, and over the pixels of each its mean probability."""
+def _labels(segmenter: ImageSegmenter, photo: Image.Image) -> tuple[np.ndarray, list[float]]:
+    """Returns the class of each pixel (H, W), uint8, and the mean probability of each class.
+
+    The mean is over the pixels of the class, and NaN for a class without pixels.
+    """
     count = len(segmenter.classes)
     labels, total = [], torch.zeros(count, dtype=torch.float64)
     for band, probabilities in segmenter.bands(photo):
-        own = probabilities.gather(0, band[None]).double()
-        total += band.flatten().bincount(own.flatten(), minlength=count).cpu()
+        largest = probabilities.gather(0, band[None]).double()
+        total += band.flatten().bincount(largest.flatten(), minlength=count).cpu()
         labels.append(band.to(torch.uint8).cpu())
     mask = torch.cat(labels)
     return mask.numpy(), (total / mask.flatten().bincount(minlength=count)).tolist()
 
 
 def _report(names: list[str], labels: np.ndarray, means: list[float], job: Job) -> dict:
-    """What the JSON holds; a class that has no pixel has no mean probability."""
+    """Returns the contents of NAME.json; the mean probability of a class without pixels is None."""
     shares = [(labels == index).mean().item() for index in range(len(names))]
     return {
         "image": "example" if job.path is None else str(job.path),

@@ -1,22 +1,20 @@
 """The published benchmarks of training-free segmentation, without mmsegmentation.
 
-`PROTOCOLS` are the settings, `PublishedSegmenter` segments as published, `run` is a resumable loop
-over a data set on any number of processes, and `report` has its numbers.
-`python -m scclip_fast.evaluate` is `scclip-fast eval`.
-
-Needs the extra `eval`.
+`PROTOCOLS` holds the settings of each benchmark, `PublishedSegmenter` segments as published, `run`
+is a resumable loop over a data set on any number of processes, and `report` computes the numbers.
+`scclip-fast eval` puts them together. This package needs the extra `eval`.
 """
 
 from ..extras import needs
 
 with needs("eval"):
-    from . import settings
-    from .datasets import DataError, DatasetNotFoundError
+    from . import provenance
+    from .files import DataError, DatasetNotFoundError
     from .loop import Ranks, process_group, run
     from .metric import confidence_interval, confusion_matrix, summary
-    from .progress import Progress, SettingsChangedError
     from .protocols import PROTOCOLS, Protocol
     from .published import PublishedSegmenter, resize_uint8
+    from .record import RunRecord, SettingsChangedError
     from .report import MissingResultsError, report, table
 
 __all__ = [
@@ -24,18 +22,18 @@ __all__ = [
     "DataError",
     "DatasetNotFoundError",
     "MissingResultsError",
-    "Progress",
     "Protocol",
     "PublishedSegmenter",
     "Ranks",
+    "RunRecord",
     "SettingsChangedError",
     "confidence_interval",
     "confusion_matrix",
     "process_group",
+    "provenance",
     "report",
     "resize_uint8",
     "run",
-    "settings",
     "summary",
     "table",
 ]

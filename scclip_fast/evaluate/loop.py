@@ -1,4 +1,4 @@
-"""One image after the other through a segmenter, shared out among processes."""
+"""The loop over the images of a data set, which several processes share."""
 
 from __future__ import annotations
 
@@ -16,37 +16,41 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .datasets import DataError, FolderDataset, Scenes
+from .datasets import Dataset
+from .files import DataError
 from .metric import confusion_matrix
-from .progress import Progress, result
+from .record import RunRecord, result
 
-_PATIENCE = timedelta(days=7)  # the first process to finish waits for the last
+_TIMEOUT = timedelta(days=7)  # the first process to finish waits for the last
 
 
 class Ranks(NamedTuple):
-    """This process among those that share the work."""
+    """The number of this process and the number of processes that share the work."""
 
     rank: int = 0
     world_size: int = 1
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has reached this call."""
         if self.world_size > 1:
             dist.barrier()
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[Ranks]:
-    """The processes that torchrun started, or this one alone; NCCL on CUDA, else Gloo."""
+    """Joins the processes that torchrun started; without torchrun, this process is alone.
+
+    They communicate through NCCL on CUDA, else through Gloo.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         yield Ranks()
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device)
+        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
     else:
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), world_size)
     finally:
@@ -55,26 +59,26 @@ def process_group(device: torch.device) -> Iterator[Ranks]:
 
 def run(
     segmenter: Callable[[Image.Image], Tensor],
-    dataset: FolderDataset | Scenes,
-    progress: Progress,
+    dataset: Dataset,
+    record: RunRecord,
     ranks: Ranks = Ranks(),  # noqa: B008 (immutable)
 ) -> None:
-    """Segment this process's share of the data set, each i with i % world_size == rank.
+    """Segments this process's share of the data set: each i with i % world_size == rank.
 
-    What `progress` holds a result of is skipped, what failed is tried again. An image that can't be
-    read is one line on stderr and a record of its failure.
+    Images with a result in the record are skipped, and failures are tried again. An image that
+    cannot be read gives one line on stderr and an entry of its failure.
 
     Args:
-        segmenter: image -> class indices (H, W), of the image's size.
+        segmenter: maps an image to class indices (H, W) of the image's size.
         dataset: the images and their labels.
-        progress: where the results go.
-        ranks: which share.
+        record: receives the results.
+        ranks: the number of this process and of all processes.
 
     Raises:
-        SettingsChangedError: `progress` holds results of other settings.
+        SettingsChangedError: the record holds results of other settings.
     """
-    known = progress.read()
-    finished = {name for name, record in known.items() if "error" not in record}
+    entries = record.read()
+    finished = {name for name, entry in entries.items() if "error" not in entry}
     share = range(ranks.rank, len(dataset), ranks.world_size)
     todo = [i for i in share if dataset.names[i] not in finished]
     bar = tqdm(
@@ -84,7 +88,7 @@ def run(
         unit="image",
         disable=ranks.rank > 0 or None,  # None: where stderr is no terminal
     )
-    with progress.appending(ranks.rank) as append, bar:
+    with record.appending(ranks.rank) as append, bar:
         for i in bar:
             start = time.perf_counter()
             try:

@@ -1,7 +1,7 @@
-"""Confusion matrices, and the numbers made of them.
+"""Confusion matrices, and the numbers computed from them.
 
-Rows are labels, columns predictions. Everything is summed in whole numbers, so that neither the
-order of images nor the number of processes can change a digit.
+Rows are labels, columns predictions. All sums are of whole numbers, so neither the order of images
+nor the number of processes changes a digit of the results.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .datasets import IGNORED
+from .folder_dataset import IGNORED
 
 
 def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts of pixels by label and prediction.
+    """Counts pixels by label and prediction.
 
     Args:
         prediction: (H, W), class indices.
-        labels: (H, W), class indices, or 255 where the pixel doesn't count.
-        num_classes: C.
+        labels: (H, W), class indices, or 255 for pixels that do not count.
+        num_classes: the number C of classes.
 
     Returns:
         (C, C), int64.
 
     Raises:
-        ValueError: different shapes.
+        ValueError: prediction and labels have different shapes.
     """
     if tuple(prediction.shape) != labels.shape:
         raise ValueError(
@@ -40,31 +40,31 @@ def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -
         torch.from_numpy(labels.astype(np.int64)),
         num_classes,
         ignore_index=IGNORED,
-        validate_args=False,  # sorts both maps; the data set has checked the labels
+        validate_args=False,  # it would sort both maps, and the data set has checked the labels
     ).numpy()
 
 
 def areas(confusion: np.ndarray) -> np.ndarray:
-    """(C, C) -> (3, C): a class's pixels hit, labelled and predicted."""
+    """Returns the pixels (3, C) of each class that are hit, labelled and predicted."""
     return np.stack([np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)])
 
 
 def iou(areas: np.ndarray) -> np.ndarray:
-    """Intersection over union, (..., 3, C) -> (..., C).
+    """Returns the intersection over union (..., C) of areas (..., 3, C).
 
-    NaN for a class that no pixel was labelled or predicted as.
+    A class that no pixel is labelled or predicted as has NaN.
     """
     hit, labelled, predicted = np.moveaxis(areas, -2, 0)
     return _ratio(hit, labelled + predicted - hit)
 
 
 def summary(areas: np.ndarray) -> dict:
-    """The usual numbers from summed areas (3, C), each in [0, 1], as mmsegmentation defines them.
+    """Computes mmsegmentation's numbers, each in [0, 1], from summed areas (3, C).
 
     Returns:
-        "mIoU" and "mAcc", means over the classes that occur (in labels or predictions, for "mAcc"
-        in labels); "aAcc", the share of right pixels; "IoU" and "Acc", lists a class. None where
-        there is nothing to divide by.
+        "IoU" and "Acc": lists with a number for each class. "mIoU": the mean over classes that
+        occur in labels or predictions. "mAcc": the mean over classes that occur in labels. "aAcc":
+        the share of right pixels. A number whose divisor is 0 is None.
     """
     hit, labelled, _ = areas
     classwise = {"IoU": iou(areas), "Acc": _ratio(hit, labelled)}
@@ -76,19 +76,21 @@ def summary(areas: np.ndarray) -> dict:
 def confidence_interval(
     confusions: Iterable[np.ndarray], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """How far the mIoU would vary on other images: percentiles of a bootstrap over images.
+    """Estimates how much the mIoU varies with the images, by a bootstrap over images.
 
     Args:
-        confusions: (images, C, C), the confusion matrix of each image; an array, or one by one.
+        confusions: (images, C, C), the confusion matrix of each image; an array or an iterable.
         level: the share of resamples inside the interval, in (0, 1).
-        resamples: how many times as many images are drawn, with replacement.
-        seed: of the draws.
+        resamples: the number of bootstrap samples, each of as many images as there are, drawn with
+            replacement.
+        seed: the seed of the draws.
 
     Returns:
-        The lower and the upper end, in [0, 1]; NaN if no image has a pixel that counts.
+        The lower and the upper end of the interval, percentiles of the samples' mIoU, in [0, 1];
+        NaN if no image has a pixel that counts.
 
     Raises:
-        ValueError: no image, a level outside (0, 1), or no resamples.
+        ValueError: there is no image, the level is outside (0, 1), or resamples is below 1.
     """
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level must be in (0, 1), resamples positive, got {level}, {resamples}")
@@ -105,22 +107,23 @@ def confidence_interval(
 
 
 def bootstrap(by_image: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums over as many images, drawn with replacement: (images, ...) -> (resamples, ...).
+    """Sums the values (images, ...) over images drawn with replacement: (resamples, ...).
 
-    The same images for the same seed, so that differences of two methods are paired.
+    The same seed draws the same images, so that differences between two methods are paired.
     """
     images = len(by_image)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
     return (draws.astype(float) @ by_image.reshape(images, -1)).reshape(-1, *by_image.shape[1:])
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """NaN where `whole` is 0."""
-    return np.divide(part, whole, where=whole > 0, out=np.full(np.shape(whole), np.nan))
+def _ratio(numerator: np.ndarray, divisor: np.ndarray) -> np.ndarray:
+    """Divides; the result is NaN for a divisor of 0."""
+    undefined = np.full(np.shape(divisor), np.nan)
+    return np.divide(numerator, divisor, where=divisor > 0, out=undefined)
 
 
 def _mean(values: np.ndarray | float) -> float | None:
-    """Over those that are not NaN; None if all are."""
+    """Returns the mean of the values that are not NaN; None if all are NaN."""
     present = np.ravel(values)
     present = present[~np.isnan(present)]
     return float(present.mean()) if present.size else None

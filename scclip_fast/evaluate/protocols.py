@@ -1,4 +1,4 @@
-"""The settings that results were published with, a row a benchmark."""
+"""The settings of the published results, a row for each benchmark."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import datasets
-from .datasets import FolderDataset, Scenes
+from .datasets import Dataset
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a data set is segmented; see `PublishedSegmenter` for the rules that all have in common.
+    """The settings of a benchmark. `PublishedSegmenter` has the rules that all have in common.
 
     Attributes:
-        name: of the benchmark.
-        dataset: opens it: dataset(root, limit).
-        short_side: of the resized image, in pixels; None for the image's own size.
-        logit_scale: of the cosine similarities in the softmax.
-        prob_thd: pixels less sure than this become `background`.
-        area_thd: classes on a smaller share of the foreground become `background`.
-        background: the index of that class, or None.
+        name: the name of the benchmark.
+        dataset: the class of the data set, which dataset(root, limit) opens.
+        short_side: the shorter side of the resized image, in pixels; None keeps the image's size.
+        logit_scale: the factor of the cosine similarities in the softmax.
+        prob_thd: pixels whose largest probability is below this become `background`.
+        area_thd: classes that have at most this share of the foreground are removed; None removes
+            no class.
+        background: the index of the background's class; None for benchmarks without one.
     """
 
     name: str
-    dataset: type[FolderDataset] | type[Scenes]
+    dataset: type[Dataset]
     short_side: int | None = 336
     logit_scale: float = 40.0
     prob_thd: float = 0.0
@@ -32,12 +33,12 @@ class Protocol:
     background: int | None = None
 
     def class_names(self) -> list[str]:
-        """The published prompts: a string a class, its synonyms after commas."""
+        """Returns the published prompts: a string a class, its synonyms after commas."""
         path = Path(__file__).with_name("names") / f"{self.name}.txt"
         return path.read_text(encoding="utf-8").splitlines()
 
 
-# SC-CLIP's configs/cfg_*.py; its class lists are in names/.
+# From SC-CLIP's configs/cfg_*.py; the class lists are in names/.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
@@ -51,6 +52,7 @@ PROTOCOLS = {
         Protocol("coco-stuff", datasets.COCOStuff),
         Protocol("cityscapes", datasets.Cityscapes, short_side=560),
         Protocol("ade20k", datasets.ADE20K),
-        Protocol("scenes", datasets.Scenes, short_side=None),  # ours, at the model's own size
+        # Not published: the drawn scenes of this package, at their own size.
+        Protocol("scenes", datasets.Scenes, short_side=None),
     )
 }

@@ -1,7 +1,7 @@
-"""The pixels of the published pipeline: mmsegmentation's resize, and SC-CLIP's picture for PAMR.
+"""The published pipeline's pixels: mmsegmentation's resizing, and SC-CLIP's image for PAMR.
 
 mmsegmentation resizes a photo in uint8 with OpenCV, which rounds weights to 1/2048 and colours to
-whole numbers. Where two classes are nearly as probable, that decides the label of a pixel.
+whole numbers. This rounding decides the label of a pixel where two classes are nearly as probable.
 """
 
 from __future__ import annotations
@@ -10,34 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..picture import seen_size
 from ..segment import Segmenter
+from ..segment.image import input_size
 
-_ONE = 2048  # OpenCV's weights are whole numbers of 11 bits
+_ONE = 2048  # a weight of 1: OpenCV stores weights as whole multiples of 2^-11
 
 
 class PublishedSegmenter(Segmenter):
     """A Segmenter whose labels are those of the published evaluation.
 
-    It differs from `Segmenter` in two things, which lose a little detail. The photo is resized in
-    uint8, by the rules of `resize_uint8`. And PAMR follows the edges of the resized photo, scaled
-    back to the size of the original; those of `Segmenter` are the edges of the original photo.
-    The arguments are those of `Segmenter`.
+    It takes the arguments of `Segmenter` and differs from it in two ways, both of which lose a
+    little detail. `resize_uint8` resizes the photo in uint8. PAMR follows the edges of the resized
+    photo, scaled back to the size of the original, where `Segmenter` uses the original photo.
     """
 
-    def _resized(self, picture: Tensor) -> Tensor:
-        size = seen_size((picture.shape[1], picture.shape[2]), self.short_side)
-        return self._normalised(resize_uint8(picture.to(self.mean.device), size))
+    def _resized(self, image: Tensor) -> Tensor:
+        size = input_size((image.shape[1], image.shape[2]), self.short_side)
+        return self._normalised(resize_uint8(image.to(self.mean.device), size))
 
-    def _guide(self, picture: Tensor, pixels: Tensor) -> Tensor:
-        return F.interpolate(pixels, picture.shape[1:], mode="bilinear")
+    def _guide(self, image: Tensor, pixels: Tensor) -> Tensor:
+        return F.interpolate(pixels, image.shape[1:], mode="bilinear")
 
 
 def resize_uint8(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resizes as `cv2.resize` does with INTER_LINEAR, bit for bit.
 
-    The rules are those of `resize.cpp` in OpenCV 3.4 and 4: columns first, in whole numbers, with
-    truncation between columns and rows. No antialiasing.
+    The rules are those of `resize.cpp` in OpenCV 3.4 and 4: the width is resized first, then the
+    height, in whole numbers that are truncated in between. There is no antialiasing.
 
     Args:
         pixels: (..., H, W), uint8.
@@ -47,26 +46,29 @@ def resize_uint8(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         (..., h, w), uint8.
 
     Raises:
-        TypeError: pixels that are not uint8.
+        TypeError: the pixels are not uint8.
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(f"pixels must be uint8, got {pixels.dtype}")
-    left, right, share = _neighbours(pixels.shape[-1], size[1], pixels.device)
+    left, right, weight = _neighbours(pixels.shape[-1], size[1], pixels.device)
     first, second = pixels[..., left].int(), pixels[..., right].int()
-    columns = (first * (_ONE - share) + second * share) >> 4  # of 2^7
-    above, below, share = _neighbours(pixels.shape[-2], size[0], pixels.device)
-    # Also at the border, where both are one row, each part is truncated on its own.
-    first = (columns[..., above, :] * (_ONE - share)[:, None]) >> 16
-    second = (columns[..., below, :] * share[:, None]) >> 16
+    columns = (first * (_ONE - weight) + second * weight) >> 4  # of 2^11, 7 bits are left
+    above, below, weight = _neighbours(pixels.shape[-2], size[0], pixels.device)
+    # Each product is truncated on its own, also at the border, where both rows are the same.
+    first = (columns[..., above, :] * (_ONE - weight)[:, None]) >> 16
+    second = (columns[..., below, :] * weight[:, None]) >> 16
     return ((first + second + 2) >> 2).to(torch.uint8)
 
 
 def _neighbours(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The two pixels that each of `target` lies between, and the weight of the second one."""
-    # OpenCV rounds positions to float32 before it takes the weights from them.
+    """Returns the two of `source` pixels between which each of `target` pixels lies.
+
+    The third result is the weight of the second pixel, in units of 1/2048.
+    """
+    # OpenCV rounds the positions to float32 before it computes the weights.
     position = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
     position = position.float()
     first = position.floor()
-    share = (_ONE * (position - first)).round().int()
+    weight = (_ONE * (position - first)).round().int()
     pixels = ((first + step).clamp(0, source - 1).long().to(device) for step in (0, 1))
-    return *pixels, share.to(device)
+    return *pixels, weight.to(device)

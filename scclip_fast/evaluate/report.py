@@ -1,44 +1,48 @@
-"""What an evaluation found, as JSON takes it and as a table."""
+"""The numbers of an evaluation, for JSON and as a table."""
 
 from __future__ import annotations
 
 import math
 
 from . import metric
-from .datasets import FolderDataset, Scenes
-from .progress import Progress, confusion
+from .datasets import Dataset
+from .record import RunRecord, confusion
 
 
 class MissingResultsError(RuntimeError):
-    """Processes wrote to different disks."""
+    """An image has no entry, because the processes wrote to different disks."""
 
 
-def report(dataset: FolderDataset | Scenes, progress: Progress, classes: list[str]) -> dict:
-    """The numbers of a finished evaluation, in [0, 1]; None where nothing defines them.
+def report(dataset: Dataset, record: RunRecord, classes: list[str]) -> dict:
+    """Computes the numbers of a finished evaluation.
 
     Args:
-        dataset: whose images count, in its order; results of others are left out.
-        progress: the results.
-        classes: a name a class.
+        dataset: the data set; results of images that it does not have are left out.
+        record: the results.
+        classes: the name of each class.
+
+    Returns:
+        The numbers of images and failures, and those of `metric.summary`, in [0, 1]; None for a
+        number without pixels to compute it from.
 
     Raises:
-        MissingResultsError: an image has neither a result nor a failure, as the process that had
-            it wrote to another disk.
+        MissingResultsError: an image has neither a result nor a failure, because the process that
+            segmented it wrote to another disk.
     """
-    records = progress.read()
-    if missing := [name for name in dataset.names if name not in records]:
+    entries = record.read()
+    if missing := [name for name in dataset.names if name not in entries]:
         raise MissingResultsError(
             f"no result of {len(missing)} images, {missing[0]} for one: "
-            f"{progress.out.parent} is not one folder for all processes"
+            f"{record.out.parent} is not one folder for all processes"
         )
-    known = [records[name] for name in dataset.names]
-    results = [record for record in known if "error" not in record]
+    in_order = [entries[name] for name in dataset.names]
+    results = [entry for entry in in_order if "error" not in entry]
     count = len(classes)
-    total = sum(metric.areas(confusion(record, count)) for record in results)
+    total = sum(metric.areas(confusion(entry, count)) for entry in results)
     numbers = {}
     if results:
         numbers = metric.summary(total)
-        interval = metric.confidence_interval(confusion(record, count) for record in results)
+        interval = metric.confidence_interval(confusion(entry, count) for entry in results)
         numbers["miou_ci95"] = [None if math.isnan(end) else end for end in interval]
         columns = (classes, numbers.pop("IoU"), numbers.pop("Acc"))
         numbers["classes"] = [
@@ -48,17 +52,17 @@ def report(dataset: FolderDataset | Scenes, progress: Progress, classes: list[st
     return {
         "images": len(results),
         "failures": [
-            {"name": record["name"], "error": record["error"]}
-            for record in known
-            if "error" in record
+            {"name": entry["name"], "error": entry["error"]}
+            for entry in in_order
+            if "error" in entry
         ],
         **numbers,
-        "seconds": round(sum(record["seconds"] for record in results), 3),
+        "seconds": round(sum(entry["seconds"] for entry in results), 3),
     }
 
 
 def table(report: dict) -> str:
-    """The classes and their mean, in per cent."""
+    """Returns a table of the classes and their mean, in per cent."""
     if not report["images"]:
         return "no images, no numbers"
     rows = [(row["name"], row["IoU"], row["accuracy"]) for row in report["classes"]]

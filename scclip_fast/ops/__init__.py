@@ -1,9 +1,11 @@
-"""The ops, pure functions of tensors: validate the arguments, pick a backend, call it."""
+"""The ops, pure functions of tensors. Each checks its arguments, picks a backend and calls it."""
 
-from .aggregation import adaptive_aggregate, aggregate, similarity
+from .aggregate import aggregate
 from .attention import blended_attention
-from .outliers import knn, lof, lof_scores, norm_scores, outlier_mask
+from .knn import knn
+from .lof import lof, lof_scores, norm_scores, outlier_mask
 from .repair import repair
+from .similarity import adaptive_aggregate, similarity
 
 __all__ = [
     "adaptive_aggregate",

@@ -1,6 +1,6 @@
-"""Argument checks shared by the ops.
+"""Checks of arguments that the ops share.
 
-They read shapes, dtypes and devices, never data: nothing waits for the GPU.
+All but `all_finite` read shapes, dtypes and devices, never data, so that they wait for no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def floating(name: str, tensor: Tensor) -> None:
-    """TypeError unless `tensor` is a tensor of one of `FLOAT_DTYPES`."""
+    """Raises TypeError unless `tensor` is a tensor of one of `FLOAT_DTYPES`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -25,12 +25,13 @@ def floating(name: str, tensor: Tensor) -> None:
 
 
 def batched(name: str, tensor: Tensor, layout: str) -> Tensor:
-    """`tensor` with a batch dimension in front, added where it lacks one.
+    """Returns `tensor` with a batch dimension in front, which is added if it is missing.
 
-    `layout` names the dims, such as "B, N, D".
+    Args:
+        layout: the names of the dimensions, such as "B, N, D".
 
     Raises:
-        ValueError: any other number of dims, or one of size 0 other than the batch.
+        ValueError: another number of dimensions, or a dimension of size 0 other than the batch.
     """
     rank = layout.count(",") + 1
     unbatched = layout.removeprefix("B, ")
@@ -47,10 +48,10 @@ def batched(name: str, tensor: Tensor, layout: str) -> Tensor:
 
 
 def tokens(name: str, tensor: Tensor) -> Tensor:
-    """A floating (N, D) or (B, N, D) as (B, N, D).
+    """Returns a floating (N, D) or (B, N, D) as (B, N, D).
 
-    A batch of images of one token each is refused, as no op on tokens has a use for it: the tensor
-    is almost certainly (N, 1, D), sequence first, as published code has it.
+    A batch of images of one token each is refused, because no op on tokens has a use for it. Such a
+    tensor is almost certainly (N, 1, D), sequence first as in published code.
     """
     floating(name, tensor)
     batch = batched(name, tensor, "B, N, D")
@@ -63,26 +64,27 @@ def tokens(name: str, tensor: Tensor) -> Tensor:
 
 
 def same_device(**tensors: Tensor) -> None:
-    """ValueError if the tensors lie on several devices."""
+    """Raises ValueError if the tensors lie on several devices."""
     if len({tensor.device for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"all tensors must be on one device, got {found}")
+        given = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise ValueError(f"all tensors must be on one device, got {given}")
 
 
 def same_rank(**tensors: Tensor) -> None:
-    """ValueError if some tensors have a batch dimension and others none."""
+    """Raises ValueError if some tensors have a batch dimension and others none."""
     if len({tensor.dim() for tensor in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"either all tensors or none must have a batch dimension, got {found}")
+        given = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"either all tensors or none must have a batch dimension, got {given}")
 
 
 def shape(name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """Raises ValueError unless the tensor has the expected shape; `why` explains the shape."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} must have shape {expected} {why}, got {tuple(tensor.shape)}")
 
 
 def neighbor_count(name: str, k: int, n: int) -> int:
-    """k as an int; each of n tokens has n - 1 others."""
+    """Returns k as an int in [1, n - 1], as each of n tokens has n - 1 others."""
     k = integer(name, k, low=1)
     if n <= k:
         raise ValueError(
@@ -92,7 +94,7 @@ def neighbor_count(name: str, k: int, n: int) -> int:
 
 
 def integer(name: str, value: int, low: int, high: int | None = None, why: str = "") -> int:
-    """value as an int in [low, high]; `why` says where these bounds come from."""
+    """Returns value as an int in [low, high]; `why` explains the bounds in the message."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < low or (high is not None and value > high):
@@ -102,29 +104,30 @@ def integer(name: str, value: int, low: int, high: int | None = None, why: str =
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
-    """value as a finite float in [low, high]."""
+    """Returns value as a finite float in [low, high]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    # No math.isfinite: torch.compile(dynamic=True) makes numbers symbolic, which it rejects.
+    # math.isfinite rejects the symbolic numbers of torch.compile(dynamic=True).
     if not (-math.inf < value < math.inf and low <= value <= high):
         raise ValueError(f"{name} must be a finite number in [{low}, {high}], got {value}")
     return float(value)
 
 
 def switch(name: str, value: bool) -> None:
-    """TypeError unless value is True or False."""
+    """Raises TypeError unless value is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """ValueError unless value is one of the allowed words."""
+    """Raises ValueError unless value is one of the allowed words."""
     if value not in allowed:
         *others, last = map(repr, allowed)
         raise ValueError(f"{name} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def contamination(value: float, name: str = "contamination") -> float:
+    """Returns value as a float in (0, 0.5], the share of tokens that are outliers."""
     value = number(name, value)
     if not 0 < value <= 0.5:
         raise ValueError(f"{name} must be in (0, 0.5], got {value}")
@@ -132,7 +135,7 @@ def contamination(value: float, name: str = "contamination") -> float:
 
 
 def all_finite(name: str, tensor: Tensor) -> None:
-    """ValueError naming the first token of (B, N, D) that is not finite. It waits for a GPU."""
+    """Raises ValueError with the first token of (B, N, D) that is not finite. Waits for a GPU."""
     broken = (~tensor.isfinite().all(dim=-1)).nonzero()
     if len(broken):
         image, token = broken[0].tolist()
@@ -143,8 +146,8 @@ def all_finite(name: str, tensor: Tensor) -> None:
 
 
 def no_tangent(op: str, *tensors: Tensor) -> None:
-    """NotImplementedError if a tensor has a tangent: torch would lose it in a custom op."""
-    # The level is private. It is -1 outside forward mode, which spares the unpacking there.
+    """Raises NotImplementedError if a tensor has a tangent, which a custom op would lose."""
+    # torch keeps this level private. It is -1 outside forward mode, where nothing needs unpacking.
     if forward_ad._current_level >= 0 and any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
     ):

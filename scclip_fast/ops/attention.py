@@ -1,4 +1,4 @@
-"""Attention blended from content (what looks alike) and queries and keys."""
+"""Attention blended from two halves: self attention, and attention to similar features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import chunked, reference
 from ..backend import NAMESPACE, operands, resolve
 from ..precision import true_float32
 from . import _check
-from .aggregation import weighted_mean
+from .aggregate import weighted_mean
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -19,7 +19,7 @@ from .aggregation import weighted_mean
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float, scale: float, backend: str
 ) -> Tensor:
-    """(1 - alpha) softmax(scale q k^T) v + alpha content; all (B, H, N, .)."""
+    """`reference.attention`: (1 - alpha) softmax(scale q k^T) v + alpha content, (B, H, N, dv)."""
     if backend == "triton" and v.numel():
         from ..kernels.attention import MAX_WIDTH, attention_triton
 
@@ -83,12 +83,12 @@ def blended_attention(
     out = [(1 - alpha) softmax(scale q k^T) + alpha C] v, where C_ij is the softmax over {j : S_ij
     >= mu} of gamma (S_ij - mu), S the cosine similarity of the features and mu its mean over the
     image. C is the same for all heads. SC-CLIP itself passes its keys as q as well. Differentiable
-    by q, k, v and features (once, in reverse mode); the backward pass recomputes both halves in
-    chunked torch code. The self half of heads wider than 128, in float32 than 64, is torch's own on
-    every backend.
+    by q, k, v and features (once, in reverse mode). The backward pass recomputes both halves in
+    chunked torch code. For heads wider than 128 (64 in float32), the Triton backend leaves the self
+    half to torch's own attention.
 
-    In the content half, a token whose features are not finite counts for no other, and mu is the
-    mean over pairs of the others; see `aggregate`. Its own row of the result is NaN.
+    In the content half, a token whose features are not finite has weight 0 for all others, and mu
+    is the mean over pairs of the others; see `aggregate`. Its own row of the result is NaN.
 
     Args:
         q, k: (H, N, d) or (B, H, N, d), floating, any strides.
@@ -96,11 +96,11 @@ def blended_attention(
         features: (N, D) or (B, N, D), floating, unthresholded; its dtype may differ.
         gamma: sharpness of the content half, >= 0.
         alpha: share of the content half, in [0, 1].
-        scale: of the scores of the self half; None for 1 / sqrt(d).
+        scale: factor of the scores q k^T of the self half; None for 1 / sqrt(d).
         backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
 
     Returns:
-        Of the shape and dtype of `v`.
+        A tensor of the shape and dtype of `v`.
 
     Raises:
         TypeError: not floating, or q, k and v of different dtypes.
@@ -121,7 +121,7 @@ def blended_attention(
 
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
-    """C v for all heads at once: one product of width H dv."""
+    """C v (B, H, N, dv), all heads at once by one product of width H dv."""
     mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
     merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
     out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
@@ -131,6 +131,7 @@ def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: 
 def _checked(
     q: Tensor, k: Tensor, v: Tensor, features: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The checked tensors with a batch dimension."""
     for name, tensor in dict(q=q, k=k, v=v).items():
         _check.floating(name, tensor)
     if not q.dtype == k.dtype == v.dtype:

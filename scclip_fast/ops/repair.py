@@ -1,4 +1,4 @@
-"""Repair of outlier tokens from their neighbours in the image."""
+"""Repair of outlier tokens by their neighbours in the image."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from numbers import Integral
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import chunked, reference
@@ -16,14 +15,12 @@ from . import _check
 
 @torch.library.custom_op(f"{NAMESPACE}::repair", mutates_args=())
 def _repair(tokens: Tensor, mask: Tensor, height: int, width: int, backend: str) -> Tensor:
-    """`reference.repair`: (B, N, D), contiguous."""
+    """`reference.repair` of tokens (B, N, D) and mask (B, N), as a contiguous tensor."""
     if backend == "triton":
         from ..kernels.repair import repair_triton
 
         return repair_triton(tokens, mask, (height, width))
-    # Listing the few outliers is the least work, but a GPU would be waited for to count them.
-    listed = backend == "reference" or tokens.device.type == "cpu"
-    rule = reference.repair if listed else _pooled
+    rule = reference.repair if backend == "reference" else chunked.repair
     repaired = rule(tokens.to(chunked.compute_dtype(tokens)), mask, (height, width))
     return repaired.to(tokens.dtype).contiguous()
 
@@ -40,14 +37,8 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """A replaced token gives its gradient to the good ones around it, in equal shares."""
     (mask,) = ctx.saved_tensors
-    dtype, bad = chunked.compute_dtype(grad), mask.unsqueeze(-1)
-    count = _good_around(mask, ctx.grid, dtype)
-    shares = (grad / count).masked_fill_(~bad, 0)  # of none around: reaches no good token
-    received = _window_sums(shares, ctx.grid).masked_fill_(bad, 0)
-    received += grad.masked_fill(bad & (count > 0), 0)
-    return received.to(grad.dtype), None, None, None, None
+    return chunked.repair_backward(grad, mask, ctx.grid), None, None, None, None
 
 
 _repair.register_autograd(_backward, setup_context=_save_for_backward)
@@ -56,19 +47,19 @@ _repair.register_autograd(_backward, setup_context=_save_for_backward)
 def repair(
     tokens: Tensor, mask: Tensor, grid: tuple[int, int], *, backend: str | None = None
 ) -> Tensor:
-    """Replace each outlier token by the mean of its 8 neighbours that are no outliers.
+    """Replaces each outlier token by the mean of its 8 neighbours that are no outliers.
 
     An outlier without such a neighbour keeps its value (SC-CLIP's rule). Differentiable by `tokens`
-    in reverse mode. A token that is not finite is replaced like any other if the mask has it, and
-    otherwise enters the means of its neighbours: include such tokens in the mask.
+    in reverse mode. A token that is not finite is replaced like any other if the mask marks it.
+    Otherwise it enters the means of its neighbours, so include such tokens in the mask.
 
     Args:
         tokens: (N, D) or (B, N, D), floating, any strides, row by row: token i is patch
             (i // W, i % W).
-        mask: bool, (N,) or (B, N), True for outliers; what `outlier_mask` returns.
+        mask: bool, (N,) or (B, N), True for outliers, as `outlier_mask` returns it.
         grid: (H, W) in patches, H W = N.
         backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
-            On a GPU the reference waits for it, to count the outliers.
+            The reference waits for a GPU, to count the outliers.
 
     Returns:
         A new tensor of the shape and dtype of `tokens`, contiguous; means are float32 at least.
@@ -79,10 +70,10 @@ def repair(
         NotImplementedError: a tangent of forward-mode differentiation.
     """
     _check.floating("tokens", tokens)
-    batch = _check.batched("tokens", tokens, "B, N, D")  # N = 1 is meant, as the grid says so
+    batch = _check.batched("tokens", tokens, "B, N, D")  # N = 1 is allowed, as the grid confirms it
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True for outliers, got {found}")
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a bool tensor, True for outliers, got {given}")
     _check.shape("mask", mask, tuple(tokens.shape[:-1]), "(that of tokens without the last dim)")
     _check.same_device(tokens=tokens, mask=mask)
     _check.no_tangent("repair", batch)
@@ -93,31 +84,8 @@ def repair(
     return _repair(batch, outliers, height, width, resolved).to(tokens.dtype).view_as(tokens)
 
 
-def _pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The same rule by sums over 3 x 3 windows of the good tokens.
-
-    A window's own centre is an outlier wherever the result is used, so it counts for nothing.
-    """
-    bad = mask.unsqueeze(-1)
-    count = _good_around(mask, grid, tokens.dtype)
-    mean = _window_sums(tokens.masked_fill(bad, 0), grid) / count
-    return torch.where(bad & (count > 0), mean, tokens)
-
-
-def _good_around(mask: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """How many good tokens there are in the 3 x 3 window of each, (B, N, 1)."""
-    return _window_sums((~mask).unsqueeze(-1).to(dtype), grid)
-
-
-def _window_sums(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Sums over the 3 x 3 window of each of (B, N, C)."""
-    batch, n, width = tokens.shape
-    image = tokens.reshape(batch, *grid, width).permute(0, 3, 1, 2)
-    sums = F.avg_pool2d(image, kernel_size=3, stride=1, padding=1, divisor_override=1)
-    return sums.reshape(batch, width, n).mT
-
-
 def _check_grid(grid: tuple[int, int], n: int) -> tuple[int, int]:
+    """The grid (H, W) of n tokens, or ValueError."""
     try:
         height, width = grid
     except (TypeError, ValueError):

@@ -1,0 +1,24 @@
+"""The torch path: the reference's equations tile by tile, never an N x N tensor.
+
+It runs on the CPU, and on a GPU where the kernels do not. Beyond the tensors that it returns, a
+call holds at most about `tiles.WORKSPACE_BYTES`, whatever N, D and the batch are, plus O(B N)
+floats (norms, sums). `repair` alone has no tiles: it takes a few times the memory of its tokens.
+"""
+
+from .aggregate import aggregate, aggregate_backward, inverse_norms
+from .attention import attention, attention_backward
+from .repair import repair, repair_backward
+from .search import nearest
+from .tiles import compute_dtype
+
+__all__ = [
+    "aggregate",
+    "aggregate_backward",
+    "attention",
+    "attention_backward",
+    "compute_dtype",
+    "inverse_norms",
+    "nearest",
+    "repair",
+    "repair_backward",
+]

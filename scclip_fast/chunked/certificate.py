@@ -1,0 +1,69 @@
+"""A bound on the rounding of a search by products, row by row.
+
+A search (`search.py`, `distributed/search.py`) ranks the tokens j of a row i by a rounded value
+c_ij of
+
+    s_ij = ||y_j||^2 - 2 y_i y_j,        y = fl(x - m)
+
+and measures the distances of the last few candidates. With a = ||y_i||, d the true distance of x_i
+and x_j, u half the unit of the products' dtype, and ||y_j|| <= a + d:
+
+    |c_ij - (d^2 - a^2)| <= gamma (||y_j||^2 + 2 a ||y_j||) <= g(d)
+    g(d) = gamma ((a + d)^2 + 2 a (a + d)),    gamma = (D + 16) u
+
+where D u bounds the sum of D products in any order, and 16 u the norms, the rounding of x - m, and
+that of the bounds themselves.
+
+Let r be the measured distance of the k-th neighbour, whose own rounding is at most a share rho =
+(D + 16) u' of it, with the u' of the measured distances. A row is decided if both of these hold:
+
+- Complete: a token that would be measured to be as near as r has d <= V = r (1 + rho), and so
+  c <= V^2 - a^2 + g(V). Every token that the search dropped has a larger c.
+- Settled: a candidate that was not measured, because it ranks so far ahead, has c <= tau, and so
+  d^2 - g(d) <= tau + a^2. It would be measured to be as near as r.
+
+The bounds hold for one huge token among small ones, as no row's bound depends on another token's
+norm. Data that suit the dtype badly leave rows undecided, never wrong.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def undecided(
+    scores: Tensor,
+    norms: Tensor,
+    k_distance: Tensor,
+    n_measured: int,
+    width: int,
+    complete: bool,
+) -> Tensor:
+    """The rows (B, M) bool for which the conditions of this module do not hold.
+
+    Args:
+        scores: (B, M, n), the n smallest c of each row, ascending.
+        norms: (B, M), a.
+        k_distance: (B, M), r^2.
+        n_measured: number of these n candidates that were measured, the last ones.
+        width: D.
+        complete: True if the candidates are all tokens there are.
+    """
+    u = torch.finfo(scores.dtype).eps / 2
+    gamma = (width + 16) * u
+    rho = (width + 16) * torch.finfo(k_distance.dtype).eps / 2
+    a, r = norms, k_distance.to(scores.dtype).sqrt()
+    decided = r.isfinite()
+    if not complete:
+        V = r * (1 + rho)
+        g = gamma * ((a + V).square() + 2 * a * (a + V))
+        # Tokens of equal features tie at the distance 0, where no token can be nearer.
+        decided &= (scores[..., -1] + a.square() > V.square() + g) | (r == 0)
+    n_unmeasured = scores.shape[-1] - n_measured
+    if n_unmeasured > 0:
+        # Solves d^2 - g(d) = tau + a^2 for the largest d that such a candidate can have.
+        tau = scores[..., n_unmeasured - 1] + a.square() * (1 + 3 * gamma)
+        root = (4 * (gamma * a).square() + tau.clamp(min=0)).sqrt()
+        decided &= (2 * gamma * a + root) / (1 - gamma) <= r * (1 - rho)
+    return ~decided

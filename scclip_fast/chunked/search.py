@@ -1,0 +1,231 @@
+"""Nearest neighbours on the torch path, in up to three passes.
+
+    d2(i, j) - ||x_i||^2 = ||x_j||^2 - 2 x_i x_j
+
+ranks like the distance along a row and costs one matrix product, but its rounding is that of the
+norms, not that of the distance. Three passes make the result exact:
+
+1. Products find a few candidates more than k for each row (`candidates.py`). The candidates'
+   distances are measured as sums of squared differences (`distances.py`), and `certificate.py`
+   bounds what the rounding of the products can have done to the row.
+2. Rows that the bound leaves undecided are searched again by products in float64.
+3. Rows that float64 leaves undecided are searched by measured differences to all tokens.
+
+The k neighbours of a row are therefore the k tokens with the smallest measured distance, ties by
+the lower index, whatever the tiles were.
+
+To list the undecided rows, the host waits for a GPU, which the Triton path never does. A CUDA graph
+cannot capture that: while one is captured, the third pass searches all rows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .candidates import Candidates, centre, list_sizes
+from .certificate import undecided
+from .distances import finite_tokens, pair_distances, settle_last
+from .tiles import Tile, compute_dtype, plan, spans
+from .topk import GROUP
+
+#: Rows searched so far in this process: "product" counts the rows of the first pass, "float64" and
+#: "differences" the rows that the pass before left undecided.
+counts: Counter[str] = Counter()
+
+
+class Found(NamedTuple):
+    """The result of one pass."""
+
+    distances: Tensor  # (..., k), or (..., 1) of the k-th neighbours
+    indices: Tensor  # (..., k)
+    undecided: Tensor  # (...) bool, rows whose neighbours may be others
+
+
+def nearest(
+    x: Tensor,
+    k: int,
+    queries: Tensor | None = None,
+    *,
+    measure_all: bool = True,
+    exact: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The k tokens of x (B, N, D) nearest to each query (B, M, D), certified.
+
+    Args:
+        x: float16 to float64.
+        k: at most N, or N - 1 without queries.
+        queries: rows of the dtype of x. Without them, the nearest others of every token of x.
+        measure_all: False to return the distance of the k-th neighbour alone, for which fewer
+            candidates need to be measured.
+        exact: x and queries in a longer dtype, if distances are to be measured in it.
+
+    Returns:
+        Squared distances (B, M, k), ascending, or (B, M, 1), and indices (B, M, k) int64. Without
+        measure_all, the k-th neighbour is the last and the others come in any order. A pair with
+        a token that is not finite has the distance NaN and comes last; a square that overflows is
+        infinite.
+    """
+    rows, first_token = (x, 0) if queries is None else (queries, None)
+    exact = (x, rows) if exact is None else exact
+    if _is_captured(x):
+        found = _search(*exact, first_token, k, None, exact, measure_all)
+        return found.distances, found.indices
+    counts["product"] += rows.shape[0] * rows.shape[1]
+    found = _search(x, rows, first_token, k, compute_dtype(x), exact, measure_all)
+    for image, places in _finite_rows(rows, found.undecided):
+        one = slice(image, image + 1)
+        tensors = x[one], rows[one], (exact[0][one], exact[1][one])
+        again = partial(_search_some, *tensors, among_itself=queries is None, k=k)
+        passes = [partial(again, name="float64"), partial(again, name="differences")]
+        search_again(found.distances[image], found.indices[image], places, passes)
+    return found.distances, found.indices
+
+
+def search_again(
+    distances: Tensor,
+    indices: Tensor,
+    places: Tensor,
+    passes: Iterable[Callable[[Tensor], Found]],
+    any_rank: Callable[[bool], bool] = bool,
+) -> None:
+    """Searches undecided rows by one pass after the other, until every row is decided.
+
+    Args:
+        distances: (M, k) or (M, 1) and
+        indices: (M, k) of all rows, overwritten where a row is searched.
+        places: (R,) of the undecided rows among all.
+        passes: functions that search the rows at some places (R,), with all distances (R, k).
+        any_rank: where several processes search together, tells whether a condition holds on one of
+            them, because all have to take part in a pass.
+    """
+    for search in passes:
+        if not any_rank(len(places) > 0):
+            return
+        found = search(places)
+        distances[places] = found.distances[:, -distances.shape[-1] :]
+        indices[places] = found.indices
+        places = places[found.undecided]
+
+
+def _search_some(
+    x: Tensor,
+    rows: Tensor,
+    exact: tuple[Tensor, Tensor],
+    places: Tensor,
+    among_itself: bool,
+    k: int,
+    name: str,
+) -> Found:
+    """The second or the third pass, over the rows at some places (R,) of one image.
+
+    Args:
+        x, rows, exact: as for `_search`, of one image.
+        among_itself: True if the rows are the tokens of x.
+        name: "float64" or "differences".
+    """
+    counts[name] += len(places)
+    self_index = places if among_itself else None
+    pair = exact[0], exact[1][:, places]
+    if name == "float64":
+        longest = None if x.device.type == "mps" else torch.float64  # MPS has no float64
+        found = _search(x, rows[:, places], self_index, k, longest, pair, True)
+    else:
+        found = _search(*pair, self_index, k, None, pair, True)
+    return Found(*(tensor[0] for tensor in found))
+
+
+def _search(
+    x: Tensor,
+    rows: Tensor,
+    self_index: int | Tensor | None,
+    k: int,
+    dtype: torch.dtype | None,
+    exact: tuple[Tensor, Tensor],
+    measure_all: bool,
+) -> Found:
+    """One pass over all rows (B, M, D): candidates among x (B, N, D), their order, the certificate.
+
+    Args:
+        self_index: as for `Candidates`.
+        dtype: dtype of the products; None to measure all differences, which decides every row.
+        exact: x and rows as distances are measured.
+    """
+    batch, tokens, width = x.shape
+    n_rows = rows.shape[1]
+    tile = tile_of(batch, tokens, width, k, dtype or compute_dtype(x))
+    others = tokens - (self_index is not None)
+    n_candidates, n_measured = list_sizes(k, others, measure_all)
+    group = max(1, rows_of_lists(tile.images, n_candidates) // tile.rows) * tile.rows
+    step, n_distances = min(tile.rows, n_rows), k if measure_all else 1
+    distances_dtype = compute_dtype(exact[0])
+    distances = torch.empty(batch, n_rows, n_distances, dtype=distances_dtype, device=x.device)
+    indices = torch.empty(batch, n_rows, k, dtype=torch.int64, device=x.device)
+    is_open = torch.zeros(batch, n_rows, dtype=torch.bool, device=x.device)
+    for images in spans(batch, tile.images):
+        block = x[images]
+        middle = None if dtype is None else centre(block, dtype)
+        finite = finite_tokens(exact[0][images])
+        for span in spans(n_rows, group):
+            span_index = _at(self_index, span)
+            candidates = Candidates(rows[images, span], n_candidates, step, span_index, middle)
+            for columns in tiles.each_tile.get()(list(spans(tokens, tile.columns))):
+                candidates.add(block[:, columns], columns.start)
+            queries = exact[1][images, span]
+            measure = partial(pair_distances, exact[0][images], queries=queries, finite=finite)
+            nearest_distances, indices[images, span] = settle_last(
+                candidates.indices, k, n_measured, measure
+            )
+            distances[images, span] = nearest_distances[..., -n_distances:]
+            if dtype is not None:
+                is_open[images, span] = undecided(
+                    candidates.scores,
+                    candidates.norms,
+                    nearest_distances[..., -1],
+                    n_measured,
+                    width,
+                    n_candidates == others,
+                )
+    return Found(distances, indices, is_open)
+
+
+def _at(self_index: int | Tensor | None, span: slice) -> int | Tensor | None:
+    """The `self_index` of the rows `span` alone."""
+    if isinstance(self_index, Tensor):
+        return self_index[span]
+    return None if self_index is None else self_index + span.start
+
+
+def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> Tile:
+    """The tile of a search for k neighbours: of its columns, k groups are read once more."""
+    return plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
+
+
+def rows_of_lists(images: int, k: int) -> int:
+    """The number of rows whose lists of k candidates fit a part of the workspace while sorted."""
+    return tiles.WORKSPACE_BYTES // 4 // (images * k * 48)
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yields each image with finite undecided rows (B, M), and places (R,) of some of these rows.
+
+    No search can help a row that is not finite. The rows of one step, in float64, fit a part of the
+    workspace.
+    """
+    rows_per_step = max(1, tiles.WORKSPACE_BYTES // 16 // (8 * rows.shape[-1]))
+    for image in is_open.any(dim=1).nonzero()[:, 0].tolist():
+        places = is_open[image].nonzero()[:, 0]
+        places = places[finite_tokens(rows[image, places])]
+        for some in places.split(rows_per_step):
+            if len(some):
+                yield image, some

@@ -1,0 +1,11 @@
+"""Two segmenters with one protocol: an image and class names in, a mask out.
+
+`Segmenter` runs a CLIP and `Sam3Segmenter` a SAM3; `ImageSegmenter` states what both offer. The
+module `image` reads, resizes and cuts images, and `pamr` refines maps along their edges.
+"""
+
+from .base import ImageSegmenter
+from .clip import Segmenter
+from .sam3 import Sam3Segmenter
+
+__all__ = ["ImageSegmenter", "Sam3Segmenter", "Segmenter"]
