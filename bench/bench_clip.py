@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 import scclip_fast as sf
-from scclip_fast import segment
 from scclip_fast.clip import SCCLIP, create_model
+from scclip_fast.segment import Segmenter, clip
 
 NAME, WIDTH, PATCH = "ViT-B-16-quickgelu", 768, 16
 CLASSES = ["sky", "tree", "building", "road", "person"]
@@ -98,13 +98,13 @@ def test_encode_dense(device, shape, dtype, provider, race):
     )
 
 
-def slide(batch: int, segmenter: segment.Segmenter, image: np.ndarray) -> Tensor:
-    with mock.patch.object(segment, "_WINDOWS", batch):
+def slide(batch: int, segmenter: Segmenter, image: np.ndarray) -> Tensor:
+    with mock.patch.object(clip, "_MAX_WINDOWS", batch):
         return segmenter(image)
 
 
 SLIDES = {
-    "scclip_fast torch": partial(slide, segment._WINDOWS),
+    "scclip_fast torch": partial(slide, clip._MAX_WINDOWS),
     "windows one by one": partial(slide, 1),
 }
 
@@ -115,6 +115,6 @@ SLIDES = {
 )
 def test_segment(device, shape, dtype, provider, race):
     """Segments in six windows of 224 pixels, 112 apart, as published."""
-    segmenter = segment.Segmenter(*loaded(device, dtype), CLASSES)
+    segmenter = Segmenter(*loaded(device, dtype), CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8)
     race(partial(SLIDES[provider], segmenter, image), check=None)

@@ -82,7 +82,7 @@ def test_the_trunk_runs_once_a_photo_and_is_calibrated(photo):
     np.testing.assert_array_equal(segmenter.outliers, expected.outlier_mask[0])
 
 
-@pytest.mark.parametrize("columns", [chunked._MAX_COLUMNS, 300])
+@pytest.mark.parametrize("columns", [tiles.MAX_COLUMNS, 300])
 def test_bars(photo, monkeypatch, columns):
     """The prompts have a bar, and so has each search, among 1024 pixels, in several steps."""
     bars = []
