@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
 SUBPACKAGES = (
-    *("app", "chunked", "cli", "clip", "distributed", "evaluate", "kernels"),
-    *("ops", "plots", "sam3", "scenes", "segment", "sklearn"),
+    *("app", "chunked", "cli", "clip", "distributed", "evaluate", "ops", "plots", "sam3", "scenes"),
+    *("segment", "sklearn", "kernels", "kernels.aggregate_details", "kernels.knn_details"),
 )
 
 setup(
@@ -59,6 +59,7 @@ setup(
     package_data={
         "scclip_fast": ["py.typed"],
         "scclip_fast.evaluate": ["names/*.txt"],
+        "scclip_fast.kernels.knn_details": ["README.md"],
         "scclip_fast.scenes": ["*.json", "*.safetensors"],
     },
     install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],

@@ -1,11 +1,12 @@
 """Counts the rows that the certificates decide: python bench/certificate.py [torch] [TOKENS WIDTH]
 
-With `torch`, counts the rows that the products of the torch path leave undecided. Without it, runs
-the kernels of the half-precision search (without a GPU in Triton's interpreter, a few minutes a
-kind) on several kinds of features and compares with float64: candidates a row, those that must be
-measured, rows without a certificate, of these the rows that go to the search over measured
-distances as more than 64 columns are candidates or nothing bounds them, and rows of which a
-neighbour is missing, which there must be none of.
+With `torch`, counts the rows that the products of the torch path leave undecided.
+
+Without it, runs the kernels of the half-precision search on several kinds of features and compares
+with float64. (Without a GPU, Triton's interpreter takes a few minutes a kind.) Counts candidates a
+row, candidates that must be measured, undecided rows, those of them that go to the search over
+measured distances, as they have more than 64 candidates or no bound, and wrong rows, which lack a
+neighbour or call a column sure that is none. There must be no wrong row.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ if not torch.cuda.is_available():
 import scclip_fast as sf
 from scclip_fast.chunked import search
 from scclip_fast.clip import create_model
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels.rounding import positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels._launch import architecture
+from scclip_fast.kernels.knn_details.table import positions
 from scclip_fast.scenes.draw import scene
 
 K = 30
@@ -48,7 +50,7 @@ def clusters(n: int, d: int) -> Tensor:
 
 
 def image(n: int, d: int) -> Tensor:
-    """Smooth regions and noise, as neighbouring patches are alike."""
+    """Smooth regions with noise, as neighbouring patches of an image are alike."""
     side = math.ceil(n**0.5)
     coarse = torch.randn(1, d, side // 6, side // 6)
     regions = F.interpolate(coarse, (side, side), mode="bicubic")[0].flatten(1).T[:n]
@@ -62,7 +64,7 @@ def massive_channels(n: int, d: int) -> Tensor:
 
 
 def flat_regions(n: int, d: int) -> Tensor:
-    """A quarter of an image is sky: its tokens differ by a thousandth of the others' spread."""
+    """An image with a quarter of sky, whose tokens differ by a thousandth of the others' spread."""
     x = image(n, d)
     x[: n // 4] = x[0] + 1e-3 * torch.randn(n // 4, d)
     return x
@@ -75,7 +77,7 @@ def giant_tokens(n: int, d: int) -> Tensor:
 
 
 def vit(n: int, d: int) -> Tensor:
-    """The last block but one of the small CLIP of scenes, on a scene; 160 wide."""
+    """The last block but one of the small CLIP of scenes, 160 wide, on one scene."""
     encoder, _ = create_model("scenes")
     side = math.ceil(n**0.5)
     drawn = scene("benchmark", 0, (16 * side, 16 * side)).image
@@ -117,37 +119,37 @@ def row(kind, n: int, d: int) -> dict:
 
 
 def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The table by token, tokens without a certificate, and those of them left to the search."""
+    """The table by token, the undecided tokens, and those of them left to the search."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = x[None].to(device)
     n, d = x.shape[1:]
-    splits = nearest.splits(1, n)
-    tokens = nearest.rounded(x, splits)[1]
-    table, undecided = nearest.decide(tokens, splits, 0, n, n, d, K)
-    listed = undecided.rows[0, : undecided.count.item()].long().cpu()
-    unbounded = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
-    nearest.collect(tokens, undecided, table, 0, n)
-    left = undecided.rest[0, : undecided.rest_count.item()].long().cpu()
+    shares = knn.shares_of_columns(1, n, architecture(x.device))
+    tokens = knn.rounded(x, shares)
+    table, undecided = knn.decide(tokens, shares, 0, n, n, d, K)
+    listed = undecided.positions[0, : undecided.n_positions.item()].long().cpu()
+    unbounded = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
+    knn.collect(tokens, undecided, table, 0, n)
+    left = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
     position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))
     return table[0].cpu()[position], torch.cat([back[listed], unbounded]), left
 
 
 def neighbors(x: Tensor) -> Tensor:
-    """float64's neighbours, of centred features by a product."""
+    """The neighbours in float64, by a product of centred features."""
     x = x.double() - x.double().mean(dim=0)
     squares = x.square().sum(dim=1)
     distances = squares[:, None] + squares - 2 * x @ x.T
     return distances.fill_diagonal_(torch.inf).topk(K, largest=False).indices
 
 
-def line(found: dict) -> str:
-    if found["candidates"] is None:
-        return f"| {found['features']} | | | {found['undecided']:.2%} | {found['left']:.2%} | 0 |"
-    counts = " / ".join(f"{value:.0f}" for value in found["candidates"])
-    measured = " / ".join(f"{value:.0f}" for value in found["measured"])
-    share = f"{found['undecided']:.2%} | {found['left']:.2%}"
-    return f"| {found['features']} | {counts} | {measured} | {share} | {found['wrong']} |"
+def line(row: dict) -> str:
+    if row["candidates"] is None:
+        return f"| {row['features']} | | | {row['undecided']:.2%} | {row['left']:.2%} | 0 |"
+    counts = " / ".join(f"{value:.0f}" for value in row["candidates"])
+    measured = " / ".join(f"{value:.0f}" for value in row["measured"])
+    share = f"{row['undecided']:.2%} | {row['left']:.2%}"
+    return f"| {row['features']} | {counts} | {measured} | {share} | {row['wrong']} |"
 
 
 def torch_path(n: int, d: int) -> None:

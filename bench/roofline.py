@@ -1,7 +1,8 @@
-"""The roofline of what bench/targets.py measured: python bench/roofline.py RESULT.json
+"""Draws the results of bench/targets.py: python bench/roofline.py RESULT.json
 
-Draws RESULT.svg beside the file: operations a second over operations a byte, bytes being those of
-inputs and outputs, under the GPU's measured product and copy.
+Draws the roofline RESULT.svg beside the file: operations a second over operations a byte of inputs
+and outputs, under the measured rates of the GPU's product and copy. bench/report.py prints the
+tables.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(path: Path) -> None:
 
 
 def work(op: str, shape: tuple, dtype: str) -> tuple[float, float]:
-    """Operations of the products, and bytes of inputs and outputs."""
+    """Counts operations of the products, and bytes of inputs and outputs."""
     batch, n, d = shape
     products, tensors = WORK[op]
     return products * 2.0 * batch * n * n * d, tensors * batch * n * d * BYTES[dtype]

@@ -1,6 +1,7 @@
-"""Every kernel at small odd shapes, for: compute-sanitizer --tool memcheck python bench/sanitize.py
+"""Runs every kernel at small odd shapes: compute-sanitizer --tool memcheck python bench/sanitize.py
 
-And for racecheck, synccheck and initcheck. It also runs each op twice: the bits must be the same.
+The tools racecheck, synccheck and initcheck run it too. Each op runs twice and must give the same
+bits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from functools import partial
 import torch
 
 import scclip_fast as sf
-from scclip_fast.kernels import aggregate, nearest
+from scclip_fast.kernels import aggregate, knn
 
 
 def check(call) -> None:
@@ -24,19 +25,21 @@ def main() -> None:
     for n, d, k in ((3, 1, 2), (33, 5, 9), (131, 17, 30), (201, 64, 128), (1100, 72, 30)):
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             x = torch.randn(2, n, d, device="cuda").to(dtype)
-            x[:, : n // 4] = 3 + 1e-5 * x[:, : n // 4]  # beyond fp16: all searches run
+            x[:, : n // 4] = (
+                3 + 1e-5 * x[:, : n // 4]
+            )  # fp16 does not resolve them: all searches run
             k = min(k, n - 1)
             check(lambda x=x, k=k: sf.knn(x, k, backend="triton"))
             check(lambda x=x, k=k: sf.lof_scores(x, k, backend="triton"))
-            part = x[:, : n // 3 * 3]
-            outliers = torch.rand(part.shape[:2], device="cuda") < 0.3
-            for tokens in (part, part.mT.contiguous().mT):
+            image = x[:, : n // 3 * 3]
+            outliers = torch.rand(image.shape[:2], device="cuda") < 0.3
+            for tokens in (image, image.mT.contiguous().mT):
                 check(partial(sf.repair, tokens, outliers, (3, n // 3), backend="triton"))
             half = x[..., : d // 2 + 1]
             check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
             q = x.unflatten(2, (1, d)).transpose(1, 2)
             check(lambda q=q, x=x: sf.blended_attention(q, q, q, x, backend="triton"))
-    aggregate.WORKSPACE_BYTES, nearest.BINS_BYTES = 2**12, 1  # the streaming kernel; several passes
+    aggregate.WORKSPACE_BYTES, knn.BINS_BYTES = 2**12, 1  # runs `stream`, and several passes
     for dtype in (torch.float32, torch.float16):
         x = torch.randn(2, 1100, 72, device="cuda").to(dtype)
         check(lambda x=x: sf.aggregate(x, x, backend="triton"))

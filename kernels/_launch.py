@@ -1,50 +1,179 @@
-"""Launches as data: a launcher hands them to Triton to run, or to compile ahead without a GPU."""
+"""Kernel launches as data, and the options that they take from the architecture of a GPU.
+
+A launcher returns a `Launch`, which runs on the device of its tensors or is compiled ahead of time
+for a GPU that is not there (tests/aot.py).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
+if triton.knobs.runtime.interpret:
+    from ._interpreter import call
+else:
+
+    def call(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
+        kernel[(programs,)](**arguments)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of launches that differ between architectures.
+
+    Attributes:
+        least_warps: warps that a pipelined launch, one with several stages, has at least.
+        most_stages: stages of the software pipeline that a launch has at most.
+        bins_columns_held: columns a step of `bins` where its rows stay in shared memory.
+        bins_columns: columns a step of `bins` where they do not.
+        split_step: channels a step of `weights`, and tokens a step of `product`, where float32
+            operands are split.
+        stream_tokens: tokens a step of `stream` where its rows do not stay in shared memory.
+        attention_tile: rows and columns of a tile of float32 `attention`.
+        float32_products: Triton's name for products of float32 operands to nearly float32 accuracy.
+    """
+
+    least_warps: int
+    most_stages: int
+    bins_columns_held: int
+    bins_columns: int
+    split_step: int
+    stream_tokens: int
+    attention_tile: tuple[int, int]
+    float32_products: str
+
+
+#: Hopper has wgmma, the bulk tensor copy and the largest tiles: those that an H200 ran fastest
+#: (bench/NOTES.md). Its tensor cores take three tf32 products for float32, error about 2^-22.
+HOPPER = Options(
+    least_warps=1,
+    most_stages=4,
+    bins_columns_held=128,
+    bins_columns=256,
+    split_step=64,
+    stream_tokens=64,
+    attention_tile=(128, 64),
+    float32_products="tf32x3",
+)
+#: Other NVIDIA GPUs have less shared memory, and spill what four warps hold on Hopper: more than 64
+#: columns of `bins`, 64 split channels of `weights` (464 bytes, sm_80, Triton 3.8) and 128 rows of
+#: float32 `attention` (264 bytes, Triton 3.9).
+NVIDIA = Options(
+    least_warps=8,
+    most_stages=2,
+    bins_columns_held=64,
+    bins_columns=64,
+    split_step=32,
+    stream_tokens=32,
+    attention_tile=(64, 32),
+    float32_products="tf32x3",
+)
+#: AMD GPUs have 64 KiB of shared memory, so one stage, and matrix cores for float32 itself.
+AMD = Options(
+    least_warps=8,
+    most_stages=1,
+    bins_columns_held=64,
+    bins_columns=64,
+    split_step=32,
+    stream_tokens=32,
+    attention_tile=(64, 32),
+    float32_products="ieee",
+)
+
 
 @dataclass(frozen=True)
+class Architecture:
+    """The properties of a GPU that decide the tiles and the number of programs of a launch.
+
+    Attributes:
+        capability: NVIDIA's compute capability, 90 for sm_90; 0 for GPUs of other makers.
+        shared: bytes of shared memory that a block may use.
+        multiprocessors: NVIDIA's multiprocessors or AMD's compute units; an H100 has 132.
+    """
+
+    capability: int
+    shared: int
+    multiprocessors: int = 132
+
+    @property
+    def options(self) -> Options:
+        if self.capability // 10 == 9:
+            return HOPPER
+        return NVIDIA if self.capability else AMD
+
+
+#: An A100's limits, for Triton's interpreter and for tensors without a device.
+WITHOUT_GPU = Architecture(80, 163 * 1024)
+
+
+@functools.cache
+def architecture(device: torch.device) -> Architecture:
+    """The architecture of a GPU, or `WITHOUT_GPU` for any other device."""
+    if device.type not in ("cuda", "xpu"):
+        return WITHOUT_GPU
+    properties = torch.get_device_module(device).get_device_properties(device)
+    if device.type == "xpu":
+        return Architecture(0, getattr(properties, "shared_memory_per_block", 64 * 1024))
+    processors = properties.multi_processor_count
+    if torch.version.hip is not None:
+        shared = getattr(properties, "shared_memory_per_block", 64 * 1024)
+        return Architecture(0, shared, processors)
+    capability = 10 * properties.major + properties.minor
+    return Architecture(capability, properties.shared_memory_per_block_optin, processors)
+
+
 class Launch:
-    """One kernel launch.
+    """One kernel launch on a one-dimensional grid.
 
     Attributes:
         kernel: the jit function.
-        programs: size of the one-dimensional grid.
-        args: its run-time arguments by name.
-        constants: its `tl.constexpr` arguments by name.
-        options: `num_warps`, `num_stages`, for Hopper.
+        programs: the number of programs.
+        num_warps: warps a program, as on Hopper.
+        num_stages: stages of the software pipeline, as on Hopper; None for a kernel without one.
+        arguments: all arguments of the kernel by name, its `tl.constexpr` ones included.
     """
 
-    kernel: Any
-    programs: int
-    args: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        /,
+        *,
+        num_warps: int = 4,
+        num_stages: int | None = None,
+        **arguments: Any,
+    ) -> None:
+        self.kernel = kernel
+        self.programs = programs
+        self.num_warps = num_warps
+        self.num_stages = num_stages
+        self.arguments = arguments
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The `tl.constexpr` arguments by name."""
+        annotations = self.kernel.fn.__annotations__
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if "constexpr" in str(annotations.get(name))
+        }
 
     def compile_options(self, gpu: Architecture) -> dict[str, int]:
-        """The options on a GPU.
-
-        Others than Hopper have less shared memory, AMD's 64 KiB, and spill what four warps hold on
-        Hopper.
-        """
-        if gpu.hopper or "num_stages" not in self.options:
-            return self.options
-        warps, stages = self.options["num_warps"], self.options["num_stages"]
-        if stages > 1:
-            warps = max(8, warps)
-        return dict(num_warps=warps, num_stages=min(2, stages) if gpu.capability else 1)
+        """The warps and stages on a GPU, as Triton's options by name."""
+        if self.num_stages is None:
+            return dict(num_warps=self.num_warps)
+        least_warps = gpu.options.least_warps if self.num_stages > 1 else 1
+        stages = min(gpu.options.most_stages, self.num_stages)
+        return dict(num_warps=max(least_warps, self.num_warps), num_stages=stages)
 
     def run(self) -> None:
-        """Enqueue the kernel on the device of its tensors.
+        """Enqueues the kernel on the device of its tensors.
 
         Raises:
             RuntimeError: the kernel is not loaded yet and a CUDA graph is being captured.
@@ -52,17 +181,17 @@ class Launch:
         if self.programs == 0:
             return
         assert self.programs < 2**31, "more programs than a grid may have"
-        device = next(a.device for a in self.args.values() if isinstance(a, torch.Tensor))
-        options = self.compile_options(architecture(device))
-        with _on_device(device), _widened(self.args) as args:
+        device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
+        arguments = self.arguments | self.compile_options(architecture(device))
+        with _on_device(device):
             if _capturing(device):
-                self._require_loaded(args, options)
-            self.kernel[(self.programs,)](**args, **self.constants, **options)
+                self._require_loaded(arguments)
+            call(self.kernel, self.programs, arguments)
 
-    def _require_loaded(self, args: dict[str, Any], options: dict[str, int]) -> None:
-        # The driver loads no code while it captures; its refusal would end the capture with an
-        # error that names neither. `warmup` compiles and does not load.
-        compiled = self.kernel.warmup(**args, **self.constants, **options, grid=(self.programs,))
+    def _require_loaded(self, arguments: dict[str, Any]) -> None:
+        # The driver loads no code during a capture. Its own refusal would end the capture with an
+        # error that names neither the kernel nor the reason. `warmup` compiles and does not load.
+        compiled = self.kernel.warmup(**arguments, grid=(self.programs,))
         if compiled.module is None:
             raise RuntimeError(
                 f"{self.kernel.__name__} cannot be loaded while a CUDA graph is captured: call the "
@@ -70,58 +199,8 @@ class Launch:
             )
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """The properties of a GPU that decide the tile of a launch.
-
-    Attributes:
-        capability: NVIDIA's compute capability, 90 for sm_90; 0 for the GPUs of others.
-        shared: bytes of shared memory that a block may use.
-    """
-
-    capability: int
-    shared: int
-
-    @property
-    def hopper(self) -> bool:
-        """True for GPUs with wgmma and the bulk tensor copy, for which the largest tiles are."""
-        return self.capability // 10 == 9
-
-    @property
-    def dot_precision(self) -> str:
-        """Triton's name for products of float32 operands to nearly float32 accuracy.
-
-        NVIDIA tensor cores take three tf32 products (error about 2^-22), AMD matrix cores float32.
-        """
-        return "tf32x3" if self.capability else "ieee"
-
-
-#: An A100: the plan of Triton's interpreter and of tensors without a device.
-ELSEWHERE = Architecture(80, 163 * 1024)
-
-
-@functools.cache
-def architecture(device: torch.device) -> Architecture:
-    """The architecture of a GPU, or `ELSEWHERE` where the device is none."""
-    if device.type not in ("cuda", "xpu"):
-        return ELSEWHERE
-    properties = torch.get_device_module(device).get_device_properties(device)
-    if device.type == "xpu" or torch.version.hip is not None:
-        return Architecture(0, getattr(properties, "shared_memory_per_block", 64 * 1024))
-    capability = 10 * properties.major + properties.minor
-    return Architecture(capability, properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """The multiprocessors (NVIDIA) or compute units (AMD) of a GPU; 132, an H100's, elsewhere."""
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def power_of_two(n: int, low: int, high: int) -> int:
-    """The power of two at or above n, held between low and high (powers of two)."""
+    """The least power of two that is n or more, within low and high (powers of two)."""
     return max(low, min(high, triton.next_power_of_2(n)))
 
 
@@ -137,29 +216,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _on_device(device: torch.device):
-    # Triton launches on the current device, not on that of its arguments ("Pointer argument cannot
-    # be accessed").
+    # Triton launches on the current device, which need not be that of the arguments ("Pointer
+    # argument cannot be accessed").
     on_gpu = device.type in ("cuda", "xpu")
     return torch.get_device_module(device).device(device) if on_gpu else nullcontext()
-
-
-@contextmanager
-def _widened(args: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """float32 copies for Triton's interpreter, whose `tl.dot` reads bfloat16 as integers."""
-    if not triton.knobs.runtime.interpret:
-        yield args
-        return
-    short = {name: a for name, a in args.items() if getattr(a, "dtype", None) == torch.bfloat16}
-    # `.data`: writing the inputs back as they were is no modification that autograd should see.
-    storages = {
-        n: a.data.as_strided((a.untyped_storage().nbytes() // 2,), (1,), 0)
-        for n, a in short.items()
-    }
-    wide = {name: storage.float() for name, storage in storages.items()}
-    views = {
-        name: wide[name].as_strided(a.size(), a.stride(), a.storage_offset())
-        for name, a in short.items()
-    }
-    yield args | views
-    for name, storage in storages.items():
-        storage.copy_(wide[name])

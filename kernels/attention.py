@@ -1,11 +1,11 @@
-"""Blended attention, fused: one pass of softmax attention that ends in the blend with the content.
+"""Blended attention: one pass of softmax attention that ends in the blend with the content.
 
     out = (1 - alpha) softmax(scale q k^T) v + alpha content
 
 q, k (B, H, N, D), v, content (B, H, N, DV) any strides -> out (B, H, N, DV). The content
-attention's weights are shared by all heads, so `aggregate` computes it once for the width H DV;
-computing it in here would repeat its similarities per head.
-The blend is the epilogue: no N x N scores and no second pass over the output.
+attention's weights are shared by all heads, so `aggregate.py` computes the content once, H DV wide;
+this kernel would repeat its similarities for each head. The blend is the epilogue, so that there
+are no N x N scores in memory and there is no second pass over the output.
 
 Online softmax after Milakov and Gimelshein (arXiv 1805.02867) and FlashAttention-2 (arXiv
 2307.08691), in base 2.
@@ -21,13 +21,13 @@ import triton.language as tl
 
 from ._launch import Architecture, Launch, architecture, power_of_two, strides
 
-# Of a head: what fits registers and shared memory beside the others' keys and values.
+# The widest head whose queries fit registers and shared memory beside a tile of keys and values.
 MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
 
 
 @triton.jit
 def _attend(s, v, average, total, largest, PRECISION: tl.constexpr):
-    """One step of the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .].
+    """Adds a tile to the online softmax: scores s [BLOCK_M, BLOCK_N] in base 2, v [BLOCK_N, .].
 
     Triton sums the three tf32 products of a float32 step from zero and adds them to `average` in
     float32, so that what tensor cores truncate does not grow with the number of tokens.
@@ -90,15 +90,15 @@ def _attention_kernel(
     rows = (pid % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     channels = tl.arange(0, BLOCK_V)
-    has, has_v = dims < D, channels < DV
+    has_d, has_v = dims < D, channels < DV
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     content_ptr += b * stride_cb + h * stride_ch
-    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # loads beyond the tokens read the last
+    row = tl.minimum(rows, N - 1).to(tl.int64)[:, None]  # rows beyond the tokens load the last one
     q = tl.load(
         q_ptr + row * stride_qn + dims.to(tl.int64)[None, :] * stride_qd,
-        mask=has[None, :],
+        mask=has_d[None, :],
         other=0.0,
     )
     k_offsets = dims.to(tl.int64)[:, None] * stride_kd  # [BLOCK_D, 1]
@@ -114,7 +114,7 @@ def _attention_kernel(
     v_step = tl.cast(stride_vn, tl.int64) * BLOCK_N
     whole = N // BLOCK_N * BLOCK_N
     for _ in range(0, whole, BLOCK_N):
-        k = tl.load(k_ptrs) if WHOLE else tl.load(k_ptrs, mask=has[:, None], other=0.0)
+        k = tl.load(k_ptrs) if WHOLE else tl.load(k_ptrs, mask=has_d[:, None], other=0.0)
         s = tl.dot(q, k, input_precision=PRECISION) * log2_scale
         v = tl.load(v_ptrs) if WHOLE else tl.load(v_ptrs, mask=has_v[None, :], other=0.0)
         average, total, largest = _attend(s, v, average, total, largest, PRECISION)
@@ -122,7 +122,7 @@ def _attention_kernel(
         v_ptrs += v_step
     if whole < N:
         exists = whole + cols < N
-        k = tl.load(k_ptrs, mask=exists[None, :] & has[:, None], other=0.0)
+        k = tl.load(k_ptrs, mask=exists[None, :] & has_d[:, None], other=0.0)
         s = tl.dot(q, k, input_precision=PRECISION) * log2_scale
         s = tl.where(exists[None, :], s, -float("inf"))
         v = tl.load(v_ptrs, mask=exists[:, None] & has_v[None, :], other=0.0)
@@ -148,28 +148,39 @@ def attention_launch(
     out: torch.Tensor,
     gpu: Architecture | None = None,
 ) -> Launch:
-    """The module's shapes; one dtype for q, k and v; out contiguous."""
+    """out (B, H, N, DV), contiguous; q, k and v have one dtype."""
     batch, heads, n, d = q.shape
     dv = v.shape[-1]
     assert out.is_contiguous() and max(d, dv) <= MAX_WIDTH[q.dtype]
-    single = q.dtype == torch.float32
     block_d, block_v = power_of_two(d, 16, 128), power_of_two(dv, 16, 128)
     gpu = gpu or architecture(q.device)
-    # Elsewhere there is less shared memory, and 128 rows of float32 spilled 264 bytes (Triton 3.9).
-    block_m, block_n = (64, 32) if single and not gpu.hopper else (128, 64)
+    block_m, block_n = gpu.options.attention_tile if q.dtype == torch.float32 else (128, 64)
     return Launch(
         _attention_kernel,
         batch * heads * triton.cdiv(n, block_m),
-        dict(q_ptr=q, k_ptr=k, v_ptr=v, content_ptr=content, out_ptr=out, H=heads, N=n, D=d, DV=dv)
-        | strides("q", q, "bhnd")
-        | strides("k", k, "bhnd")
-        | strides("v", v, "bhnd")
-        | strides("c", content, "bhnd")
-        | dict(log2_scale=scale * math.log2(math.e), alpha=alpha),
-        dict(WHOLE=(d, dv) == (block_d, block_v), BLOCK_M=block_m)
-        | dict(BLOCK_N=block_n, BLOCK_D=block_d, BLOCK_V=block_v)
-        | dict(PRECISION=gpu.dot_precision),
-        dict(num_warps=8, num_stages=3),
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        content_ptr=content,
+        out_ptr=out,
+        H=heads,
+        N=n,
+        D=d,
+        DV=dv,
+        **strides("q", q, "bhnd"),
+        **strides("k", k, "bhnd"),
+        **strides("v", v, "bhnd"),
+        **strides("c", content, "bhnd"),
+        log2_scale=scale * math.log2(math.e),
+        alpha=alpha,
+        WHOLE=(d, dv) == (block_d, block_v),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        BLOCK_V=block_v,
+        PRECISION=gpu.options.float32_products,
+        num_warps=8,
+        num_stages=3,
     )
 
 
@@ -181,7 +192,7 @@ def attention_triton(
     alpha: float,
     scale: float,
 ) -> torch.Tensor:
-    """out of the module's equation, for heads up to `MAX_WIDTH` wide."""
+    """out (B, H, N, DV) of the module's equation, for heads up to `MAX_WIDTH` wide."""
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     attention_launch(q, k, v, content, alpha, scale, out).run()
     return out

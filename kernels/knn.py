@@ -1,195 +1,140 @@
-"""Nearest neighbours of every token among the others: distances never leave the chip.
+"""The k nearest neighbours as a chain of launches: which search for which shape, and its workspace.
 
-    indices(i) = the k columns j != i with the smallest (d2(i, j), j), in that order
-    d2(i, j)   = sum (x_i - x_j)^2 in float32, +inf where the sum overflows, NaN where x_i or x_j
-                 holds a NaN or an infinity; finite < +inf < NaN
+    centre -> round -> [ bins -> certify -> collect -> settle -> search -> merge ]  half precision
+    search -> merge                                                           measured distances
 
-x (B, N, D) any strides -> indices (B, N, k) int64 and squared distances (B, N, k or 1) float32. The
-matrix of distances would be N^2 floats, 27.5 GB at N = 82,944.
-
-The search of this file measures every distance that it compares. Sums of squared differences need
-no centre and lose no digits to large norms, so the result needs no certificate: any two distances
-that it orders wrongly tie within their own float32 rounding. It takes two operations a channel and
-pair and no tensor cores. A distance and its column make one 64-bit key, ties by the lower column.
-Per tile, the nearest remaining column of every row replaces the worst of its k best until no row
-gains: after c columns a tile brings about k BLOCK_N / c (the selection of FlashLib's insert kernel,
-here on keys).
-
-`nearest.py` gives this search all rows of short inputs and long lists, and of other inputs the rows
-that the pass in half precision (`candidates.py`) and its certificate (`certify.py`) leave. Those
-rows are in a list that is counted on the device; nothing waits for the GPU.
+Each kernel stands in a file of `knn_details/`, and the bound that makes the half-precision chain
+exact in knn_details/README.md. The chain runs on a bounded number of rows at a time. `collect`
+finds the candidates of rows that `certify` leaves undecided. Rows with too many of them, or without
+a bound, go through the search over measured distances, which runs last and overwrites what `settle`
+wrote. Nothing waits for the GPU.
 """
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
-import triton.language as tl
 
-from .candidates import share
-from .rounding import FARTHEST
+from ._launch import Architecture, architecture, power_of_two
+from .knn_details.bins import BLOCK_M, DEPTH, bins_launch, block_columns
+from .knn_details.certify import certify_launch
+from .knn_details.collect import collect_launch
+from .knn_details.rounding import centre_launch, round_launch
+from .knn_details.search import merge_launch, search_launch
+from .knn_details.settle import settle_launch
+from .knn_details.table import CAPACITY, TILE, Rounded, Undecided, programs_for_lists
 
-# Rows of a program, and the columns times channels of a step: 64 registers a thread of four warps.
-# The interpreter pays by the operation, not by the number.
-ROWS, PAIRS = (64, 4096) if triton.knobs.runtime.interpret else (8, 1024)
-NO_KEY: tl.constexpr = tl.constexpr(2**63 - 1)
-NAN_BITS: tl.constexpr = tl.constexpr(0x7FC00000)  # one NaN, above the bits of every number
+LEAST_TOKENS_FOR_HALF = 128  # fewer fill no tile
+MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
+BINS_BYTES = 32 * 2**20
 
 
-@triton.jit
-def infinities_to_nan(x):
-    """x in float32 with NaN for an infinity, so that all distances of its token are NaN.
+def nearest_triton(x: torch.Tensor, k: int, measure_all: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k <= 128 nearest others of each token of x (B, N, D) float16, bfloat16 or float32.
 
-    The difference to another token could not show it: that of finite numbers may overflow.
+    Returns:
+        Squared distances float32 and indices (B, N, k) int64. With measure_all, all distances
+        (B, N, k), nearest first. Without it, the distance of the k-th neighbour alone, (B, N, 1),
+        and the neighbours that are sure first, by column. A distance is +inf where it overflows,
+        and NaN where one of its two tokens holds a NaN or an infinity.
     """
-    x = x.to(tl.float32)
-    return tl.where(tl.abs(x) <= FARTHEST, x, float("nan"))
-
-
-@triton.jit
-def distance_bits(distance):
-    """The bits of squared distances, as int32 ordered like them; NaN comes last."""
-    return tl.where(distance == distance, distance.to(tl.int32, bitcast=True), NAN_BITS)
-
-
-@triton.jit
-def _keep_nearest(best, key):
-    """Row by row, the smallest keys of best [R, K] and key [R, C], in any order."""
-    nearest = tl.min(key, axis=1)
-    worst = tl.max(best, axis=1)
-    while tl.max((nearest < worst).to(tl.int32), axis=0) > 0:
-        best = tl.where(
-            (nearest < worst)[:, None] & (best == worst[:, None]), nearest[:, None], best
-        )
-        key = tl.where(key == nearest[:, None], NO_KEY, key)
-        nearest = tl.min(key, axis=1)
-        worst = tl.max(best, axis=1)
-    return best
-
-
-@triton.jit(do_not_specialize=["N", "K", "programs"])
-def _search_kernel(
-    # tensors
-    x_ptr,
-    listed_ptr,
-    count_ptr,
-    keys_ptr,
-    # sizes
-    N,
-    D,
-    K,
-    rows_per_image,
-    programs,
-    # strides
-    stride_xb,
-    stride_xn,
-    stride_xd,
-    LISTED: tl.constexpr,
-    # tile
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    image = (pid // programs).to(tl.int64)
-    count = tl.load(count_ptr + image) if LISTED else N
-    splits = share(count, BLOCK_M, programs, MOST_SPLITS)
-    block, split = pid % programs // splits, pid % programs % splits
-    if block * BLOCK_M >= count:
-        return
-    slot = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    # Slots beyond the rows repeat a token; `merge` reads nothing of them.
-    if LISTED:
-        rows = tl.load(listed_ptr + image * rows_per_image + slot, mask=slot < count, other=0)
+    batch, n, _ = x.shape
+    indices = torch.empty(batch, n, k, dtype=torch.int64, device=x.device)
+    distances = torch.empty(batch, n, k if measure_all else 1, device=x.device)
+    if n >= LEAST_TOKENS_FOR_HALF and k <= MOST_NEIGHBORS_FOR_HALF:
+        _nearest_half(x, indices, distances)
     else:
-        rows = tl.minimum(slot, N - 1)
-    x_ptr += image * stride_xb
-    row_ptrs = x_ptr + rows.to(tl.int64)[:, None, None] * stride_xn  # [BLOCK_M, 1, 1]
-    # The lists stay in memory, as registers go to the distances: a tile that brings a nearer column
-    # takes them out.
-    slots = tl.arange(0, BLOCK_K)
-    keys_ptr += pid.to(tl.int64) * (BLOCK_M * BLOCK_K)
-    list_ptrs = keys_ptr + tl.arange(0, BLOCK_M)[:, None] * BLOCK_K + slots[None, :]
-    # Unlike each other, so that one replacement fills one slot; slots beyond K are never the worst.
-    empty = tl.where(slots < K, NO_KEY - slots.to(tl.int64), -NO_KEY)
-    tl.store(list_ptrs, tl.zeros([BLOCK_M, 1], tl.int64) + empty[None, :])
-    tl.debug_barrier()
-    worst = tl.full([BLOCK_M], NO_KEY, tl.int64)
-    for start in range(split * BLOCK_N, N, splits * BLOCK_N):
-        cols = start + tl.arange(0, BLOCK_N)
-        col = tl.minimum(cols, N - 1).to(tl.int64)
-        col_ptrs = x_ptr + col[None, :, None] * stride_xn  # [1, BLOCK_N, 1]
-        total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_D], tl.float32)
-        for d in range(0, D, BLOCK_D):
-            dims = (d + tl.arange(0, BLOCK_D))[None, None, :]
-            offsets = dims.to(tl.int64) * stride_xd
-            xi = tl.load(row_ptrs + offsets, mask=dims < D, other=0.0)  # [BLOCK_M, 1, BLOCK_D]
-            xj = tl.load(col_ptrs + offsets, mask=dims < D, other=0.0)  # [1, BLOCK_N, BLOCK_D]
-            difference = infinities_to_nan(xi) - infinities_to_nan(xj)
-            total += difference * difference
-        bits = distance_bits(tl.sum(total, axis=2))  # [BLOCK_M, BLOCK_N]
-        key = (bits.to(tl.int64) << 32) | cols.to(tl.int64)[None, :]
-        key = tl.where((cols < N)[None, :] & (cols[None, :] != rows[:, None]), key, NO_KEY)
-        if tl.max((tl.min(key, axis=1) < worst).to(tl.int32), axis=0) > 0:
-            best = _keep_nearest(tl.load(list_ptrs), key)
-            worst = tl.max(best, axis=1)
-            tl.debug_barrier()
-            tl.store(list_ptrs, best)
-            tl.debug_barrier()
+        _search(x, indices, distances)
+    return distances, indices
 
 
-@triton.jit(do_not_specialize=["N", "K", "programs"])
-def _merge_kernel(
-    # tensors
-    keys_ptr,
-    listed_ptr,
-    count_ptr,
-    indices_ptr,
-    distances_ptr,
-    # sizes
-    N,
-    K,
-    rows_per_image,
-    programs,
-    LISTED: tl.constexpr,
-    ALL: tl.constexpr,
-    # tile
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(rows_per_image, BLOCK_R)
-    image = (pid // blocks).to(tl.int64)
-    first = (pid % blocks) * BLOCK_R
-    count = tl.load(count_ptr + image) if LISTED else N
-    if first >= count:
-        return
-    place = first + tl.arange(0, BLOCK_R)
-    exists = place < count
-    if LISTED:
-        row = tl.load(listed_ptr + image * rows_per_image + place, mask=exists, other=0)
-    else:
-        row = place
-    splits = share(count, BLOCK_M, programs, MOST_SPLITS)
-    places = tl.arange(0, BLOCK_K)[None, :]
-    holds = exists[:, None] & (places < K)  # the slots beyond are below every key
-    item = (image * programs + place // BLOCK_M * splits) * BLOCK_M + place % BLOCK_M
-    key_ptrs = keys_ptr + item[:, None] * BLOCK_K + places  # [BLOCK_R, BLOCK_K]
-    best = tl.load(key_ptrs, mask=holds, other=-NO_KEY)
-    for split in range(1, splits):
-        ptrs = key_ptrs + split * (BLOCK_M * BLOCK_K)
-        best = _keep_nearest(best, tl.load(ptrs, mask=holds, other=NO_KEY))
-    best = tl.where(places < K, best, NO_KEY)
-    out = image * N + row
-    for slot in range(0, K):
-        nearest = tl.min(best, axis=1)
-        tl.store(indices_ptr + out * K + slot, nearest & 0xFFFFFFFF, mask=exists)
-        distance = (nearest >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        if ALL:
-            tl.store(distances_ptr + out * K + slot, distance, mask=exists)
-        else:
-            tl.store(distances_ptr + out, distance, mask=exists & (slot == K - 1))
-        best = tl.where(best == nearest[:, None], NO_KEY, best)
+def _nearest_half(x: torch.Tensor, indices: torch.Tensor, distances: torch.Tensor) -> None:
+    """Runs the half-precision chain in passes whose bins fit BINS_BYTES."""
+    batch, n, d = x.shape
+    k = indices.shape[-1]
+    shares = shares_of_columns(batch, n, architecture(x.device))
+    all_tokens = rounded(x, shares)
+    rows_that_fit = BINS_BYTES // (shares * DEPTH.value * TILE.value * 4)
+    rows = max(1, rows_that_fit // BLOCK_M) * BLOCK_M
+    rows = min(rows, _whole_blocks(n))
+    images = max(1, rows_that_fit // rows)
+    for image in range(0, batch, images):
+        some = slice(image, image + images)
+        tokens = Rounded(*(t[some] for t in all_tokens))
+        for first in range(0, n, rows):
+            table, undecided = decide(tokens, shares, first, min(rows, n - first), n, d, k)
+            collect(tokens, undecided, table, first, n)
+            settle_launch(x[some], table, indices[some], distances[some], first).run()
+            _search(x[some], indices[some], distances[some], undecided)
+
+
+def decide(
+    tokens: Rounded, shares: int, first: int, rows: int, n: int, d: int, k: int
+) -> tuple[torch.Tensor, Undecided]:
+    """Runs `bins` and `certify` on the positions from `first` on.
+
+    Returns:
+        The table (B, R, 64), R the number of rows in whole blocks, and the rows that it leaves
+        undecided.
+    """
+    batch, rows = len(tokens.y), _whole_blocks(rows)
+    new, integer = tokens.y.new_empty, torch.int32
+    bins = new(batch, rows, shares, DEPTH.value, TILE.value, dtype=integer)
+    table = new(batch, rows, CAPACITY.value, dtype=integer)
+    n_positions, n_tokens = torch.zeros(2, batch, dtype=integer, device=table.device)
+    positions, n_candidates, searched = new(3, batch, rows, dtype=integer)
+    W = new(batch, rows, dtype=torch.float32)
+    undecided = Undecided(positions, n_positions, W, n_candidates, searched, n_tokens)
+    block_n = block_columns(n, d, architecture(table.device))
+    bins_launch(tokens.y, tokens.a2, bins, first, block_n).run()
+    certify_launch(bins, *tokens[1:], table, undecided, first, n, d, k).run()
+    return table, undecided
+
+
+def collect(tokens: Rounded, undecided: Undecided, table: torch.Tensor, first: int, n: int) -> None:
+    """Writes all candidates of the undecided rows into the table; lists rows with over 64."""
+    gpu = architecture(table.device)
+    programs = max(programs_for_lists(gpu) // len(table), triton.cdiv(table.shape[1], 64))
+    collect_launch(tokens.y, tokens.a2, undecided, table, first, n, programs).run()
+
+
+def _whole_blocks(rows: int) -> int:
+    return triton.cdiv(rows, BLOCK_M) * BLOCK_M
+
+
+def rounded(x: torch.Tensor, shares: int) -> Rounded:
+    """Centres, rounds and pads x (B, N, D) to whole blocks of rows and equal shares of columns."""
+    batch, n, d = x.shape
+    block_n = block_columns(n, d, architecture(x.device))
+    multiple = math.lcm(shares * block_n, BLOCK_M)
+    padded_n = triton.cdiv(n, multiple) * multiple
+    padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64
+    y = x.new_empty(batch, padded_n, padded_d, dtype=torch.float16)
+    a2, r = x.new_empty(2, batch, padded_n, dtype=torch.float32)
+    u = x.new_zeros(batch, dtype=torch.float32)
+    tokens = Rounded(y, a2, r, u)
+    mean, spread = x.new_empty(2, batch, d, dtype=torch.float32)
+    centre_launch(x, mean, spread).run()
+    round_launch(x, mean, spread, tokens).run()
+    return tokens
+
+
+def shares_of_columns(batch: int, n: int, gpu: Architecture) -> int:
+    """The number of programs that share the columns of a block: enough for the GPU and for bins."""
+    blocks = batch * triton.cdiv(n, BLOCK_M)
+    least = 4 if n <= 1024 or blocks > gpu.multiprocessors else 3
+    return max(least, min(8, gpu.multiprocessors // blocks))
+
+
+def _search(
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    distances: torch.Tensor,
+    undecided: Undecided | None = None,
+) -> None:
+    """Runs the search over measured distances on the listed tokens, or on all."""
+    search = search_launch(x, indices.shape[-1], undecided)
+    search.run()
+    merge_launch(search, indices, distances).run()

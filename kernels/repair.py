@@ -1,10 +1,10 @@
-"""Outlier tokens become means of their good neighbours; the others are copied, all in one pass.
+"""Replaces outlier tokens by the means of their good neighbours and copies the others, in one pass.
 
     out_i = mean {x_j : j beside i in the image, no outlier}        `reference.repair`
 
-Eight tokens lie beside one inside the image, three beside a corner; where all of them are outliers,
-out_i = x_i. x (B, N, D), mask (B, N) bool -> out (B, N, D): x is read once and out written, both in
-their own dtype.
+x (B, N, D), mask (B, N) bool -> out (B, N, D), in the dtype of x. A token inside the image has
+eight neighbours, a corner three. If all of them are outliers, out_i = x_i. Only the neighbours of
+outliers are read a second time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import triton.language as tl
 
 from ._launch import Launch, power_of_two, strides
 
-TILE = 1024  # numbers a program, 8 a thread: where tokens are wide, a program has one and no more
+# Numbers a program, 8 a thread. Where tokens are wide, a program has a single token, so that only
+# the programs of outliers read neighbours.
+TILE = 1024
 
 
 @triton.jit
@@ -45,18 +47,18 @@ def _repair_kernel(
     image = (pid // (slices * blocks)).to(tl.int64)
     row = (pid // slices % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     dim = (pid % slices) * BLOCK_D + tl.arange(0, BLOCK_D)
-    has = (dim < D)[None, :]
+    has_dim = (dim < D)[None, :]
     x_ptr += image * stride_xb + dim.to(tl.int64)[None, :] * stride_xd
     mask_ptr += image * stride_mb
     inside = row < N
     bad = tl.load(mask_ptr + row.to(tl.int64) * stride_mn, mask=inside, other=0)
     out = tl.load(
-        x_ptr + row.to(tl.int64)[:, None] * stride_xn, mask=inside[:, None] & has, other=0.0
+        x_ptr + row.to(tl.int64)[:, None] * stride_xn, mask=inside[:, None] & has_dim, other=0.0
     )  # [BLOCK_R, BLOCK_D]
     if tl.max(bad.to(tl.int32), axis=0) > 0:
-        # All of the mask comes first: the tokens then wait for it once.
+        # The mask of all neighbours is loaded first, so that the loads of tokens wait for it once.
         around = tl.zeros([BLOCK_R], tl.int32)
-        for place in tl.static_range(9):  # the outlier itself, in the middle, is not good
+        for place in tl.static_range(9):  # the outlier itself, in the middle, counts as bad
             y, x = row // WIDTH + (place // 3 - 1), row % WIDTH + (place % 3 - 1)
             there = bad & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
             other = (y * WIDTH + x).to(tl.int64) * stride_mn
@@ -69,7 +71,7 @@ def _repair_kernel(
             other = row + (place // 3 - 1) * WIDTH + (place % 3 - 1)
             neighbor = tl.load(
                 x_ptr + other.to(tl.int64)[:, None] * stride_xn,
-                mask=good[:, None] & has,
+                mask=good[:, None] & has_dim,
                 other=0.0,
             )
             total += neighbor.to(tl.float32)
@@ -77,31 +79,38 @@ def _repair_kernel(
         mean = tl.div_rn(total, tl.maximum(count, 1.0)[:, None])
         out = tl.where((count > 0)[:, None], mean.to(out.dtype), out)
     out_ptr += (image * N + row)[:, None] * D + dim[None, :]
-    tl.store(out_ptr, out, mask=inside[:, None] & has)
+    tl.store(out_ptr, out, mask=inside[:, None] & has_dim)
 
 
 def repair_launch(
     x: torch.Tensor, mask: torch.Tensor, out: torch.Tensor, grid: tuple[int, int]
 ) -> Launch:
-    """The module's shapes, x and mask of any strides, out contiguous."""
+    """out (B, N, D), contiguous, from x and mask of any strides; grid = (height, width)."""
     batch, n, d = x.shape
     height, width = grid
     assert out.is_contiguous() and height * width == n
-    # Of a map with its channels first, neighbouring tokens fill what one access to memory brings.
+    # In a map with its channels first, one access to memory brings several tokens of a channel.
     block_d = power_of_two(d, 16, TILE if x.stride(2) <= x.stride(1) else 64)
     block_r = TILE // block_d
     return Launch(
         _repair_kernel,
         batch * triton.cdiv(n, block_r) * triton.cdiv(d, block_d),
-        dict(x_ptr=x, mask_ptr=mask, out_ptr=out, D=d, HEIGHT=height, WIDTH=width)
-        | strides("x", x, "bnd")
-        | strides("m", mask, "bn"),
-        dict(BLOCK_R=block_r, BLOCK_D=block_d),
-        dict(num_warps=4),
+        x_ptr=x,
+        mask_ptr=mask,
+        out_ptr=out,
+        D=d,
+        HEIGHT=height,
+        WIDTH=width,
+        **strides("x", x, "bnd"),
+        **strides("m", mask, "bn"),
+        BLOCK_R=block_r,
+        BLOCK_D=block_d,
+        num_warps=4,
     )
 
 
 def repair_triton(x: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """out (B, N, D) of the module's equation; grid = (height, width)."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     repair_launch(x, mask, out, grid).run()
     return out

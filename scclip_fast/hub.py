@@ -1,12 +1,14 @@
-"""The ops as a kernel for Hugging Face's package `kernels`: `python -m scclip_fast.hub FOLDER`.
+"""Writes the ops as a kernel for Hugging Face's package `kernels`.
+
+    python -m scclip_fast.hub FOLDER
 
     FOLDER/build/torch-universal/metadata.json
-    FOLDER/build/torch-universal/scclip_fast/...       the files of `CORE`, as they are
+    FOLDER/build/torch-universal/scclip_fast/...       unchanged copies of the files of `CORE`
 
-`kernels.get_local_kernel(FOLDER)` loads it (older versions of `kernels` take a second argument,
-"scclip_fast"), and `kernels.get_kernel` from a repository that holds the same files. It has the ops
-of this package and needs torch and triton alone: its files import each other relatively and
-register the ops under the name that they are loaded by.
+`kernels.get_local_kernel(FOLDER)` loads the kernel (older versions of `kernels` take a second
+argument, "scclip_fast"), and `kernels.get_kernel` loads it from a repository that holds the same
+files. The kernel has the ops of this package and needs torch and triton alone: its files import
+each other relatively and register the ops under the name that they are loaded by.
 """
 
 from __future__ import annotations
@@ -31,18 +33,18 @@ CORE = (
     "ops",
     "kernels",
 )
-VERSION = 1  # of the kernel, what callers pin; a change that breaks them raises it
+VERSION = 1  # of the kernel; callers pin it, and a change that breaks them raises it
 
 
 def build(folder: Path) -> None:
-    """Write the kernel under `folder`.
+    """Writes the kernel under `folder`.
 
-    Its one variant, "torch-universal", fits every GPU and the CPU. The package has a folder of its
-    own in it because `kernels` 0.10 and older look for it there alone.
+    Its one variant, "torch-universal", fits every GPU and the CPU. The package is a folder inside
+    the variant, because `kernels` 0.10 and older look for it nowhere else.
 
     Raises:
         FileExistsError: `folder` has a kernel already.
-        FileNotFoundError: a file or folder of `CORE` is not there, as `kernels` in a checkout
+        FileNotFoundError: a file or folder of `CORE` is missing, as `kernels` is in a checkout
             without symbolic links. Nothing is written then.
     """
     for name in CORE:
@@ -61,15 +63,15 @@ def build(folder: Path) -> None:
         "version": VERSION,
         "license": "Apache-2.0",
         "python-depends": [],
-        "backend": {"type": "cuda"},  # required, and has no word for all of them
+        "backend": {"type": "cuda"},  # the field is required and has no value for all backends
     }
     (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
 
 def _check_source(path: Path) -> None:
-    """FileNotFoundError unless a module is a file, and a name without a suffix a folder."""
+    """Raises FileNotFoundError unless a module is a file, and a name without a suffix a folder."""
     if path.suffix and not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: the package is not whole")
+        raise FileNotFoundError(f"{path} is no file: the package is incomplete")
     if not path.suffix and not path.is_dir():
         raise FileNotFoundError(
             f"{path} is no folder: the checkout has no symbolic links, so build from an installed "
@@ -78,7 +80,7 @@ def _check_source(path: Path) -> None:
 
 
 def _digest(package: Path) -> str:
-    """Of all files. It names the loaded module, so that several builds live in one process."""
+    """Hash of all modules. With it in the id, one process can load several builds."""
     digest = sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
@@ -95,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m scclip_fast.hub",
         description='Writes the ops as a kernel for Hugging Face\'s package "kernels".',
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="gets the folder build")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="where the folder build is written"
+    )
     folder = parser.parse_args(argv).folder
     try:
         build(folder)

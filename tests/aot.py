@@ -1,7 +1,7 @@
-"""Compiles every kernel launch the library ships, for GPUs this machine does not have.
+"""Compiles every kernel launch of the library ahead of time, for GPUs that this machine lacks.
 
-`python tests/aot.py OUT.json TARGET...` writes one row per launch and target. It is a process of
-its own because Triton's interpreter, which the other tests run under, replaces `triton.jit` for
+`python tests/aot.py OUT.json TARGET...` writes one row for each launch and target. It needs a
+process of its own, as Triton's interpreter, in which the other tests run, replaces `triton.jit` for
 good.
 """
 
@@ -24,18 +24,19 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels._launch import Architecture, Launch
+from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_launch
+from scclip_fast.kernels.aggregate_details.products import Operand
+from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.candidates import bins_launch, block_columns
-from scclip_fast.kernels.certify import certify_launch
-from scclip_fast.kernels.collect import collect_launch
+from scclip_fast.kernels.knn_details.bins import bins_launch, block_columns
+from scclip_fast.kernels.knn_details.certify import certify_launch
+from scclip_fast.kernels.knn_details.collect import collect_launch
+from scclip_fast.kernels.knn_details.rounding import centre_launch, round_launch
+from scclip_fast.kernels.knn_details.search import merge_launch, search_launch
+from scclip_fast.kernels.knn_details.settle import settle_launch
+from scclip_fast.kernels.knn_details.table import Rounded, Undecided, programs_for_lists
 from scclip_fast.kernels.lof import lof_launch
-from scclip_fast.kernels.nearest import Undecided, merge_launch, search_launch
-from scclip_fast.kernels.panel import product_launch, weights_launch
-from scclip_fast.kernels.products import Operand
 from scclip_fast.kernels.repair import repair_launch
-from scclip_fast.kernels.rounding import centre_launch, round_launch
-from scclip_fast.kernels.settle import settle_launch
-from scclip_fast.kernels.stream import stream_launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
@@ -46,10 +47,10 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), Architecture(120, 99 * 1024)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), Architecture(0, 64 * 1024)),
 }
-# sm_90 compiles everything. The targets of OWN_TILES compile the kernels whose tiles a launcher
-# chooses by the target, and others only the launches that take the most shared memory and registers
-# of each kernel: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 those of sm_80, and
-# gfx942 mostly those of sm_80 in fewer stages.
+# sm_90 compiles all launches. The targets of OWN_TILES compile the kernels whose tiles a launcher
+# chooses by the target. The others compile the launches of each kernel that take the most shared
+# memory and registers: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 has the tiles of
+# sm_80, and gfx942 has most of these in fewer stages.
 OWN_TILES = ("sm_80", "sm_86")
 TILED = ("attention", "bins", "product", "stream", "weights")
 LARGEST = (
@@ -80,7 +81,7 @@ def integers(*shape: int) -> torch.Tensor:
 
 
 def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
-    """Every kernel, dtype and tile that a launcher can choose, and 64-bit strides."""
+    """Yields each kernel with every dtype and tile that its launcher can choose."""
     for name, dtype in DTYPES.items():
         x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
         for k in (1, 30, 60, 128):
@@ -96,9 +97,10 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
             out = indices, meta(1, 5184, places)
             yield f"merge-listed-{kind}-{name}", merge_launch(listed, *out)
             yield f"settle-{kind}-{name}", settle_launch(x, table, *out, 0)
-        half = meta(1, 5376, 1024, dtype=torch.float16), meta(1, 5376), meta(1, 5376)
+        y = meta(1, 5376, 1024, dtype=torch.float16)
+        tokens = Rounded(y, meta(1, 5376), meta(1, 5376), meta(1))
         yield f"centre-{name}", centre_launch(x, mean, mean)
-        yield f"round-{name}", round_launch(x, mean, mean, *half, meta(1))
+        yield f"round-{name}", round_launch(x, mean, mean, tokens)
         yield from repairs(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
@@ -107,17 +109,16 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
                 attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
         yield from aggregations(name, dtype, gpu)
-    for n, d, splits in ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4)):
-        half, square = meta(1, n, d, dtype=torch.float16), meta(1, n)
-        bins, table = integers(1, 1024, splits, 3, 64), integers(1, 1024, 64)
+    for n, d, shares in ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4)):
+        y, per_token = meta(1, n, d, dtype=torch.float16), meta(1, n)
+        bins, table = integers(1, 1024, shares, 3, 64), integers(1, 1024, 64)
         block_n = block_columns(n, d, gpu)
-        yield f"bins-{n}x{d}", bins_launch(half, square, bins, 0, block_n)
-        certified = square, square, meta(1), table, undecided(1024)
+        yield f"bins-{n}x{d}", bins_launch(y, per_token, bins, 0, block_n)
+        certified = per_token, per_token, meta(1), table, undecided(1024)
         yield f"certify-{n}x{d}", certify_launch(bins, *certified, 0, n, d, 30)
-        yield (
-            f"collect-{n}x{d}",
-            collect_launch(half, square, undecided(1024), table, 0, n, 264),
-        )
+        programs = programs_for_lists(gpu)
+        launch = collect_launch(y, per_token, undecided(1024), table, 0, n, programs)
+        yield f"collect-{n}x{d}", launch
     neighbors = meta(1, 5184, 30, dtype=torch.int64)
     yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1, 5184))
     far = (
@@ -127,7 +128,7 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
 
 
 def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Rows of tokens, wide and narrow, a map with its channels first, and nothing but ones."""
+    """Yields wide tokens, narrow tokens, a map with its channels first, and sizes of 1."""
     kinds = {
         "wide": ((72, 72), meta(1, 5184, 1024, dtype=dtype)),
         "narrow": ((14, 14), meta(64, 196, 17, dtype=dtype)),
@@ -140,12 +141,12 @@ def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
 
 
 def undecided(rows: int) -> Undecided:
-    lists = integers(1, rows), integers(1), meta(1, rows), integers(1, rows)
-    return Undecided(*lists, integers(1, rows), integers(1))
+    collected = integers(1, rows), integers(1), meta(1, rows), integers(1, rows)
+    return Undecided(*collected, integers(1, rows), integers(1))
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:
-    """As `aggregate_triton` hands it on: float32 in two halves."""
+    """An operand as `aggregate_triton` passes it: float32 in two halves."""
     if dtype == torch.float32:
         return Operand(*(meta(*shape, dtype=torch.float16) for _ in range(2)))
     return Operand(meta(*shape, dtype=dtype), None)
@@ -175,12 +176,12 @@ def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[t
 
 def source(launch: Launch) -> ASTSource:
     """The launch as Triton would specialise it: ones folded in, multiples of 16 declared."""
-    signature, constants, attributes = {}, dict(launch.constants), {}
+    signature, constants, attributes = {}, launch.constants, {}
     for position, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constants:
+        if name in constants:
             signature[name] = "constexpr"
             continue
-        value = launch.args[name]
+        value = launch.arguments[name]
         divisible = True
         if value is None:
             signature[name], constants[name], divisible = "constexpr", None, False
@@ -206,7 +207,7 @@ def source(launch: Launch) -> ASTSource:
 
 
 def resources(compiled, target: GPUTarget) -> dict[str, int]:
-    """Registers and bytes spilled and of local memory, a thread."""
+    """Registers, bytes spilled and bytes of local memory of a thread."""
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         count = {
@@ -232,7 +233,7 @@ MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v
 def sums_carried_by_tensor_cores(ttgir: str) -> bool:
     """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next.
 
-    It does as it is, in another layout, or times what attention's running maximum shrinks it by.
+    It may do so unchanged, in another layout, or times the factor of attention's running maximum.
     """
     carried = set(re.findall(r"(%[\w#]+) = arith\.mulf ", ttgir))
     for names in re.findall(r"iter_args\(([^)]*)\)", ttgir):

@@ -1,8 +1,8 @@
-"""A CPU whose float32 products are as coarse as the precision settings allow.
+"""Makes float32 products on the CPU as coarse as the precision settings allow.
 
-Few CPUs round the operands of float32 products, whatever torch allows. Within `coarse_products`
-aten's products on the CPU round them to TF32's 11 bits wherever a setting allows it, so that a
-product that follows the settings shows on any machine.
+Few CPUs round the operands of float32 products, whatever torch allows. Within `coarse_products`,
+aten's products on the CPU round them to TF32's 11 bits wherever a setting allows it, so that tests
+on any machine detect a product that follows the settings.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ NEWER = hasattr(torch._C, "_get_fp32_precision_getter")  # the settings of torch
 
 
 def settings() -> list[str]:
-    """All settings of the precision of float32 products, as far as torch lets them be read."""
+    """All settings of the precision of float32 products that torch can return."""
     try:
-        found = [torch.get_float32_matmul_precision()]
-    except RuntimeError:  # an older setting that contradicts a newer one
-        found = ["mixed"]
+        values = [torch.get_float32_matmul_precision()]
+    except RuntimeError:  # an older setting contradicts a newer one
+        values = ["mixed"]
     if NEWER:
         places = [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), *MATMUL, ("cuda", "conv")]
-        found += [torch._C._get_fp32_precision_getter(*place) for place in places]
-    return found
+        values += [torch._C._get_fp32_precision_getter(*place) for place in places]
+    return values
 
 
 def reset() -> None:
-    """The settings of a fresh process."""
+    """Restores the settings of a fresh process."""
     torch.set_float32_matmul_precision("highest")
     if NEWER:
         for place in [("generic", "all"), ("cuda", "all"), ("mkldnn", "all"), *MATMUL]:
@@ -38,14 +38,15 @@ def reset() -> None:
 
 
 def coarse() -> bool:
+    """Whether the settings allow coarse products."""
     if NEWER:
-        found = {torch._C._get_fp32_precision_getter(*place) for place in MATMUL}
-        return bool(found & {"tf32", "bf16"})
+        precisions = {torch._C._get_fp32_precision_getter(*place) for place in MATMUL}
+        return bool(precisions & {"tf32", "bf16"})
     return torch.get_float32_matmul_precision() != "highest"
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x, in float32 rounded to TF32 where the settings allow it, as an array of float64."""
+    """x as an array of float64; float32 is rounded to TF32 where the settings allow it."""
     if x.dtype == torch.float32 and coarse():
         x = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
     return x.detach().double().numpy()
@@ -56,7 +57,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def attend(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):
-    """The CPU's fused attention, all that the ops ask of it."""
+    """The CPU's fused attention, with the arguments that the ops use."""
     scores = scale * multiply(q, k.mT)
     return multiply(scores.softmax(dim=-1), v), scores.logsumexp(dim=-1)
 
@@ -79,6 +80,7 @@ KERNELS = {
 
 @contextmanager
 def coarse_products() -> Iterator[None]:
+    """Replaces aten's products on the CPU within the context."""
     library = torch.library.Library("aten", "IMPL")
     try:
         for name, kernel in KERNELS.items():

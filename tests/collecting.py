@@ -1,4 +1,4 @@
-"""A plugin of pytest that selects the collected tests: benchmarks, and tests that need a GPU."""
+"""A pytest plugin that selects benchmarks and deselects GPU tests where there is no GPU."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--benchmark",
         action="store_true",
-        help="run benchmarks and no test; without a path, all benchmarks of bench/",
+        help="run the benchmarks, those of bench/ where no path is given, and no test",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config, args):
-    """Replaces `testpaths` by bench/, as the conftest of tests/ would turn the interpreter on."""
+    """Collects bench/ instead of `testpaths`, whose conftest would turn the interpreter on."""
     options = early_config.known_args_namespace
     if options.benchmark:
         args.append("--benchmark-only")
@@ -29,18 +29,18 @@ def pytest_load_initial_conftests(early_config, args):
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Deselects tests that need a GPU, after -k and -m, so that the count is of selected tests."""
+    """Deselects GPU tests after -k and -m, so that only tests that were asked for are counted."""
     if torch.cuda.is_available():
         return
-    deselected = [item for item in items if item.get_closest_marker("gpu")]
-    if deselected:
+    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needs_gpu:
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=deselected)
-        config.stash[DESELECTED] = len(deselected)
+        config.hook.pytest_deselected(items=needs_gpu)
+        config.stash[DESELECTED] = len(needs_gpu)
 
 
 def pytest_sessionfinish(session):
-    """Sends the count of a worker of pytest-xdist to the process that prints the summary."""
+    """Sends the count from a pytest-xdist worker to the process that prints the summary."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["needs_gpu"] = session.config.stash.get(DESELECTED, 0)
 

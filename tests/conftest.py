@@ -12,9 +12,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from scclip_fast.kernels import nearest
+    from scclip_fast.kernels.knn_details import table
 
-    nearest.PROGRAMS = 8  # which the interpreter runs one after the other
+    table.MOST_PROGRAMS = 8  # the interpreter runs them one after the other
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, where threads of one wait for those of another. The variable is for

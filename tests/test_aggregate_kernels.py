@@ -1,11 +1,11 @@
-"""The kernels of the aggregation: precision on many tokens, tokens without a direction.
+"""Tests the kernels of the aggregation: precision on many tokens, tokens without a direction.
 
-Mutations that were seen to fail, each by the test named: `split_dot` summing into `acc` throughout
+Mutations, with the test that each made fail: `split_dot` sums into `acc` throughout
 (`test_compile_only.py::test_float32_sums_leave_the_tensor_cores`); steps of 512 tokens
 (`test_float32_sums_on_tensor_cores_that_truncate`); no mask of `has_direction` in `weights`, in its
-transposed tiles or in `stream`, no NaN in their sums, no second pass in `product` or `stream`
-(`test_tokens_without_a_direction`); values of float32 unmasked (the same); all channels in one
-accumulator (`test_similarity_with_itself_on_tensor_cores_that_truncate`).
+transposed tiles or in `stream`, no NaN in their sums, no second pass in `product` or `stream`,
+float32 values unmasked (`test_tokens_without_a_direction`); all channels in one accumulator
+(`test_similarity_with_itself_on_tensor_cores_that_truncate`).
 """
 
 import numpy as np
@@ -18,9 +18,9 @@ import scclip_fast as sf
 from scclip_fast import chunked, reference
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels._launch import Architecture
-from scclip_fast.kernels.panel import product_launch, weights_launch
-from scclip_fast.kernels.products import CHANNELS, Operand
-from scclip_fast.kernels.stream import stream_launch
+from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_launch
+from scclip_fast.kernels.aggregate_details.products import CHANNELS, Operand
+from scclip_fast.kernels.aggregate_details.stream import stream_launch
 
 DEVICES = [
     pytest.param(run.values[0], id=run.id, marks=run.marks)
@@ -28,7 +28,7 @@ DEVICES = [
     if run.values[1] == "triton"
 ]
 EPS = 1e-6
-#: Workspace and rows of a panel from which on it is taken, for a few hundred tokens.
+#: WORKSPACE_BYTES and LEAST_ROWS with which a few hundred tokens take each path.
 PATHS = {"triangle": (2**26, 1024), "panels": (2**18, 128), "stream": (2**12, 1024)}
 A100, H100, L4 = (Architecture(c, s * 1024) for c, s in ((80, 163), (90, 227), (89, 99)))
 
@@ -47,7 +47,7 @@ def path(request, monkeypatch):
             lambda *a, _f=original, **k: launched.append(_f(*a, **k)) or launched[-1],
         )
     yield request.param
-    symmetric = [launch.constants.get("SYMMETRIC") for launch in launched]
+    symmetric = [launch.arguments.get("SYMMETRIC") for launch in launched]
     assert set(symmetric) == {dict(triangle=True, panels=False, stream=None)[request.param]}
 
 
@@ -57,7 +57,7 @@ def by_kernels(values, features, floor, gamma):
 
 
 def by_equation(values, features, floor, gamma):
-    """The equations of `kernels/aggregate.py` in float64; a row without a direction is NaN."""
+    """(out, total) of `kernels/aggregate.py` in float64; a row without a direction is NaN."""
     f, v, scale = features.double(), values.double(), chunked.inverse_norms(features).squeeze(-1)
     has = scale.isfinite() & (scale > 0)
     f = torch.where(has[..., None], f, 0)
@@ -74,7 +74,7 @@ def by_equation(values, features, floor, gamma):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gamma", [None, 3.0])
 def test_tokens_without_a_direction(device, dtype, gamma, path):
-    """Their weight is 0 for every other row, whatever their values; their own rows are NaN."""
+    """Tokens without a direction weigh 0 in all other rows, and their own rows are NaN."""
     values = torch.randn(1, 300, 70)
     # No similarity is near the floor: tokens are alike by 0.9 or not at all.
     features = 0.1 * torch.randn(1, 300, 40) + 3 * torch.eye(5, 40)[torch.randint(5, (300,))]
@@ -84,8 +84,8 @@ def test_tokens_without_a_direction(device, dtype, gamma, path):
     floor = torch.tensor([0.6])
     values, features = values.to(dtype), features.to(dtype)
     expected = by_equation(values, features, floor, gamma)
-    found = by_kernels(*(t.to(device) for t in (values, features, floor)), gamma)
-    for out, ref in zip(found, expected, strict=True):
+    results = by_kernels(*(t.to(device) for t in (values, features, floor)), gamma)
+    for out, ref in zip(results, expected, strict=True):
         assert torch.equal(out.isnan().cpu(), ref.isnan())
         assert relative_error(out.cpu()[~ref.isnan()], ref[~ref.isnan()]) <= RELATIVE_ERROR[dtype]
 
@@ -110,7 +110,7 @@ def test_more_channels_than_one_accumulator_takes(device, path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_of_a_large_image(device):
-    """128 rows of 5184 x 1024 float32 by the launches alone: the interpreter is slow."""
+    """Computes 128 rows of 5184 x 1024 float32 by the launches, as the interpreter is slow."""
     n, d, first = 5184, 1024, 2560
     x = torch.nn.functional.normalize(torch.randn(1, n, d, dtype=torch.float64), dim=-1)
     x[:, ::40] = x[:, first : first + 1] + 0.8 * x[:, ::40]  # alike by 0.7 or more, others by 0.2
@@ -137,7 +137,7 @@ def truncated(x, unit):
 
 
 def step_of_a_tensor_core(total, products, extra_bits):
-    """total (M,) and products (M, 16), each cut off where the largest ends, and so their sum.
+    """Returns total (M,) plus products (M, 16), all truncated where the largest of them ends.
 
     Tensor cores align the terms of a sum to the largest and drop what is below `extra_bits` more
     than float32's: none on V100, one on A100, two on H100 (Fasi et al., "Numerical behavior of
@@ -150,7 +150,7 @@ def step_of_a_tensor_core(total, products, extra_bits):
 
 
 def emulated_error(pairs, exact, step, extra_bits):
-    """Relative error of sums over tokens that leave the tensor core after each `step` of them."""
+    """Relative error of sums over tokens that leave the tensor core after each `step` tokens."""
     tokens = pairs[0][0].shape[1]
     out = np.zeros(len(exact), np.float32)
     for start in range(0, tokens, step):
@@ -164,7 +164,7 @@ def emulated_error(pairs, exact, step, extra_bits):
 
 
 def weights_and_values(tokens):
-    """(32, tokens) each, weights like those of an image, values scaled as the kernels do."""
+    """Weights like those of an image, and values scaled as for the kernels, each (32, tokens)."""
     rng = np.random.default_rng(0)
     weight = np.clip(0.55 + 0.2 * rng.standard_normal((32, tokens)), 0, 1)
     weight[weight < 0.4] = 0
@@ -181,7 +181,7 @@ def halves(x):
 @pytest.mark.parametrize("channels", [768, 4096, 16_384])
 @pytest.mark.parametrize("extra_bits", [1, 2])
 def test_similarity_with_itself_on_tensor_cores_that_truncate(channels, extra_bits):
-    """It stays above the largest threshold of content attention, or a token would miss itself.
+    """The similarity of a token with itself stays above content attention's largest threshold.
 
     In one accumulator, 4096 channels lose 3.7e-5 on an A100. On an H200, 768 lost 3e-6, as here.
     """
@@ -193,7 +193,7 @@ def test_similarity_with_itself_on_tensor_cores_that_truncate(channels, extra_bi
 
 
 def steps(gpu):
-    """Tokens that `product` and `stream` sum on tensor cores in float32."""
+    """The numbers of tokens that `product` and `stream` sum on tensor cores in float32."""
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -202,13 +202,13 @@ def steps(gpu):
     split, panel = Operand(x, x), meta(1, 128, 5248, dtype=torch.float16)
     product = product_launch(Operand(panel, panel), split, sums, sums, EPS, x, 0, gpu)
     stream = stream_launch(split, split, sums, one, None, EPS, x, sums, gpu)
-    return {launch.constants["BLOCK_N"] for launch in (product, stream)}
+    return {launch.arguments["BLOCK_N"] for launch in (product, stream)}
 
 
 @pytest.mark.parametrize("tokens", [5184, 20_000, 82_944])
 @pytest.mark.parametrize("gpu, extra_bits", [(A100, 1), (L4, 1), (H100, 2)])
 def test_float32_sums_on_tensor_cores_that_truncate(tokens, gpu, extra_bits):
-    """In one accumulator throughout, the error is 3e-5 (H100) at 5184 tokens and linear in them."""
+    """One accumulator would be off by 3e-5 (H100) at 5184 tokens, and linearly in their number."""
     weight, value = weights_and_values(tokens)
     (w, w2), (v, v2) = halves(weight), halves(value)
     exact = (weight * value).sum(axis=1)
@@ -219,7 +219,7 @@ def test_float32_sums_on_tensor_cores_that_truncate(tokens, gpu, extra_bits):
 
 @pytest.mark.parametrize("extra_bits, expected", [(1, 7e-4), (2, 4e-4)])
 def test_half_precision_sums_stay_on_the_tensor_cores(extra_bits, expected):
-    """At 82,944 tokens the error of one accumulator is within the tolerance of float16."""
+    """The error of one accumulator at 82,944 tokens is within the tolerance of float16."""
     weight, value = (halves(x)[0] for x in weights_and_values(82_944))
     error = emulated_error([(weight, value)], (weight * value).sum(axis=1), 82_944, extra_bits)
     assert error <= RELATIVE_ERROR[torch.float16]
@@ -227,7 +227,7 @@ def test_half_precision_sums_stay_on_the_tensor_cores(extra_bits, expected):
 
 
 def far_from_zero(n, d):
-    """Values whose sums have one sign, so that truncation is a bias."""
+    """Values and features whose sums have one sign, so that truncation is a bias."""
     values, features = torch.randn(1, n, d) + 3 * torch.randn(d), torch.randn(1, n, d)
     return values, features + torch.randn(d)
 
@@ -236,7 +236,7 @@ def far_from_zero(n, d):
 @pytest.mark.parametrize("n, d", [(5184, 1024), (20_000, 256), (82_944, 256)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_accuracy_on_many_tokens(n, d, dtype):
-    """5e-6 in float32, of 64 rows in float64."""
+    """The error of 64 rows against float64 is 5e-6 at most in float32."""
     values, features = (t.to("cuda", dtype) for t in far_from_zero(n, d))
     out = sf.aggregate(values, features, -1.0, backend="triton")
     rows = torch.randint(n, (64,), device="cuda")
@@ -250,7 +250,7 @@ def test_accuracy_on_many_tokens(n, d, dtype):
 @pytest.mark.parametrize("b, n, d", [(1, 5184, 1024), (64, 196, 768)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sizes_of_towers(b, n, d, dtype):
-    """Kernels against the torch path in float64, in full."""
+    """All rows of the kernels agree with the torch path in float64."""
     values, features = torch.randn(b, n, d), torch.randn(b, n, d) + torch.randn(d)
     values, features = values.to("cuda", dtype), features.to("cuda", dtype)
     out = sf.aggregate(values, features, -1.0, backend="triton")

@@ -109,12 +109,12 @@ def test_gpus_before_ampere(capability, expected, monkeypatch):
 
 def test_the_kernels_are_what_runs(monkeypatch):
     """backend="triton" calls the launchers, and the other backends do not."""
-    from scclip_fast.kernels import aggregate, attention, nearest, repair
+    from scclip_fast.kernels import aggregate, attention, knn, repair
 
     launched = []
     for module, name in (
-        (nearest, "search_launch"),
-        (nearest, "merge_launch"),
+        (knn, "search_launch"),
+        (knn, "merge_launch"),
         (aggregate, "weights_launch"),
         (aggregate, "product_launch"),
         (attention, "attention_launch"),

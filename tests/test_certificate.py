@@ -1,14 +1,15 @@
-"""Every clause of the certificate, each on an input that this clause alone saves.
+"""Tests each clause of the certificate on an input that this clause alone saves.
 
 Most inputs are bins written by hand: one row, with c for each column, and true distances as far
-from c as the error model of `kernels/certify.py` admits. What was broken by hand, and
-the tests that then failed (`candidate` and `sure` are the first two); no other test here did:
+from c as the error model of `kernels/knn_details/README.md` admits. The table lists the clauses
+that were broken by hand, with the tests that failed then (`candidate` and `sure` are the first
+two). No other test here failed.
 
 | broken in `certify` | fails |
 |---|---|
 | full is never true | a full bin; and the bits of a tile, which reads W of a full row |
-| no gamma in t, or in W | candidate[gamma] |
-| no gamma in l, or in S | sure[gamma] |
+| no gamma in t_most, or in W | candidate[gamma] |
+| no gamma in t_least, or in S2 | sure[gamma] |
 | no eta | candidate, sure [eta] |
 | no r | candidate, sure [r] |
 | no u a | candidate, sure [u of the row] |
@@ -32,7 +33,7 @@ the tests that then failed (`candidate` and `sure` are the first two); no other 
 | rows with over 64 are not listed | listed once, nothing decides |
 | every tile beyond 64 lists the row | listed once; then memory is corrupt |
 
-Without the search over measured distances, in `nearest`, the rows that nothing decides fail.
+Without the search over measured distances in `kernels/knn.py`, the rows that nothing decides fail.
 """
 
 from __future__ import annotations
@@ -45,28 +46,36 @@ from cases import GPU
 from tolerance import assert_neighbors
 
 import scclip_fast as sf
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels.certify import certify_launch, gamma
-from scclip_fast.kernels.rounding import eta, positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels.knn_details.certify import certify_launch, gamma
+from scclip_fast.kernels.knn_details.rounding import eta
+from scclip_fast.kernels.knn_details.table import Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 ROWS, WIDTH, CAPACITY, SURE = 64, 8, 64, 2**30
 FAR = 3e3  # the c of a column that is no candidate
-SHARE = 0.99  # of the error that the model admits
-STEP = 1 + 1e-4  # between distances that float32 tells apart
+SHARE = 0.99  # of the largest error that the model admits
+STEP = 1 + 1e-4  # ratio of two distances that float32 tells apart
 
 
 class Decision(NamedTuple):
-    """Row 0 after `certify`: positions of its columns, those of them that are sure, W or None."""
+    """The result of `certify` for row 0.
+
+    Attributes:
+        columns: the positions of the columns in its row of the table.
+        sure: the positions of those that are sure.
+        W: the bound, if the row is listed for `collect`; otherwise None.
+        unbounded: whether the row is listed for the search over measured distances.
+    """
 
     columns: set[int]
     sure: set[int]
-    limit: float | None
+    W: float | None
     unbounded: bool
 
 
 class Model(NamedTuple):
-    """What a row is told of the errors: its norm a and rounding r, the image's u; and a length."""
+    """The errors of a row: its norm a, rounding r, and image's u; and the scale of distances."""
 
     a: float = 0.0
     r: float = 0.0
@@ -84,7 +93,7 @@ EXACT = Model()
 
 
 def folded(c: torch.Tensor) -> torch.Tensor:
-    """Bins (1, 64, 1, 3, 64) of one row with these c, as the kernel keeps them, and empty rows."""
+    """Bins (1, 64, 1, 3, 64) as the kernel writes them: one row with these c, and empty rows."""
     tiles = len(c) // 64
     mask = 2 ** (tiles - 1).bit_length() - 1
     key = c.float().view(torch.int32).view(tiles, 64) & ~mask | torch.arange(tiles)[:, None]
@@ -94,10 +103,10 @@ def folded(c: torch.Tensor) -> torch.Tensor:
 
 
 def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4) -> Decision:
-    """near: c by position; the other columns of the tiles are far."""
+    """Runs `certify` on one row. near: c by position; all other columns of the tiles are far."""
     n = 64 * tiles
     c = torch.full((n,), FAR)
-    c[0] = torch.inf  # the row itself
+    c[0] = torch.inf  # of the row itself
     for position, value in near.items():
         c[position] = value
     square, error = torch.zeros(2, 1, n)
@@ -105,20 +114,20 @@ def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4
     table = torch.full((1, ROWS, CAPACITY), -7, dtype=torch.int32)
     integers = (torch.zeros(1, ROWS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     lists = (*integers, torch.zeros(1, ROWS), integers[0], *integers)
-    undecided = nearest.Undecided(*(t.clone().to(DEVICE) for t in lists))
+    undecided = Undecided(*(t.clone().to(DEVICE) for t in lists))
     ratio, table = torch.full((1,), model.u, device=DEVICE), table.to(DEVICE)
     state = (t.to(DEVICE) for t in (folded(c), square, error))
     certify_launch(*state, ratio, table, undecided, 0, n, WIDTH, k).run()
     entries = table[0, 0].cpu()
     entries = entries[entries != -1]
     at = positions(n)[(entries % SURE).long()]
-    listed = undecided.rows[0, : undecided.count.item()].tolist()
+    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
     token = (positions(n) == 0).nonzero().item()
     return Decision(
         set(at.tolist()),
         set(at[entries >= SURE].tolist()),
-        undecided.limit[0, listed.index(0)].item() if 0 in listed else None,
-        token in undecided.rest[0, : undecided.rest_count.item()].tolist(),
+        undecided.W[0, listed.index(0)].item() if 0 in listed else None,
+        token in undecided.tokens[0, : undecided.n_tokens.item()].tolist(),
     )
 
 
@@ -133,21 +142,21 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_neighbour_that_the_pass_ranks_second_is_a_candidate(name):
-    """k = 1. The pass has `other` nearer than `true`, by as much as it may err on either side."""
+    """The c of `other` is below that of `true` by as much as the errors of both admit; k = 1."""
     model = MODELS[name]
     other = model.length
     farthest = other + model.distance_error(other)
-    # The largest h of which the true distance can be less.
+    # The largest h whose true distance can be below `farthest`.
     true = (farthest / STEP + model.distance_error(0)) / (1 - SHARE * model.u)
     assert true - model.distance_error(true) < farthest
     c_other = other**2 - model.c_error(other)
-    found = certify({1: c_other, 2: true**2 + model.c_error(true)}, 1, model)
-    assert found.columns == {1, 2} and not found.sure
+    decision = certify({1: c_other, 2: true**2 + model.c_error(true)}, 1, model)
+    assert decision.columns == {1, 2} and not decision.sure
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_only_a_neighbour_is_sure(name):
-    """k = 3. The pass has `other` among the three nearest and `true` not; it must not be sure."""
+    """`other` is among the three nearest by c alone, so it must not be sure; k = 3."""
     model = MODELS[name]
     near, first = 0.1 * model.length, model.length
     second = first * STEP
@@ -156,38 +165,38 @@ def test_only_a_neighbour_is_sure(name):
     assert other + model.distance_error(other) > nearest_two
     c = {2: other**2 - model.c_error(other)}
     c |= {3: first**2 + model.c_error(first), 4: second**2 + model.c_error(second)}
-    found = certify({1: near**2} | c, 3, model)
-    assert found.columns == {1, 2, 3, 4}
-    assert found.sure == {1}  # with the first, the clause is not idle
+    decision = certify({1: near**2} | c, 3, model)
+    assert decision.columns == {1, 2, 3, 4}
+    assert decision.sure == {1}  # so the clause does call a column sure
 
 
 def test_a_full_bin_is_not_decided():
-    """Four columns of one bin are near, of which it keeps three, and k others are candidates."""
+    """Four near columns meet in one bin, which keeps three of them; other columns are near too."""
     near = {64 * tile + 5: 1.0 for tile in range(4)}
     others = {6: 1.5, 7: 1.5, 8: 1.5}
-    found = certify(near | others, 6)
-    assert not found.columns and 1.5 <= found.limit < 1.51
-    del near[5]  # the third of the bin is still a candidate, but it may be the last
+    decision = certify(near | others, 6)
+    assert not decision.columns and 1.5 <= decision.W < 1.51
+    del near[5]  # three are left, and the third might have a fourth behind it
     assert not certify(near | others, 6).columns
     del near[69]
     assert certify(near | others, 5).columns == near.keys() | others.keys()
 
 
 def test_the_bound_counts_the_bits_that_number_a_tile():
-    """A column with c = W in the last of 512 tiles: the key is larger than the bits of W."""
+    """A column with c = W in the last of 512 tiles has a key above the bits of W."""
     first = {1: 1.0, 65: 1.0, 129: 1.0}
     model = Model(r=0.1)
-    limit = certify(first, 1, model, tiles=512).limit  # of an undecided row, as its bin is full
+    W = certify(first, 1, model, tiles=512).W  # the row is undecided, as its bin is full
     last = 511 * 64 + 9
-    found = certify({1: 1.0, last: limit}, 1, model, tiles=512)
-    assert found.columns == {1, last}
+    decision = certify({1: 1.0, last: W}, 1, model, tiles=512)
+    assert decision.columns == {1, last}
 
 
 def test_no_more_candidates_than_a_table_holds():
     near = {64 + bin_: 1.0 for bin_ in range(64)}
     assert certify(near, 3).columns == near.keys()
-    found = certify(near | {1: 1.0}, 3)
-    assert not found.columns and found.limit is not None and not found.unbounded
+    decision = certify(near | {1: 1.0}, 3)
+    assert not decision.columns and decision.W is not None and not decision.unbounded
 
 
 @pytest.mark.parametrize(
@@ -199,20 +208,20 @@ def test_no_more_candidates_than_a_table_holds():
     ],
 )
 def test_rows_without_a_bound_are_measured(near, k, model):
-    found = certify(near, k, model)
-    assert found.unbounded and found.limit is None and not found.columns
+    decision = certify(near, k, model)
+    assert decision.unbounded and decision.W is None and not decision.columns
 
 
 def table_of(x, k, first=0):
-    """The table before and after `collect`, rows from `first` on, and the lists."""
+    """The table before `collect` from `first` on, the table after it from 0 on, and the lists."""
     n, d = x.shape
-    _, tokens = nearest.rounded(x[None].to(DEVICE), 1)
-    before, undecided = nearest.decide(tokens, 1, first, n - first, n, d, k)
+    tokens = knn.rounded(x[None].to(DEVICE), 1)
+    before, undecided = knn.decide(tokens, 1, first, n - first, n, d, k)
     around = torch.full((1, first + before.shape[1], CAPACITY), -7, dtype=torch.int32)
     around = around.to(DEVICE)
     around[:, first:] = before
-    undecided.found[0, undecided.count.item() :] = 0  # as fresh memory may be
-    nearest.collect(tokens, undecided, around[:, first:], first, n)
+    undecided.n_candidates[0, undecided.n_positions.item() :] = 0  # fresh memory may be so
+    knn.collect(tokens, undecided, around[:, first:], first, n)
     return before[0].cpu(), around[0].cpu(), undecided
 
 
@@ -224,16 +233,17 @@ def test_the_second_look_finds_what_a_full_bin_dropped():
     query, near = token_at[0].item(), token_at[torch.arange(4) * 64 + 5]
     x[near] = x[query] + torch.eye(WIDTH)[:4]
     before, after, undecided = table_of(x, 4)
-    assert 0 in undecided.rows[0, : undecided.count.item()].tolist()
+    assert 0 in undecided.positions[0, : undecided.n_positions.item()].tolist()
     assert (before[0] == -1).all()
-    found = after[0][after[0] >= 0]
-    assert set(near.tolist()) <= set(found.tolist()) and query not in found.tolist()
-    assert len(found) == undecided.found[0][undecided.rows[0] == 0][0] == len(found.unique())
-    assert not undecided.rest_count.any()
+    entries = after[0][after[0] >= 0]
+    assert set(near.tolist()) <= set(entries.tolist()) and query not in entries.tolist()
+    n_candidates = undecided.n_candidates[0][undecided.positions[0] == 0][0]
+    assert len(entries) == n_candidates == len(entries.unique())
+    assert not undecided.n_tokens.any()
 
 
 def giant(first, seed):
-    """67 alike rows from `first` on, which are listed, and a giant token 0 with near duplicates."""
+    """67 or more tokens alike, which are undecided, and a giant token 0 with near duplicates."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(max(256, first + 128), 64, generator=g)
     flat = slice(first, first + 75) if first else slice(64, 131)
@@ -249,7 +259,7 @@ def test_the_second_look_touches_no_row_but_the_listed(first, seed):
     """Rounding makes c of the giant and its duplicates -1 or less; the list ends within a block."""
     x = giant(first, seed)
     before, after, undecided = table_of(x, 3, first)
-    listed = (undecided.rows[0, : undecided.count.item()] - first).long().cpu()
+    listed = (undecided.positions[0, : undecided.n_positions.item()] - first).long().cpu()
     assert len(listed) % 64
     assert (after[:first] == -7).all()
     after = after[first:]
@@ -260,23 +270,23 @@ def test_the_second_look_touches_no_row_but_the_listed(first, seed):
 
 
 def test_a_row_with_more_candidates_is_listed_once():
-    """100 tokens closer than fp16 can tell: 99 candidates a row, which several tiles bring."""
+    """100 tokens closer than fp16 resolves have 99 candidates each, from several tiles."""
     x = 10 * torch.randn(256, WIDTH)
     alike = torch.randperm(256)[:100]
     x[alike] = 1 + 1e-7 * torch.randn(100, WIDTH)
     _, _, undecided = table_of(x, 9)
-    rest = undecided.rest[0, : undecided.rest_count.item()].cpu()
-    assert len(rest.unique()) == len(rest) and torch.isin(alike, rest.long()).all()
+    tokens = undecided.tokens[0, : undecided.n_tokens.item()].cpu()
+    assert len(tokens.unique()) == len(tokens) and torch.isin(alike, tokens.long()).all()
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_rows_that_nothing_decides_are_measured():
-    """Two clusters finer than fp16 tells: neither `certify` nor `collect` decides a row."""
+    """Neither `certify` nor `collect` decides a row of two clusters finer than fp16 resolves."""
     x = 1e-7 * torch.randn(1, 200, WIDTH)
     x[:, ::2] += 1
     x[0, 7, 0] = torch.nan  # nothing bounds this row
     distances, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
     assert distances[0, 7].isinf().all() and indices[0, 7].tolist() == [*range(7), 8, 9]
     others = torch.arange(200) != 7
-    found = indices[0, others].cpu()
-    assert_neighbors(found - (found > 7).long(), x=x[0, others], k=9, tie=1e-5)
+    neighbors = indices[0, others].cpu()
+    assert_neighbors(neighbors - (neighbors > 7).long(), x=x[0, others], k=9, tie=1e-5)

@@ -1,4 +1,4 @@
-"""The plugin `collecting`: commands that run the benchmarks, and GPU tests without a GPU."""
+"""Tests the plugin `collecting`: selection of benchmarks, and of GPU tests without a GPU."""
 
 import json
 import os
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def output(*arguments):
-    """Runs `pytest` with the arguments in a process without a GPU; returns its output."""
+    """The output of `pytest` with these arguments, in a process without a GPU."""
     env = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "",
@@ -29,7 +29,7 @@ def output(*arguments):
 
 
 def collected(text):
-    """Returns the files of the collected tests."""
+    """The files of the collected tests."""
     return {line.split("::")[0] for line in text.splitlines() if "::" in line}
 
 
@@ -40,14 +40,16 @@ def test_benchmark_only_collects_the_benchmarks():
 
 
 def test_benchmark_runs_them(tmp_path):
-    """The JSON file has the commit and the versions that were measured."""
+    """The JSON file holds the commit and the versions that were measured."""
     path = tmp_path / "results.json"
     output("--benchmark", "-k", "test_repair and 1x196", f"--benchmark-json={path}")
     results = json.loads(path.read_text())
     providers = {entry["extra_info"]["provider"] for entry in results["benchmarks"]}
     assert providers == {"scclip_fast torch", "published"}
-    assert results["commit_info"].keys() == {"id", "time", "dirty"}
-    assert results["machine_info"]["torch"]
+    assert (
+        results["commit_info"].keys() == {"id", "time", "dirty"}
+        and results["machine_info"]["torch"]
+    )
 
 
 def test_benchmark_leaves_paths_alone():

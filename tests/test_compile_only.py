@@ -1,4 +1,4 @@
-"""Every kernel launch the library ships, compiled ahead of time for GPUs that need not be here."""
+"""Tests every kernel launch of the library, compiled ahead of time for GPUs that may be absent."""
 
 import json
 import os
@@ -12,11 +12,11 @@ import pytest
 AOT = Path(__file__).with_name("aot.py")
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
-if TRITON > (3, 4):  # which leaves linking for AMD to an installed ROCm
+if TRITON > (3, 4):  # Triton 3.4 links for AMD only where ROCm is installed
     TARGETS.append("gfx942")
 
 good_code = pytest.mark.skipif(
-    TRITON < (3, 8), reason="older compilers make less of some float32 kernels"
+    TRITON < (3, 8), reason="older compilers spill in some float32 kernels"
 )
 
 WITHOUT_PRODUCTS = ("round", "certify", "search", "merge", "settle", "centre", "lof", "repair")
@@ -31,9 +31,8 @@ def rows(tmp_path_factory):
     out = tmp_path_factory.mktemp("aot") / "rows.json"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(AOT.parents[1])
-    env["TRITON_CACHE_DIR"] = str(
-        out.parent / "cache"
-    )  # a compiler's failure must not hide behind an old success
+    # With a cache of its own, a failure to compile cannot hide behind an earlier success.
+    env["TRITON_CACHE_DIR"] = str(out.parent / "cache")
     done = subprocess.run(
         [sys.executable, str(AOT), str(out), *TARGETS], env=env, capture_output=True, text=True
     )
@@ -42,7 +41,7 @@ def rows(tmp_path_factory):
 
 
 def test_report(rows, record_property):
-    """The table that ends the run; `conftest.py` prints it."""
+    """Records the table of resources, which `conftest.py` prints at the end of the run."""
     lines = [f"{'launch':<32} {'target':<7} registers shared spills"]
     for row in rows:
         name = f"{row['launch']:<32} {row['target']:<7}"
@@ -54,34 +53,34 @@ def test_report(rows, record_property):
 @good_code
 @pytest.mark.parametrize("target", TARGETS)
 def test_hardly_anything_spills(rows, target):
-    """Tiles are what an H200 ran fastest, some with a few registers on the stack."""
+    """The tiles are those that an H200 ran fastest, some with a few registers on the stack."""
     most = 64 if target == "sm_90" else 256
-    mine = [row for row in rows if row["target"] == target]
-    assert len(mine) >= 20
-    assert not [row for row in mine if row["spills"] > most or row["local"] > most]
+    target_rows = [row for row in rows if row["target"] == target]
+    assert len(target_rows) >= 20
+    assert not [row for row in target_rows if row["spills"] > most or row["local"] > most]
 
 
 @good_code
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_matrix_cores(rows, target):
-    mine = [row for row in rows if row["target"] == target]
-    assert not [row for row in mine if has_products(row) and not row["matrix"]]
+    target_rows = [row for row in rows if row["target"] == target]
+    assert not [row for row in target_rows if has_products(row) and not row["matrix"]]
 
 
 def test_hopper_uses_its_own_instruction(rows):
-    """wgmma, where 64 rows allow it."""
-    mine = [row for row in rows if row["target"] == "sm_90" and has_products(row)]
-    assert not [row["launch"] for row in mine if "wgmma" not in row["matrix"]]
+    """All products on Hopper are wgmma, as their tiles have 64 rows or more."""
+    target_rows = [row for row in rows if row["target"] == "sm_90" and has_products(row)]
+    assert not [row["launch"] for row in target_rows if "wgmma" not in row["matrix"]]
 
 
 def test_shared_memory_fits(rows):
-    """The bytes that the launcher was told of are those that its tile is chosen by."""
+    """No launch takes more shared memory than its architecture has, by which its tile is chosen."""
     assert not [row for row in rows if row["shared"] > row["allowed"]]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90"])
 def test_float32_sums_leave_the_tensor_cores(rows, target):
-    """Tensor cores truncate: an accumulator that they carry over all tokens loses float32's digits.
+    """No float32 sum stays in a tensor core's accumulator over all tokens, which would truncate it.
 
     Half precision, whose own rounding is coarser, is summed there.
     """

@@ -68,7 +68,7 @@ class Kernel:
 def test_only_what_is_loaded_is_captured(capturing, module, monkeypatch):
     monkeypatch.setattr(_launch, "_capturing", lambda device: capturing)
     kernel = Kernel(module)
-    launch = _launch.Launch(kernel, 1, dict(x=torch.zeros(1)), {})
+    launch = _launch.Launch(kernel, 1, x=torch.zeros(1))
     if capturing and module is None:
         with pytest.raises(RuntimeError, match=r"_kernel .* before capturing"):
             launch.run()

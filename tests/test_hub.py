@@ -1,4 +1,4 @@
-"""The kernel for Hugging Face's `kernels`: what that package loads computes what this one does."""
+"""Tests the kernel for Hugging Face's `kernels`: its ops give the bits of this package."""
 
 import subprocess
 import sys
@@ -89,11 +89,11 @@ print(find_spec("scclip_fast"))
 
 
 def test_ops_of_its_own(kernel, given, monkeypatch):
-    """It runs its own kernels from ops under its own name, and the package keeps its."""
+    """The kernel and the package each run their own Triton kernels under their own op names."""
     x, *_ = given
     for silent, other in ((sf, kernel), (kernel, sf)):
         with monkeypatch.context() as patched:
-            nearest = import_module(f"{silent.__name__}.kernels.nearest")
+            nearest = import_module(f"{silent.__name__}.kernels.knn")
             patched.delattr(nearest, "nearest_triton")
             other.knn(x, 3, backend="triton")
             with pytest.raises(ImportError, match="nearest_triton"):
@@ -115,7 +115,7 @@ def test_compiles_and_differentiates(kernel, given):
 
 
 def test_a_checkout_without_links(tmp_path, monkeypatch):
-    """It has a text file in the place of the link, which had been copied as the kernels."""
+    """`build` must not copy the text file that stands in place of the kernels without links."""
     source = tmp_path / "scclip_fast"
     ignored = ignore_patterns("__pycache__", "kernels", "scenes")
     copytree(hub.PACKAGE, source, ignore=ignored)

@@ -1,4 +1,4 @@
-"""The search in half precision: its certificate, and the rows that have none."""
+"""Tests the half-precision search: its certificate, and the rows without one."""
 
 import pytest
 import torch
@@ -7,25 +7,25 @@ from tolerance import assert_neighbors
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.kernels import nearest
-from scclip_fast.kernels._launch import Architecture
-from scclip_fast.kernels.candidates import bins_launch
-from scclip_fast.kernels.certify import certify_launch
-from scclip_fast.kernels.rounding import positions
+from scclip_fast.kernels import knn
+from scclip_fast.kernels._launch import Architecture, architecture
+from scclip_fast.kernels.knn_details.bins import bins_launch
+from scclip_fast.kernels.knn_details.certify import certify_launch
+from scclip_fast.kernels.knn_details.table import Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
 
 
 def flat(b, n, d):
-    """A third of the tokens differ by less than fp16 can tell."""
+    """Features of which a third differ by less than fp16 resolves."""
     x = torch.randn(b, n, d)
     x[:, : n // 3] = 3 + 1e-5 * torch.randn(b, n // 3, d)
     return x
 
 
 def giants(b, n, d):
-    """A few tokens whose norm is a thousand times the others'."""
+    """Features with a few tokens whose norm is a thousand times the others'."""
     x = torch.randn(b, n, d)
     x[:, ::60] *= 1000
     return x
@@ -36,35 +36,38 @@ KINDS = FEATURES | {"flat": flat, "giants": giants}
 
 @pytest.fixture
 def half(monkeypatch):
-    """The half-precision chain for short inputs too; returns how many rows each pass leaves."""
-    monkeypatch.setattr(nearest, "LEAST_TOKENS_FOR_HALF", 1)
-    left = []
-    search = nearest._search
+    """Runs the half-precision chain on short inputs too.
+
+    Returns a list of the number of rows that each pass leaves to the search.
+    """
+    monkeypatch.setattr(knn, "LEAST_TOKENS_FOR_HALF", 1)
+    n_left = []
+    search = knn._search
 
     def counting(x, indices, distances, undecided=None):
         if undecided is not None:
-            left.extend(undecided.rest_count.tolist())
+            n_left.extend(undecided.n_tokens.tolist())
         return search(x, indices, distances, undecided)
 
-    monkeypatch.setattr(nearest, "_search", counting)
-    return left
+    monkeypatch.setattr(knn, "_search", counting)
+    return n_left
 
 
 def table_of(x, k):
     """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
     n, d = x.shape[1:]
-    _, tokens = nearest.rounded(x, splits=4)
-    table, undecided = nearest.decide(tokens, 4, 0, n, n, d, k)
+    tokens = knn.rounded(x, shares=4)
+    table, undecided = knn.decide(tokens, 4, 0, n, n, d, k)
     order = positions(n)
-    listed = undecided.rows[0, : undecided.count.item()].tolist()
-    unbounded = undecided.rest[0, : undecided.rest_count.item()].tolist()
+    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
+    unbounded = undecided.tokens[0, : undecided.n_tokens.item()].tolist()
     left = [order.tolist().index(row) for row in listed] + unbounded
     return table[0].cpu()[order], torch.tensor(left).long()
 
 
 def check_table(entries, true):
-    """All neighbours are in a row of the table, and only neighbours are sure; returns how many."""
+    """Asserts that a row has all neighbours, and sure columns are some; returns their number."""
     entries = entries[entries >= 0]
     columns, sure = entries & (2**30 - 1), entries >= 2**30
     assert set(true.tolist()) <= set(columns.tolist())
@@ -75,27 +78,27 @@ def check_table(entries, true):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_certificate_holds(kind):
-    """In the table are all neighbours, and a sure column is one, by float64."""
+    """The table holds all neighbours of float64, and every sure column is one of them."""
     x = KINDS[kind](1, 350, 72)[0]
     table, undecided = table_of(x, K)
     true = reference.knn(x.double()[None], K)[1][0]
     decided = torch.ones(len(x), dtype=torch.bool)
     decided[undecided] = False
-    # A third of the tokens beyond fp16 may be left; of the others a few.
+    # The third of the tokens that fp16 does not resolve may be undecided, and a few of the others.
     assert decided.float().mean() > (0.6 if kind == "flat" else 0.9)
     sure = sum(check_table(table[row], true[row]) for row in decided.nonzero()[:, 0])
-    assert sure > 15 * decided.sum()  # it spares most of the measuring
+    assert sure > 15 * decided.sum()  # most candidates need not be measured
 
 
 def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
-    """128 rows of 5184 x 1024, the features of SAM3's trunk."""
+    """Checks 128 rows of 5184 x 1024, the shape of SAM3's trunk."""
     x = clusters(1, 5184, 1024)[0].to(DEVICE)
     n, d = x.shape
-    splits = nearest.splits(1, n)
-    _, tokens = nearest.rounded(x[None], splits)
-    table, undecided = nearest.decide(tokens, splits, first, rows, n, d, K)
-    left = undecided.rows[0, : undecided.count.item()].tolist()
-    assert not undecided.rest_count.item() and len(left) < rows
+    shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+    tokens = knn.rounded(x[None], shares)
+    table, undecided = knn.decide(tokens, shares, first, rows, n, d, K)
+    left = undecided.positions[0, : undecided.n_positions.item()].tolist()
+    assert not undecided.n_tokens.item() and len(left) < rows
     token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
     d2 = torch.cdist(x[token_at].double(), x.double()).square()
     true = d2.scatter(1, token_at[:, None], torch.inf).topk(K, largest=False).indices.cpu()
@@ -104,7 +107,7 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
 
 
 def test_data_that_fp16_cannot_hold_are_measured(half):
-    """Two clusters of 100, each finer than fp16's step at that distance: 99 candidates a row."""
+    """Each row has 99 candidates in two clusters of 100, finer than the step of fp16."""
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1
     _, undecided = table_of(x[0], 9)
@@ -126,7 +129,7 @@ def test_neighbours(kind):
 
 
 def test_an_image_of_a_batch_of_64():
-    """One image of 196 x 768, which the chain takes as it takes 64 of them."""
+    """One image of 196 x 768 takes the same kernels and tiles as 64 of them."""
     x = clusters(1, 196, 768)
     _, indices = sf.knn(x.to(DEVICE), K, backend="triton")
     assert_neighbors(indices[0], x=x[0], k=K, tie=1e-5)
@@ -142,11 +145,11 @@ def test_short_types_and_strides(dtype):
     assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
-@pytest.mark.skipif(GPU, reason="there the tiles are the GPU's")
+@pytest.mark.skipif(GPU, reason="a GPU has tiles of its own")
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_tiles_for_hopper(width, monkeypatch):
-    """128 columns beside rows that are held, 256 for more channels."""
-    monkeypatch.setattr(nearest, "architecture", lambda device: Architecture(90, 227 * 1024))
+    """A step has 128 columns beside rows that are held, and 256 with more channels."""
+    monkeypatch.setattr(knn, "architecture", lambda device: Architecture(90, 227 * 1024))
     x = torch.randn(1, 1030, width)
     _, indices = sf.knn(x, 5, backend="triton")
     assert_neighbors(indices, x=x, k=5)
@@ -164,7 +167,7 @@ def test_many_tokens_on_the_gpu(width):
 @pytest.mark.parametrize("shape", [(1, 5184, 1024), (64, 196, 768)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_sizes_that_people_have(shape, kind):
-    """The kernels agree with the torch path but for ties, of which images have few."""
+    """The kernels agree with the torch path except for ties, of which images have few."""
     x = KINDS[kind](*shape).cuda()
     found, expected = (sf.knn(x, K, backend=backend) for backend in ("triton", "torch"))
     same = found[1].sort(dim=-1).values == expected[1].sort(dim=-1).values
@@ -194,10 +197,10 @@ def test_tokens_that_are_not_finite(half):
 
 
 def test_passes_and_images_agree(half, monkeypatch):
-    """Rows in several passes, images one by one or together: the same to the last bit."""
+    """Several passes of rows, and images one by one, give the same bits."""
     x = torch.randn(2, 150, 20, device=DEVICE)
     whole = sf.knn(x, 9, backend="triton")
-    monkeypatch.setattr(nearest, "BINS_BYTES", 1)
+    monkeypatch.setattr(knn, "BINS_BYTES", 1)
     half.clear()
     parts = sf.knn(x, 9, backend="triton")
     assert len(half) == 4  # two images of two blocks of rows
@@ -205,15 +208,15 @@ def test_passes_and_images_agree(half, monkeypatch):
 
 
 def test_few_variants_of_a_kernel():
-    """A new number of tokens compiles nothing anew, except where it asks for another tile."""
+    """A new number of tokens compiles a kernel anew only if it takes another tile."""
     constants = set()
     for n in (1025, 1500, 2304, 3600, 5184, 10_000):
-        splits = nearest.splits(1, n)
-        half = torch.empty(1, splits * 64 * -(-n // (splits * 64)), 1024, device="meta").half()
-        bins = torch.empty(1, 128, splits, 3, 64, dtype=torch.int32, device="meta")
+        shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+        half = torch.empty(1, shares * 64 * -(-n // (shares * 64)), 1024, device="meta").half()
+        bins = torch.empty(1, 128, shares, 3, 64, dtype=torch.int32, device="meta")
         square = torch.empty(half.shape[:2], device="meta")
         table = torch.empty(1, 128, 64, dtype=torch.int32, device="meta")
-        undecided = nearest.Undecided(*[table] * 6)
+        undecided = Undecided(*[table] * 6)
         launches = (
             bins_launch(half, square, bins, 0, 64),
             certify_launch(bins, square, square, square, table, undecided, 0, n, 1024, 30),

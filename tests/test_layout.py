@@ -1,4 +1,4 @@
-"""The tree, the wheel, and the folder `kernels/` beside Hugging Face's package of that name."""
+"""Tests the tree, the archives, and `kernels/` beside Hugging Face's package of that name."""
 
 import os
 import subprocess
@@ -28,9 +28,9 @@ def run(*arguments, cwd):
 
 @pytest.fixture(scope="module", params=["links", "no links"])
 def source(request, tmp_path_factory):
-    """A copy of the tree with `dist/`: no old build/ can join in, and none is left behind.
+    """A copy of the tree with `dist/`, so that no old build/ is used and none is left behind.
 
-    Without symbolic links git writes where a link points to into a text file.
+    Without symbolic links, git writes the target of a link into a text file.
     """
     source = tmp_path_factory.mktemp("source")
     for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py"):
@@ -53,8 +53,9 @@ def wheel(source):
 
 
 def test_no_file_makes_kernels_a_package():
-    for path in ("kernels/__init__.py", "tests/__init__.py", "tests/kernels", "conftest.py"):
+    for path in ("tests/__init__.py", "tests/kernels", "conftest.py"):
         assert not (ROOT / path).exists(), path
+    assert not list((ROOT / "kernels").rglob("__init__.py"))
     assert os.readlink(ROOT / "scclip_fast" / "kernels") == os.path.join("..", "kernels")
 
 
@@ -87,8 +88,9 @@ def test_archives_hold_the_package_as_files(source, wheel, tmp_path):
     tree = glob("scclip_fast/**/*", root_dir=source, recursive=True)
     paths = [source / path for path in tree if not path.startswith("scclip_fast/kernels")]
     files = {path.relative_to(source).as_posix(): path for path in paths if path.is_file()}
-    files |= {f"scclip_fast/kernels/{path.name}": path for path in source.glob("kernels/*.py")}
-    assert {"scclip_fast/py.typed", "scclip_fast/kernels/nearest.py"} <= files.keys()
+    kernels = (path for path in source.glob("kernels/**/*") if path.is_file())
+    files |= {f"scclip_fast/{path.relative_to(source).as_posix()}": path for path in kernels}
+    assert {"scclip_fast/py.typed", "scclip_fast/kernels/knn_details/table.py"} <= files.keys()
 
     assert_holds(wheel, files)
     (path,) = source.glob("dist/*.tar.gz")
@@ -108,7 +110,7 @@ def assert_holds(wheel, files):
 
 
 def test_editable_install(python, source, tmp_path):
-    """It finds the kernels of the checkout, so that edits of them need no other install."""
+    """An editable install uses the kernels of the checkout, so that edits need no new install."""
     run("-c", "from setuptools import build_meta as b; b.build_editable('editable')", cwd=source)
     (path,) = source.glob("editable/*.whl")
     with zipfile.ZipFile(path) as archive:
@@ -117,13 +119,15 @@ def test_editable_install(python, source, tmp_path):
 from site import addsitedir
 addsitedir({str(site)!r})
 from scclip_fast.kernels import _launch
-print(_launch.__file__)
+from scclip_fast.kernels.knn_details import table
+print(_launch.__file__, table.__file__, sep="\\n")
 """
-    (found,) = python(code, cwd=tmp_path, path=(site,))
-    assert os.path.samefile(found, source / "kernels" / "_launch.py")
+    launch, table = python(code, cwd=tmp_path, path=(site,))
+    assert os.path.samefile(launch, source / "kernels" / "_launch.py")
+    assert os.path.samefile(table, source / "kernels" / "knn_details" / "table.py")
 
 
-@pytest.mark.parametrize("source", ["links"], indirect=True)  # the other wheel is the same
+@pytest.mark.parametrize("source", ["links"], indirect=True)  # both wheels are the same
 def test_wheel_works_from_anywhere(python, wheel, tmp_path):
     code = """
 from importlib.util import find_spec
@@ -151,7 +155,7 @@ def test_every_op_is_type_checked():
 
 
 def test_core_needs_torch_alone(python):
-    """Nothing that the core loads comes from elsewhere, and its ops run without all else."""
+    """`import scclip_fast` loads nothing but torch, and the ops run without other packages."""
     code = """
 import sys, torch
 before = set(sys.modules)

@@ -22,7 +22,7 @@ def nearest(x: Tensor, k: int, measure_all: bool, backend: str) -> tuple[Tensor,
     the indices come in any order. A pair with a token that is not finite has the distance NaN.
     """
     if backend == "triton" and x.numel():
-        from ..kernels.nearest import nearest_triton
+        from ..kernels.knn import nearest_triton
 
         return nearest_triton(x, k, measure_all)
     if backend == "reference":

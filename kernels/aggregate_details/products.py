@@ -1,7 +1,7 @@
-"""Similarities, their weights, and products of split operands, for `panel.py` and `stream.py`.
+"""Similarities, their weights and split products, which `panel.py` and `stream.py` share.
 
-Tensor cores truncate their sums, so that the error of a sum grows with its length (`split_dot`,
-`CHANNELS`).
+Tensor cores truncate their sums, so that the error of a sum grows with its length. `split_dot` and
+`CHANNELS` bound the length.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
-# Channels of half-precision features in one accumulator of a tensor core. What it truncates of the
-# similarity of a token with itself, 4e-6 on H100 and 8e-6 on A100 by the emulation in
-# tests/test_aggregate_kernels.py, must stay below the 2e-5 that a threshold leaves (`reference.
-# content_floor`): of 4096 channels, it would not.
+# Channels of half-precision features that one accumulator of a tensor core sums. It truncates the
+# similarity of a token with itself by 4e-6 on H100 and 8e-6 on A100 (by the emulation in
+# tests/test_aggregate_kernels.py). This must stay below 2e-5, the distance of the largest threshold
+# from 1 (`reference.content_floor`); the truncation of 4096 channels would not.
 CHANNELS = 1024
 _CHANNELS = tl.constexpr(CHANNELS)
 
 
 class Operand(NamedTuple):
-    """A tensor as the products read it: itself, or two float16 ones whose sum it is."""
+    """An operand of a product: a tensor in half precision, or two whose sum is one in float32."""
 
     first: torch.Tensor
     second: torch.Tensor | None
@@ -29,34 +29,33 @@ class Operand(NamedTuple):
 
 @triton.jit
 def weight_of(s, floor, gamma, SOFTMAX: tl.constexpr):
-    """The weight of similarities, 0 below the floor; NaN stays NaN."""
+    """Returns the weights of similarities, 0 below the floor; NaN stays NaN."""
     weight = tl.exp(gamma * (s - 1.0)) if SOFTMAX else s
     return tl.where(s < floor, 0.0, weight)
 
 
 @triton.jit
 def has_direction(scale):
-    """True for the inverse norm of a token with a direction: finite and above 0."""
+    """Returns whether inverse norms are those of tokens with a direction: finite and above 0."""
     return (scale > 0.0) & (scale < float("inf"))
 
 
 @triton.jit
 def any_not_finite(x):
-    """True if a block [., .] holds a NaN or an infinity."""
+    """Returns whether a block [., .] holds a NaN or an infinity."""
     return tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0) > 0
 
 
 @triton.jit
 def split_dot(a, a2, b, b2, acc, SPLIT: tl.constexpr):
-    """acc + a b, or with SPLIT (a + a2) (b + b2) without the least of the four products.
+    """Returns acc + a b, or with SPLIT acc + (a + a2) (b + b2) less the smallest of four products.
 
-    Tensor cores truncate their sums, so that the error of a sum grows with its length: in one
-    accumulator throughout, it is 3e-5 of a float32 mean over 5184 tokens, 5e-4 over 82,944. With
-    SPLIT, the products of one step, at most 64 tokens or channels, are summed by themselves and
-    added to acc in float32, which rounds to nearest: below 1e-6 for any number of tokens. In half
-    precision the same error is 4e-4 over 82,944 tokens on H100, 7e-4 on A100, about what rounding
-    the result costs, and a second accumulator has no room beside tiles of 256 channels. (All by the
-    emulation in tests/test_aggregate_kernels.py.)
+    In one accumulator throughout, a float32 mean is off by 3e-5 over 5184 tokens and by 5e-4 over
+    82,944. With SPLIT, the products of one step, at most 64 tokens or channels, are summed apart
+    and added to acc in float32, which rounds to nearest: the error is below 1e-6 for any number of
+    tokens. In half precision, the error over 82,944 tokens is 4e-4 on H100 and 7e-4 on A100, about
+    that of rounding the result, and a second accumulator has no room beside tiles of 256 channels.
+    (All by the emulation in tests/test_aggregate_kernels.py.)
     """
     if SPLIT:
         step = tl.dot(a2, b, tl.zeros(acc.shape, tl.float32))
@@ -67,6 +66,7 @@ def split_dot(a, a2, b, b2, acc, SPLIT: tl.constexpr):
 
 @triton.jit
 def load(ptrs, inside, WHOLE: tl.constexpr):
+    """Loads a tile, without a mask if WHOLE."""
     return tl.load(ptrs) if WHOLE else tl.load(ptrs, mask=inside, other=0.0)
 
 
@@ -85,7 +85,7 @@ def _add_channels(
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """s and the products of the features' channels from `start` to `stop`."""
+    """Returns s plus the products of the features' channels from `start` to `stop`."""
     for d in range(start, stop, BLOCK_D):
         dims = d + tl.arange(0, BLOCK_D)
         depth = dims.to(tl.int64) * stride_fd
@@ -114,7 +114,11 @@ def similarities(
     WHOLE: tl.constexpr,
     DEEP: tl.constexpr,
 ):
-    """Products [ROWS, COLS] of the features at row_offsets [ROWS, 1] and col_offsets [1, COLS]."""
+    """Returns the products [ROWS, COLS] of features f_i f_j, not yet normalized.
+
+    The features are at row_offsets [ROWS, 1] and col_offsets [1, COLS]. DEEP sums every `CHANNELS`
+    channels apart.
+    """
     s = tl.zeros([ROWS, COLS], tl.float32)
     if DEEP:
         for start in range(0, D, _CHANNELS):

@@ -1,10 +1,10 @@
-"""Aggregation by panels: rows of the weights W are written, and W V is a second product.
+"""Aggregation by panels: one kernel writes rows of the weights W, a second one multiplies W V.
 
     w_ij  = weight(s_ij) of `aggregate.py`           `weights`, into (B, R, columns)
     out_i = sum_j w_ij v_j / (total_i + eps)         `product`
 
-W is symmetric. Where a panel holds all rows, `weights` computes the tiles on and below the diagonal
-and writes each a second time, transposed.
+W is symmetric. If a panel holds all rows, `weights` computes only the tiles on and below the
+diagonal, and writes each one twice, the second time transposed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Architecture, Launch, architecture, strides
+from .._launch import Architecture, Launch, architecture, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -30,16 +30,16 @@ TILE = 128  # rows and columns of a program of `weights`
 
 @triton.jit
 def _tile_below_diagonal(pid):
-    """Row and column of the pid-th tile of a lower triangle, row by row."""
+    """Returns row and column of the pid-th tile of a lower triangle, row by row."""
     row = ((tl.sqrt(8.0 * pid.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)  # where the root was rounded
+    row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)  # the root is rounded
     row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
     return row, pid - row * (row + 1) // 2
 
 
 @triton.jit
 def _grouped_tile(pid, down, across, GROUP: tl.constexpr):
-    """Row and column of the pid-th tile, GROUP rows at a time: what they read is still cached."""
+    """Returns row and column of the pid-th tile, GROUP rows at a time, so that they stay cached."""
     top = pid // (GROUP * across) * GROUP
     height = tl.minimum(down - top, GROUP)
     return top + pid % (GROUP * across) % height, pid % (GROUP * across) // height
@@ -49,6 +49,7 @@ def _grouped_tile(pid, down, across, GROUP: tl.constexpr):
 def _store_weights(
     w_ptr, w2_ptr, sums_ptr, weight, sum_, rows, cols, R, columns, SPLIT: tl.constexpr
 ):
+    """Stores a tile of the weights and the sums of its rows."""
     inside = (rows < R)[:, None] & (cols < columns)[None, :]
     offsets = rows.to(tl.int64)[:, None] * columns + cols[None, :]
     first = weight.to(w_ptr.dtype.element_ty)
@@ -101,7 +102,7 @@ def _weights_kernel(
         i, j = _grouped_tile(pid, tl.cdiv(R, TILE), across, GROUP)
     local = i * TILE + tl.arange(0, TILE)
     rows, cols = first + local, j * TILE + tl.arange(0, TILE)
-    # Loads beyond the tokens read the last: their weights are not used.
+    # Rows and columns beyond the tokens load the last one, whose weight is then not used.
     row, col = tl.minimum(rows, N - 1), tl.minimum(cols, N - 1)
     f_ptr += image * stride_fb
     if SPLIT:
@@ -126,7 +127,7 @@ def _weights_kernel(
     row_scale, col_scale = tl.load(scale_ptr + row), tl.load(scale_ptr + col)
     s = s * row_scale[:, None] * col_scale[None, :]
     weight = weight_of(s, tl.load(floor_ptr + image), gamma, SOFTMAX)
-    # A token without a direction has no weight for others, and its own sum is NaN.
+    # A token without a direction has weight 0 for the others, and its own sum is NaN.
     row_has, col_has = has_direction(row_scale), has_direction(col_scale)
     weight = tl.where(((cols < N) & col_has)[None, :], weight, 0.0)
 
@@ -144,6 +145,59 @@ def _weights_kernel(
             _store_weights(
                 w_ptr, w2_ptr, sums_ptr + i * R, weight, sum_, cols, local, R, columns, SPLIT
             )
+
+
+def weights_launch(
+    f: Operand,
+    scale: torch.Tensor,
+    floor: torch.Tensor,
+    gamma: float | None,
+    panel: Operand,
+    sums: torch.Tensor,
+    first: int,
+    gpu: Architecture | None = None,
+) -> Launch:
+    """A panel of the weights (B, R, columns) from row `first` on, and its sums by tile.
+
+    sums: (B, columns / 128, R), the sums of a row over each 128 columns.
+    """
+    batch, n, d = f.first.shape
+    rows, columns = panel.first.shape[1:]
+    assert rows % TILE == columns % TILE == 0 and all(t.is_contiguous() for t in (scale, floor))
+    split, across = f.second is not None, columns // TILE
+    symmetric = rows == columns
+    tiles = across * (across + 1) // 2 if symmetric else rows // TILE * across
+    gpu = gpu or architecture(f.first.device)
+    whole, deep = d % 64 == 0, d > CHANNELS and not split
+    return Launch(
+        _weights_kernel,
+        batch * tiles,
+        f_ptr=f.first,
+        f2_ptr=f.second,
+        scale_ptr=scale,
+        floor_ptr=floor,
+        w_ptr=panel.first,
+        w2_ptr=panel.second,
+        sums_ptr=sums,
+        N=n,
+        D=d,
+        R=rows,
+        columns=columns,
+        first=first,
+        tiles=tiles,
+        **strides("f", f.first, "bnd"),
+        gamma=0.0 if gamma is None else gamma,
+        SOFTMAX=gamma is not None,
+        SYMMETRIC=symmetric,
+        SPLIT=split,
+        WHOLE=whole,
+        DEEP=deep,
+        TILE=TILE,
+        BLOCK_D=16 if not whole else gpu.options.split_step if split else 64,
+        GROUP=8,
+        num_warps=4 if whole and not split and not deep else 8,
+        num_stages=3,
+    )
 
 
 @triton.jit
@@ -184,20 +238,21 @@ def _product_kernel(
     channels = j * BLOCK_V + tl.arange(0, BLOCK_V)
     row_offsets = (image * R + tl.minimum(local, R - 1)).to(tl.int64)[:, None] * columns
     v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
-    has = (channels < DV)[None, :]
+    has_v = (channels < DV)[None, :]
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for start in range(0, columns, BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
         col = tl.minimum(cols, N - 1).to(tl.int64)[:, None] * stride_vn
         w = tl.load(w_ptr + row_offsets + cols[None, :])  # [BLOCK_M, BLOCK_N]
-        v = load(v_ptr + v_offsets + col, has, WHOLE)  # [BLOCK_N, BLOCK_V]
+        v = load(v_ptr + v_offsets + col, has_v, WHOLE)  # [BLOCK_N, BLOCK_V]
         w2, v2 = w, v
         if SPLIT:
             w2 = tl.load(w2_ptr + row_offsets + cols[None, :])
-            v2 = load(v2_ptr + v_offsets + col, has, WHOLE)
+            v2 = load(v2_ptr + v_offsets + col, has_v, WHOLE)
         average = split_dot(w, w2, v, v2, average, SPLIT)
     if not SPLIT:
-        # 0 times NaN is NaN. A mask in the loop above would cost every call what few need.
+        # 0 times NaN is NaN, so the product is repeated without the values of tokens that have no
+        # direction. A mask in the loop above would slow every call for the sake of a few.
         if any_not_finite(average):
             average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
             for start in range(0, columns, BLOCK_N):
@@ -206,7 +261,7 @@ def _product_kernel(
                 col_has = has_direction(tl.load(scale_ptr + image * N + col))[:, None]
                 w = tl.load(w_ptr + row_offsets + cols[None, :])
                 v_ptrs = v_ptr + v_offsets + col.to(tl.int64)[:, None] * stride_vn
-                average = tl.dot(w, tl.load(v_ptrs, mask=has & col_has, other=0.0), average)
+                average = tl.dot(w, tl.load(v_ptrs, mask=has_v & col_has, other=0.0), average)
     token = image * N + first + local
     exists = (local < R) & (first + local < N)
     total = tl.load(total_ptr + token, mask=exists, other=1.0)
@@ -214,42 +269,7 @@ def _product_kernel(
     tl.store(
         out_ptr + token[:, None] * DV + channels[None, :],
         average.to(out_ptr.dtype.element_ty),
-        mask=exists[:, None] & has,
-    )
-
-
-def weights_launch(
-    f: Operand,
-    scale: torch.Tensor,
-    floor: torch.Tensor,
-    gamma: float | None,
-    panel: Operand,
-    sums: torch.Tensor,
-    first: int,
-    gpu: Architecture | None = None,
-) -> Launch:
-    """Rows from `first` on of the weights (B, R, columns), and their sums (B, columns / 128, R)."""
-    batch, n, d = f.first.shape
-    rows, columns = panel.first.shape[1:]
-    assert rows % TILE == columns % TILE == 0 and all(t.is_contiguous() for t in (scale, floor))
-    split, across = f.second is not None, columns // TILE
-    symmetric = rows == columns
-    tiles = across * (across + 1) // 2 if symmetric else rows // TILE * across
-    gpu = gpu or architecture(f.first.device)
-    whole, deep = d % 64 == 0, d > CHANNELS and not split
-    # Elsewhere, 64 split channels a step spill 464 bytes (sm_80, Triton 3.8).
-    block_d = 16 if not whole else 64 if gpu.hopper or not split else 32
-    return Launch(
-        _weights_kernel,
-        batch * tiles,
-        dict(f_ptr=f.first, f2_ptr=f.second, scale_ptr=scale)
-        | dict(floor_ptr=floor, w_ptr=panel.first, w2_ptr=panel.second)
-        | dict(sums_ptr=sums, N=n, D=d, R=rows, columns=columns, first=first, tiles=tiles)
-        | strides("f", f.first, "bnd")
-        | dict(gamma=0.0 if gamma is None else gamma),
-        dict(SOFTMAX=gamma is not None, SYMMETRIC=symmetric, SPLIT=split, WHOLE=whole)
-        | dict(DEEP=deep, TILE=TILE, BLOCK_D=block_d, GROUP=8),
-        dict(num_warps=4 if whole and not split and not deep else 8, num_stages=3),
+        mask=exists[:, None] & has_v,
     )
 
 
@@ -273,11 +293,26 @@ def product_launch(
     return Launch(
         _product_kernel,
         batch * triton.cdiv(rows, 128) * triton.cdiv(dv, block_v),
-        dict(w_ptr=panel.first, w2_ptr=panel.second)
-        | dict(v_ptr=v.first, v2_ptr=v.second, scale_ptr=scale, total_ptr=total, out_ptr=out)
-        | dict(N=n, DV=dv, R=rows, columns=columns, first=first)
-        | dict(**strides("v", v.first, "bnd"), eps=eps),
-        dict(SPLIT=split, WHOLE=dv % block_v == 0, BLOCK_M=128, BLOCK_V=block_v)
-        | dict(BLOCK_N=32 if split and not gpu.hopper else 64, GROUP=8),
-        dict(num_warps=8 if split else 4, num_stages=3 if split else 4),
+        w_ptr=panel.first,
+        w2_ptr=panel.second,
+        v_ptr=v.first,
+        v2_ptr=v.second,
+        scale_ptr=scale,
+        total_ptr=total,
+        out_ptr=out,
+        N=n,
+        DV=dv,
+        R=rows,
+        columns=columns,
+        first=first,
+        **strides("v", v.first, "bnd"),
+        eps=eps,
+        SPLIT=split,
+        WHOLE=dv % block_v == 0,
+        BLOCK_M=128,
+        BLOCK_N=gpu.options.split_step if split else 64,
+        BLOCK_V=block_v,
+        GROUP=8,
+        num_warps=8 if split else 4,
+        num_stages=3 if split else 4,
     )

@@ -1,10 +1,10 @@
-"""Aggregation in one pass, for so many tokens that not even rows of the weights should be written.
+"""Aggregation in one pass, for so many tokens that few rows of the weights would fit the workspace.
 
-The equations of `aggregate.py`. As s <= 1 bounds the exponent, the softmax needs no running
-maximum.
+The equations are those of `aggregate.py`. As s <= 1 bounds the exponent, the softmax needs no
+running maximum.
 
 Each program owns BLOCK_M rows and BLOCK_V channels of the values and streams over all tokens.
-Values wider than BLOCK_V cost the similarities once more per slice.
+Values wider than BLOCK_V cost the similarities once more for each slice of channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Architecture, Launch, architecture, power_of_two, strides
+from .._launch import Architecture, Launch, architecture, power_of_two, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -66,15 +66,15 @@ def _stream_kernel(
     image = (pid // (slices * blocks)).to(tl.int64)
     rows = (pid // slices % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = (pid % slices) * BLOCK_V + tl.arange(0, BLOCK_V)
-    has = (channels < DV)[None, :]
+    has_v = (channels < DV)[None, :]
     v_offsets = image * stride_vb + channels.to(tl.int64)[None, :] * stride_vd  # [1, BLOCK_V]
-    # Loads beyond the tokens read the last: their weights are not used.
+    # Rows and columns beyond the tokens load the last one, whose weight is then not used.
     row = tl.minimum(rows, N - 1)
     row_offsets = image * stride_fb + row.to(tl.int64)[:, None] * stride_fn  # [BLOCK_M, 1]
     scale_ptr += image * N
     row_scale = tl.load(scale_ptr + row)
     floor = tl.load(floor_ptr + image)
-    if HELD:  # the features of the rows, not split, fit one block of channels
+    if HELD:  # one block of channels holds the rows' features, which are not split
         dims = tl.arange(0, BLOCK_D)
         depth = dims.to(tl.int64) * stride_fd
         fi = tl.load(f_ptr + row_offsets + depth[None, :], mask=(dims < D)[None, :], other=0.0)
@@ -82,7 +82,7 @@ def _stream_kernel(
     average = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     # 0 times NaN is NaN, so an average that is not finite is computed again, without the values of
-    # tokens that have no weight. To mask them in the first place would cost every call.
+    # tokens that have no direction. A mask in the first turn would slow every call.
     wanted = True
     for MASKED in tl.static_range(1 if SPLIT else 2):
         if wanted:
@@ -118,12 +118,12 @@ def _stream_kernel(
                 weight = tl.where(((cols < N) & col_has)[None, :], weight, 0.0)
                 total += tl.sum(weight, axis=1)
                 offsets = v_offsets + col.to(tl.int64)[:, None] * stride_vn
-                some = has & col_has[:, None] if MASKED else has
-                v = tl.load(v_ptr + offsets, mask=some, other=0.0)  # [BLOCK_N, BLOCK_V]
+                used = has_v & col_has[:, None] if MASKED else has_v
+                v = tl.load(v_ptr + offsets, mask=used, other=0.0)  # [BLOCK_N, BLOCK_V]
                 w = weight.to(v.dtype)
                 w2, v2 = w, v
                 if SPLIT:
-                    v2 = tl.load(v2_ptr + offsets, mask=has, other=0.0)
+                    v2 = tl.load(v2_ptr + offsets, mask=has_v, other=0.0)
                     w2 = (weight - w).to(v.dtype)
                 average = split_dot(w, w2, v, v2, average, SPLIT)
         wanted = any_not_finite(average)
@@ -136,7 +136,7 @@ def _stream_kernel(
     tl.store(
         out_ptr + token[:, None] * DV + channels[None, :],
         average.to(out_ptr.dtype.element_ty),
-        mask=(rows < N)[:, None] & has,
+        mask=(rows < N)[:, None] & has_v,
     )
 
 
@@ -151,29 +151,43 @@ def stream_launch(
     total: torch.Tensor,
     gpu: Architecture | None = None,
 ) -> Launch:
-    """The shapes of `aggregate.py`; all but values and features contiguous."""
+    """out and total of `aggregate.py`; all tensors but values and features are contiguous."""
     batch, n, dv = v.first.shape
     d = f.first.shape[-1]
     assert all(t.is_contiguous() for t in (scale, floor, out, total))
     split = f.second is not None
     held = d <= 256 and not split  # both halves would leave no room
     gpu = gpu or architecture(out.device)
-    # Split, there are two accumulators in registers; held, 256 channels take 104 KiB with the rows.
+    # Split operands take two accumulators in registers. Beside held rows, 256 channels of the
+    # values take 104 KiB of shared memory.
     narrow = split or (held and gpu.shared < 128 * 1024)
     block_v = power_of_two(dv, 16, 128 if narrow else 256)
-    block_n = 64 if gpu.hopper and not held else 32
     return Launch(
         _stream_kernel,
         batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
-        dict(f_ptr=f.first, f2_ptr=f.second)
-        | dict(v_ptr=v.first, v2_ptr=v.second)
-        | dict(scale_ptr=scale, floor_ptr=floor, out_ptr=out, total_ptr=total, N=n, D=d, DV=dv)
-        | strides("f", f.first, "bnd")
-        | strides("v", v.first, "bnd")
-        | dict(gamma=0.0 if gamma is None else gamma, eps=eps),
-        dict(SOFTMAX=gamma is not None, SPLIT=split, HELD=held, BLOCK_M=128)
-        | dict(DEEP=d > CHANNELS and not split)
-        | dict(BLOCK_N=block_n, BLOCK_V=block_v)
-        | dict(BLOCK_D=power_of_two(d, 16, 256) if held else power_of_two(d, 16, 64)),
-        dict(num_warps=8, num_stages=2 if split else 3),
+        f_ptr=f.first,
+        f2_ptr=f.second,
+        v_ptr=v.first,
+        v2_ptr=v.second,
+        scale_ptr=scale,
+        floor_ptr=floor,
+        out_ptr=out,
+        total_ptr=total,
+        N=n,
+        D=d,
+        DV=dv,
+        **strides("f", f.first, "bnd"),
+        **strides("v", v.first, "bnd"),
+        gamma=0.0 if gamma is None else gamma,
+        eps=eps,
+        SOFTMAX=gamma is not None,
+        SPLIT=split,
+        HELD=held,
+        DEEP=d > CHANNELS and not split,
+        BLOCK_M=128,
+        BLOCK_N=32 if held else gpu.options.stream_tokens,
+        BLOCK_D=power_of_two(d, 16, 256 if held else 64),
+        BLOCK_V=block_v,
+        num_warps=8,
+        num_stages=2 if split else 3,
     )

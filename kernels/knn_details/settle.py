@@ -1,9 +1,9 @@
-"""The last step of a search: the candidates whose place is open are measured, and all are ordered.
+"""The last step of a search: measures the candidates that are not sure, and orders all.
 
     d2(i, j) = sum (x_i - x_j)^2        exactly 0 for duplicates
 
-table (B, R, 64) int32 of `certify.py` and `collect`, whose rows are stored as by `rounding.py`
--> indices (B, N, k) int64 and squared distances. Rows with an empty table are left as they are.
+table (B, R, 64) int32 of `certify.py` and `collect.py` -> indices (B, N, k) int64 and squared
+distances (B, N, k or 1) float32, by token. Rows with an empty table are left as they are.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, power_of_two, strides
-from .certify import NO_COLUMN, ROWS, SURE
-from .knn import NO_KEY, distance_bits, infinities_to_nan
-from .rounding import token_at
+from .._launch import Launch, power_of_two, strides
+from .search import NO_PAIR, distance_bits, infinities_to_nan
+from .table import NO_COLUMN, ROWS, SURE, token_at
 
 
 @triton.jit(do_not_specialize=["N", "K", "first"])
@@ -46,50 +45,50 @@ def _settle_kernel(
     blocks = tl.cdiv(rows_per_image, BLOCK_R)
     image = (pid // blocks).to(tl.int64)
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = token_at(first + local)
-    inside = (local < rows_per_image) & (row < N)
+    token = token_at(first + local)
+    inside = (local < rows_per_image) & (token < N)
     x_ptr += image * stride_xb
-    row_ptrs = x_ptr + row.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
+    token_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
     table_ptr += (image * rows_per_image + local)[:, None] * BLOCK_C
     entry = tl.load(
         table_ptr + tl.arange(0, BLOCK_C)[None, :], mask=inside[:, None], other=NO_COLUMN
     )
     exists = entry >= 0  # [BLOCK_R, BLOCK_C]
-    open_ = exists & (ALL | ((entry & SURE) == 0))  # the first of a row
-    most = tl.max(tl.sum(open_.to(tl.int32), axis=1), axis=0)
-    # Sure columns come first, in the end.
+    measured = exists & (ALL | ((entry & SURE) == 0))  # these stand first in a row
+    most = tl.max(tl.sum(measured.to(tl.int32), axis=1), axis=0)
+    # Columns that are not measured rank before those that are, as they are neighbours for certain.
     bits = tl.full([BLOCK_R, BLOCK_C // CHUNK, CHUNK], -1, tl.int32)
     for chunk in range(0, tl.cdiv(most, CHUNK)):
         places = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
-        part = tl.load(table_ptr + places, mask=inside[:, None], other=NO_COLUMN)
-        measured = (part >= 0) & (ALL | ((part & SURE) == 0))  # [BLOCK_R, CHUNK]
-        column = tl.where(measured, part & (SURE - 1), 0)
+        some = tl.load(table_ptr + places, mask=inside[:, None], other=NO_COLUMN)
+        some_measured = (some >= 0) & (ALL | ((some & SURE) == 0))  # [BLOCK_R, CHUNK]
+        column = tl.where(some_measured, some & (SURE - 1), 0)
         column_ptrs = x_ptr + column.to(tl.int64)[:, :, None] * stride_xn
         total = tl.zeros([BLOCK_R, CHUNK, BLOCK_D], tl.float32)
         for d in range(0, D, BLOCK_D):
             dims = d + tl.arange(0, BLOCK_D)
             offsets = dims.to(tl.int64) * stride_xd
-            has = dims < D
+            has_dim = dims < D
             xi = tl.load(
-                row_ptrs + offsets[None, :], mask=inside[:, None] & has[None, :], other=0.0
+                token_ptrs + offsets[None, :], mask=inside[:, None] & has_dim[None, :], other=0.0
             )  # [BLOCK_R, BLOCK_D]
             xj = tl.load(
                 column_ptrs + offsets[None, None, :],
-                mask=measured[:, :, None] & has[None, None, :],
+                mask=some_measured[:, :, None] & has_dim[None, None, :],
                 other=0.0,
             )  # [BLOCK_R, CHUNK, BLOCK_D]
             difference = infinities_to_nan(xi)[:, None, :] - infinities_to_nan(xj)
             total += difference * difference
-        found = tl.where(measured, distance_bits(tl.sum(total, axis=2)), -1)
+        some_bits = tl.where(some_measured, distance_bits(tl.sum(total, axis=2)), -1)
         here = tl.arange(0, BLOCK_C // CHUNK)[None, :, None] == chunk
-        bits = tl.where(here, found[:, None, :], bits)
+        bits = tl.where(here, some_bits[:, None, :], bits)
 
     bits = tl.reshape(bits, [BLOCK_R, BLOCK_C])
     column = tl.where(exists, entry & (SURE - 1), 0)
     key = (bits.to(tl.int64) << 32) | column.to(tl.int64)
-    key = tl.where(exists, key, NO_KEY)
+    key = tl.where(exists, key, NO_PAIR)
     place = tl.sum((key[:, :, None] > key[:, None, :]).to(tl.int32), axis=2)
-    out = (image * N + row)[:, None]
+    out = (image * N + token)[:, None]
     chosen = exists & (place < K)
     tl.store(indices_ptr + out * K + place, column.to(tl.int64), mask=chosen)
     distance = bits.to(tl.float32, bitcast=True)
@@ -113,11 +112,20 @@ def settle_launch(
     return Launch(
         _settle_kernel,
         batch * triton.cdiv(rows, ROWS),
-        dict(x_ptr=x, table_ptr=table, indices_ptr=indices, distances_ptr=distances)
-        | dict(N=n, D=d, K=indices.shape[-1], first=first, rows_per_image=rows)
-        | strides("x", x, "bnd"),
-        dict(ALL=distances.shape[-1] == indices.shape[-1])
-        | dict(BLOCK_R=ROWS, BLOCK_C=width, BLOCK_D=power_of_two(d, 16, 128))
-        | dict(CHUNK=8),
-        dict(num_warps=1),
+        x_ptr=x,
+        table_ptr=table,
+        indices_ptr=indices,
+        distances_ptr=distances,
+        N=n,
+        D=d,
+        K=indices.shape[-1],
+        first=first,
+        rows_per_image=rows,
+        **strides("x", x, "bnd"),
+        ALL=distances.shape[-1] == indices.shape[-1],
+        BLOCK_R=ROWS,
+        BLOCK_C=width,
+        BLOCK_D=power_of_two(d, 16, 128),
+        CHUNK=8,
+        num_warps=1,
     )

@@ -1,0 +1,182 @@
+"""Candidates for the nearest neighbours, from one pass of half-precision products.
+
+    c_ij = a_i^2 + a_j^2 - 2 y_i y_j        y and a of `rounding.py`
+
+-> bins (B, R, shares, 3, 64) int32: the keys of the three smallest c of each bin.
+
+The products are in half precision, as its tensor cores are eight times as fast as three tf32
+products, and in fp16, as it rounds eight times finer than bfloat16. `certify.py` bounds the error.
+
+A program owns BLOCK_M rows and a share of the columns, whose tiles of 64 it folds onto 64 bins a
+row. A bin is a position of the accumulator, which min and max alone keep: no shuffles, no shared
+memory, 8 instructions a distance where a running top 32 takes 70 to 125. A key is one int32: c as
+bits, of which the lowest are replaced by the number of the column's tile.
+
+A bin may drop a neighbour. `certify.py` tells which rows may have lost one, and `collect.py`
+searches these rows once more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .._launch import Architecture, Launch
+from .table import NO_KEY, TILE
+
+BLOCK_M = 128
+DEPTH: tl.constexpr = tl.constexpr(3)  # columns that a bin keeps
+
+
+@triton.jit
+def _keep(key, tile, nearest, second, third):
+    """Returns the three smallest keys of each bin [BLOCK_M, 64] after one more tile."""
+    key = key | tile
+    farther = tl.maximum(nearest, key)
+    farthest = tl.maximum(second, farther)
+    return tl.minimum(nearest, key), tl.minimum(second, farther), tl.minimum(third, farthest)
+
+
+@triton.jit
+def _halves(key):
+    """Returns the left and the right half of the columns, without moving data."""
+    pairs = tl.reshape(key, [key.shape[0], 2, key.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+@triton.jit
+def _keep_two(key, tile, nearest, second, third):
+    left, right = _halves(key)
+    nearest, second, third = _keep(left, tile, nearest, second, third)
+    return _keep(right, tile + 1, nearest, second, third)
+
+
+@triton.jit
+def _fold(key, tile, nearest, second, third):
+    """Applies `_keep` to 1, 2 or 4 tiles, without recursion, which Triton 3.4 cannot hash."""
+    columns: tl.constexpr = key.shape[1]
+    if columns == 64:
+        nearest, second, third = _keep(key, tile, nearest, second, third)
+    elif columns == 128:
+        nearest, second, third = _keep_two(key, tile, nearest, second, third)
+    else:
+        tl.static_assert(columns == 256)
+        left, right = _halves(key)
+        nearest, second, third = _keep_two(left, tile, nearest, second, third)
+        nearest, second, third = _keep_two(right, tile + 2, nearest, second, third)
+    return nearest, second, third
+
+
+@triton.jit(do_not_specialize=["first", "steps", "shares", "tile_mask"])
+def _bins_kernel(
+    # tensors
+    rows_desc,
+    cols_desc,
+    a2_ptr,
+    bins_ptr,
+    # sizes
+    first,
+    rows_per_image,
+    padded_n,
+    padded_d,
+    steps,
+    shares,
+    tile_mask,
+    # tile
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    share = pid % shares
+    blocks = rows_per_image // BLOCK_M
+    image = pid // shares // blocks
+    start_position = first + (pid // shares % blocks) * BLOCK_M
+    positions = start_position + tl.arange(0, BLOCK_M)
+    above = image * padded_n  # positions of the images before
+    a2_ptr += above
+    row_a2 = tl.load(a2_ptr + positions)
+    if HELD:  # one block of channels holds the rows, which stay in shared memory
+        left = rows_desc.load([above + start_position, 0])
+
+    nearest = tl.full([BLOCK_M, TILE], NO_KEY, tl.int32)
+    second = tl.full([BLOCK_M, TILE], NO_KEY, tl.int32)
+    third = tl.full([BLOCK_M, TILE], NO_KEY, tl.int32)
+    for step in range(0, steps):
+        start = (share * steps + step) * BLOCK_N
+        cols = start + tl.arange(0, BLOCK_N)
+        if HELD:
+            dot = tl.dot(left, cols_desc.load([above + start, 0]).T)
+        else:
+            dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for d in range(0, padded_d, BLOCK_D):
+                left = rows_desc.load([above + start_position, d])
+                dot = tl.dot(left, cols_desc.load([above + start, d]).T, dot)
+        c = (row_a2[:, None] + tl.load(a2_ptr + cols)[None, :]) - 2.0 * dot
+        # The bits of floats from 0 on order like the floats. Rounding makes some c negative, and
+        # these come first.
+        key = c.to(tl.int32, bitcast=True) & ~tile_mask
+        if (start < start_position + BLOCK_M) & (start + BLOCK_N > start_position):
+            key = tl.where(positions[:, None] == cols[None, :], NO_KEY & ~tile_mask, key)
+        tile = step * (BLOCK_N // TILE)
+        nearest, second, third = _fold(key, tile, nearest, second, third)
+
+    row = (image * rows_per_image + (positions - first)).to(tl.int64)
+    bins_ptr += (row[:, None] * shares + share) * (DEPTH * TILE)
+    out = bins_ptr + tl.arange(0, TILE)[None, :]
+    tl.store(out, nearest)
+    tl.store(out + TILE, second)
+    tl.store(out + 2 * TILE, third)
+
+
+def bins_launch(
+    y: torch.Tensor, a2: torch.Tensor, bins: torch.Tensor, first: int, block_n: int
+) -> Launch:
+    """Bins (B, R, shares, 3, 64) of the positions first, ..., first + R - 1 of each image."""
+    batch, padded_n, padded_d = y.shape
+    rows, shares = bins.shape[1:3]
+    assert rows % BLOCK_M == 0 and first % BLOCK_M == 0 and bins.is_contiguous()
+    steps = padded_n // block_n // shares
+    assert steps * shares * block_n == padded_n
+    held = block_n == 128
+    block_d = padded_d if held else 64
+    flat = y.view(batch * padded_n, padded_d)
+    return Launch(
+        _bins_kernel,
+        batch * (rows // BLOCK_M) * shares,
+        rows_desc=TensorDescriptor.from_tensor(flat, [BLOCK_M, block_d]),
+        cols_desc=TensorDescriptor.from_tensor(flat, [block_n, block_d]),
+        a2_ptr=a2,
+        bins_ptr=bins,
+        first=first,
+        rows_per_image=rows,
+        padded_n=padded_n,
+        padded_d=padded_d,
+        steps=steps,
+        shares=shares,
+        tile_mask=2 ** tile_bits(padded_n // shares) - 1,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n,
+        BLOCK_D=block_d,
+        HELD=held,
+        num_warps=8,
+        num_stages=2 if held else 3,
+    )
+
+
+def block_columns(n: int, d: int, gpu: Architecture) -> int:
+    """Columns a step of `bins`: 128 where the rows are held.
+
+    Few tokens take 64, as in wider steps more of them would share a bin.
+    """
+    if n <= 1024:
+        return 64
+    return gpu.options.bins_columns_held if d <= 256 else gpu.options.bins_columns
+
+
+def tile_bits(columns: int) -> int:
+    """The number of low bits of a key that number one of the tiles of the columns."""
+    return (columns // TILE.value - 1).bit_length()
