@@ -43,13 +43,16 @@ def test_the_bits_of_one_process(found, case, op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("case", CASES)
 def test_what_the_op_itself_gives(found, case, op):
+    """The op shares products between two tokens and sums neighbours in another order."""
     expected = found[0][case]["op"][op]
     for out, ref in zip(of_all(found, case, op, world=3), expected, strict=True):
         assert out.dtype == ref.dtype
-        if op == "aggregate":  # a product may depend on where in memory its rows begin
+        if op == "aggregate":
             assert_close(out, ref=ref.double())
-        else:
+        elif out.dtype == torch.int64:
             assert_same(out, ref)
+        else:
+            torch.testing.assert_close(out, ref, rtol=2e-6, atol=0, equal_nan=True)
 
 
 def test_cases_have_what_they_are_for(found):

@@ -8,7 +8,7 @@ Each clause was broken by hand, and these tests failed:
 - rho = 0: test_the_rounding_of_the_measured_distance_counts
 - gamma = 0 in the second condition, or the condition left out:
   test_candidates_that_were_not_measured_are_neighbours
-- `r == 0` left out: test_duplicates_are_searched_once
+- `r == 0` left out: test_k_distances_of_duplicates_are_searched_once
 - no second pass: test_every_neighbour, test_clusters_as_scikit_learn_finds_them
 - no third pass: test_every_neighbour of quanta, test_ties_beyond_the_candidates
 - the mean for the remedian: test_one_far_token_leaves_the_others_decided
@@ -22,7 +22,7 @@ from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.chunked import search
+from scclip_fast.chunked import search, symmetric
 from scclip_fast.chunked.certificate import undecided
 
 
@@ -175,21 +175,28 @@ def test_ties_beyond_the_candidates():
     assert search.counts["differences"] > 1000
 
 
+def assert_same_neighbors(found, expected):
+    """The same sets, and distances but for the rounding of another sum."""
+    assert torch.equal(*(indices.sort(dim=-1).values for indices in (found[1], expected[1])))
+    assert torch.allclose(found[0], expected[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("every", [True, False])
 def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
-    """The neighbours are the same if float64 and differences search all rows again."""
+    """The neighbours are the same if every pass leaves all rows to the next one."""
     x = image_like(1, 196, 48)
-    expected = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
+    expected = search.nearest(x, 9, measure_all=every)
     again = []
 
     def all_of_them(scores, *_):
         again.append(scores.dtype)
-        return torch.ones(scores.shape[:2], dtype=torch.bool)
+        return torch.ones(scores.shape[:-1], dtype=torch.bool)
 
-    monkeypatch.setattr(search, "undecided", all_of_them)
-    found = [t.sort(dim=-1).values for t in search.nearest(x, 9, measure_all=every)]
-    assert again == [torch.float32, torch.float64]
-    assert all(map(torch.equal, found, expected))
+    for module in (search, symmetric):
+        monkeypatch.setattr(module, "undecided", all_of_them)
+    monkeypatch.setattr(symmetric, "FLOAT64_TOKENS", 0)
+    assert_same_neighbors(search.nearest(x, 9, measure_all=every), expected)
+    assert again == [torch.float32] * (1 if every else 2) + [torch.float64]
 
 
 @pytest.mark.parametrize("every", [True, False])
@@ -199,9 +206,7 @@ def test_while_a_graph_is_captured_no_row_is_listed(monkeypatch, every):
     expected = search.nearest(x, 9, measure_all=every)
     monkeypatch.setattr(search, "_is_captured", lambda x: True)
     monkeypatch.setattr(search, "undecided", None)
-    found = search.nearest(x, 9, measure_all=every)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(*(indices.sort(dim=-1).values for indices in (found[1], expected[1])))
+    assert_same_neighbors(search.nearest(x, 9, measure_all=every), expected)
 
 
 def test_queries_among_tokens_of_any_size():
@@ -213,12 +218,15 @@ def test_queries_among_tokens_of_any_size():
     assert torch.allclose(d2.gather(-1, indices), right, rtol=1e-5)
 
 
-def test_duplicates_are_searched_once():
+def test_k_distances_of_duplicates_are_searched_once():
     x = torch.randn(200, 16)
     x[:100] = 3
-    search.counts.clear()
     distances, indices = sf.knn(x, 9, backend="torch")
-    assert (distances[:100] == 0).all() and (indices[:100] < 100).all()
+    assert torch.equal(indices, reference.knn(x[None].double(), 9)[1][0])
+    assert (distances[:100] == 0).all()
+    search.counts.clear()
+    distances, indices = search.nearest(x[None], 9, measure_all=False)
+    assert (distances[0, :100] == 0).all() and (indices[0, :100] < 100).all()
     assert search.counts["float64"] == 0
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..reference import NORM_EPS, normaliser_eps, weights
+from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, plan, spans
 
 
@@ -13,6 +16,8 @@ def aggregate(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.aggregate`: means (B, N, Dv) and sums of the weights (B, N); floor is (B,)."""
+    if values.device.type == "cpu" and values.numel():
+        return _aggregate_symmetric(values, features, floor, gamma)
     batch, tokens, _ = values.shape
     dtype = compute_dtype(values, features)
     scale = inverse_norms(features)
@@ -32,6 +37,56 @@ def aggregate(
             out[images, rows] = (value_sum / z).to(out.dtype)
             total[images, rows] = weight_sum
     return out, total
+
+
+def _aggregate_symmetric(
+    values: Tensor, features: Tensor, floor: Tensor, gamma: float | None
+) -> tuple[Tensor, Tensor]:
+    """`aggregate` with each similarity of two tokens computed once, as weights are symmetric too.
+
+    The sums of all rows are held at once, in the dtype of the sums.
+    """
+    batch, tokens, width = values.shape
+    dtype = compute_dtype(values, features)
+    scale = inverse_norms(features)
+    broken = scale.isnan()
+    sums = torch.zeros(batch, tokens, width, dtype=dtype)
+    total = torch.zeros(batch, tokens, dtype=dtype)
+    pairs = tile_pairs(tokens, dtype)
+    step = images_per_step(tokens, max(width, features.shape[-1]))
+    workspace = torch.empty(min(step, batch) * pairs[0][0].stop ** 2, dtype=dtype)
+
+    def operands(images: slice, part: slice) -> tuple[Tensor, Tensor]:
+        unit = features[images, part].to(dtype) * scale[images, part]
+        # A weight of 0 times an infinity would be NaN.
+        return unit, values[images, part].to(dtype).masked_fill(broken[images, part], 0)
+
+    for images in spans(batch, step):
+        limit = floor[images, None, None]
+        for rows, columns in pairs:
+            unit, row_values = operands(images, rows)
+            on_diagonal = rows == columns
+            others, column_values = (unit, row_values) if on_diagonal else operands(images, columns)
+            shape = len(unit), unit.shape[1], others.shape[1]
+            w = weights_(
+                gram(unit, others, workspace[: math.prod(shape)].view(shape)), limit, gamma
+            )
+            sums[images, rows].baddbmm_(w, column_values)
+            total[images, rows] += w.sum(dim=-1)
+            if not on_diagonal:
+                sums[images, columns].baddbmm_(w.mT, row_values)
+                total[images, columns] += w.sum(dim=-2)
+    total.masked_fill_(broken.squeeze(-1), torch.nan)
+    sums /= (total + normaliser_eps(gamma)).unsqueeze(-1)
+    return sums.to(values.dtype), total
+
+
+def weights_(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
+    """`reference.weights` in the memory of the similarities s."""
+    without = (s >= floor).logical_not_()
+    if gamma is not None:
+        s.sub_(1).mul_(gamma).exp_()
+    return s.masked_fill_(without, 0)
 
 
 def weighted_sums(

@@ -23,9 +23,9 @@ def attention(
     plain = q.dtype == torch.float32 and q.device.type != "cpu"
     attend = plain_attention if plain else F.scaled_dot_product_attention
     out = torch.empty_like(content, memory_format=torch.contiguous_format)
-    for image, rows in _chunks(q, k):
-        self_attention = attend(q[image, :, rows], k[image], v[image], scale=scale)
-        out[image, :, rows] = self_attention.lerp(content[image, :, rows], alpha)
+    for images, rows in _chunks(q, k):
+        self_attention = attend(q[images, :, rows], k[images], v[images], scale=scale)
+        out[images, :, rows] = self_attention.lerp(content[images, :, rows], alpha)
     return out
 
 
@@ -40,15 +40,15 @@ def attention_backward(
     """Gradients of softmax(scale q k^T) v by q, k and v, the attention recomputed in chunks."""
     dtype = compute_dtype(q)
     grad_q, grad_k, grad_v = (torch.zeros_like(t, dtype=dtype) for t in (q, k, v))
-    for image, rows in _chunks(q, k):
+    for images, rows in _chunks(q, k):
         g, queries, keys, values = (
-            t[image].to(dtype) for t in (grad[:, :, rows], q[:, :, rows], k, v)
+            t[images].to(dtype) for t in (grad[:, :, rows], q[:, :, rows], k, v)
         )
-        grad_q[image, :, rows], by_keys, by_values = _chunk_backward(
+        grad_q[images, :, rows], by_keys, by_values = _chunk_backward(
             g, queries, keys, values, scale
         )
-        grad_k[image] += by_keys
-        grad_v[image] += by_values
+        grad_k[images] += by_keys
+        grad_v[images] += by_values
     return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
@@ -65,9 +65,10 @@ def _chunk_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) ->
 
 
 def _chunks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields each image with each chunk of its queries, whose scores fit the workspace."""
+    """Yields images and chunks of their queries, whose scores fit the workspace."""
     batch, heads, queries, _ = q.shape
-    row_bytes = heads * k.shape[-2] * tiles.TILE_COPIES * compute_dtype(q).itemsize
-    for image in spans(batch, 1):
-        for rows in spans(queries, max(1, tiles.WORKSPACE_BYTES // max(1, row_bytes))):
-            yield image, rows
+    row_bytes = max(1, heads * k.shape[-2] * tiles.TILE_COPIES * compute_dtype(q).itemsize)
+    rows_per_step = max(1, tiles.WORKSPACE_BYTES // row_bytes)
+    for images in spans(batch, max(1, rows_per_step // max(1, queries))):
+        for rows in spans(queries, rows_per_step):
+            yield images, rows

@@ -64,14 +64,14 @@ class Candidates:
     def add(self, tokens: Tensor, first: int) -> None:
         """Ranks tokens (B, c, D), whose indices count from `first`, among those added before."""
         if self._centre is not None:
-            centred, squares = _centred(tokens, self._centre, multiple=GROUP)
+            y, squares = centred(tokens, self._centre, multiple=GROUP)
         width = -(-tokens.shape[1] // GROUP) * GROUP
         # One tile for all rows: allocating and freeing one this large each time takes longer.
         scores = self.scores.new_empty(len(tokens), self._step, width)
         for span in spans(self._rows.shape[1], self._step):
             tile = scores[:, : span.stop - span.start]
             if self._centre is not None:
-                self._multiply(centred, squares, self._centre, span, tile)
+                self._multiply(y, squares, self._centre, span, tile)
             else:
                 self._measure(tokens, span, tile)
             self._leave_out_self(tile, span, first)
@@ -81,7 +81,7 @@ class Candidates:
         self, columns: Tensor, squares: Tensor, centre: Tensor, span: slice, tile: Tensor
     ) -> None:
         """Writes ||x_j||^2 - 2 x_i x_j of centred tokens to the tile, for the rows of `span`."""
-        rows, row_squares = _centred(self._rows[:, span], centre)
+        rows, row_squares = centred(self._rows[:, span], centre)
         self.norms[:, span] = row_squares.sqrt()
         torch.baddbmm(squares.unsqueeze(1), rows, columns.mT, alpha=-2, out=tile)
 
@@ -119,25 +119,25 @@ def centre(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def sample(tokens: int, device: torch.device) -> Tensor:
-    """27 indices of tokens, evenly spread."""
-    return torch.arange(27, device=device) * (tokens - 1) // 26
+    """9 indices of tokens, evenly spread."""
+    return torch.arange(9, device=device) * (tokens - 1) // 8
 
 
 def remedian(tokens: Tensor) -> Tensor:
-    """The median of medians of medians of three, (B, 1, D), of 27 tokens, channel by channel.
+    """The median of medians of three, (B, 1, D), of 9 tokens, channel by channel.
 
     An estimate of the median by elementwise operations alone (Rousseeuw and Bassett, "The
-    remedian", JASA 1990): `nanmedian` takes 58 ms for 64 images of 768 channels on one core, this
-    1 ms. Numbers that are not finite are left out. A channel that holds no others has the median 0.
+    remedian", JASA 1990): for 64 images of 768 channels it takes 2 ms on one core, `median` 7 ms
+    and the remedian of 27 tokens 9 ms. NaN is left out, and 0 replaces what is not finite.
     """
-    medians = tokens.masked_fill(tokens.isinf(), torch.nan)
-    for _ in range(3):
+    medians = tokens
+    for _ in range(2):
         a, b, c = medians.chunk(3, dim=1)
         medians = torch.fmax(torch.fmin(a, b), torch.fmin(torch.fmax(a, b), c))
-    return medians.nan_to_num(nan=0)
+    return medians.nan_to_num(nan=0, posinf=0, neginf=0)
 
 
-def _centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
+def centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """tokens (b, n, D) - centre and the squared norms (b, n), with n filled up to a multiple.
 
     A token whose norm is not finite is replaced by 0 with the largest finite norm. A token that
@@ -145,14 +145,17 @@ def _centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor,
     """
     batch, n, width = tokens.shape
     missing = -n % multiple
-    centred = centre.new_empty(batch, n + missing, width)
-    centred[:, n:] = 0
-    centred[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to a tensor of its own
-    centred[:, :n] -= centre
-    squares = torch.linalg.vector_norm(centred, dim=-1).square_()
+    result = centre.new_empty(batch, n + missing, width)
+    result[:, n:] = 0
+    result[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to a tensor of its own
+    result[:, :n] -= centre
+    squares = torch.linalg.vector_norm(result, dim=-1).square_()
     broken = ~squares.isfinite()
-    squares.masked_fill_(broken, torch.finfo(squares.dtype).max)[:, n:] = torch.inf
-    return centred.masked_fill_(broken.unsqueeze(-1), 0), squares
+    if broken.device.type != "cpu" or broken.any():  # a GPU would have to be waited for
+        squares.masked_fill_(broken, torch.finfo(squares.dtype).max)
+        result.masked_fill_(broken.unsqueeze(-1), 0)
+    squares[:, n:] = torch.inf
+    return result, squares
 
 
 def _keep_smallest(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:

@@ -28,8 +28,25 @@ norm. Data that suit the dtype badly leave rows undecided, never wrong.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Found(NamedTuple):
+    """The result of one pass of a search."""
+
+    distances: Tensor  # (..., k), or (..., 1) of the k-th neighbours
+    indices: Tensor  # (..., k)
+    undecided: Tensor  # (...) bool, rows whose neighbours may be others
+
+
+def error_bound(norm: Tensor, distance: Tensor, width: int) -> Tensor:
+    """g(d) of rows with the norms a, in the dtype of the products."""
+    gamma = (width + 16) * torch.finfo(norm.dtype).eps / 2
+    reach = norm + distance
+    return reach.mul(gamma).mul_(reach.add_(norm, alpha=2))
 
 
 def undecided(
@@ -50,20 +67,17 @@ def undecided(
         width: D.
         complete: True if the candidates are all tokens there are.
     """
-    u = torch.finfo(scores.dtype).eps / 2
-    gamma = (width + 16) * u
-    rho = (width + 16) * torch.finfo(k_distance.dtype).eps / 2
+    gamma, rho = ((width + 16) * torch.finfo(t.dtype).eps / 2 for t in (scores, k_distance))
     a, r = norms, k_distance.to(scores.dtype).sqrt()
     decided = r.isfinite()
     if not complete:
         V = r * (1 + rho)
-        g = gamma * ((a + V).square() + 2 * a * (a + V))
-        # Tokens of equal features tie at the distance 0, where no token can be nearer.
-        decided &= (scores[..., -1] + a.square() > V.square() + g) | (r == 0)
+        # c > V^2 - a^2 + g(V). Equal tokens tie at the distance 0, where no token can be nearer.
+        decided &= (scores[..., -1] > (V - a) * (V + a) + error_bound(a, V, width)) | (r == 0)
     n_unmeasured = scores.shape[-1] - n_measured
     if n_unmeasured > 0:
         # Solves d^2 - g(d) = tau + a^2 for the largest d that such a candidate can have.
-        tau = scores[..., n_unmeasured - 1] + a.square() * (1 + 3 * gamma)
-        root = (4 * (gamma * a).square() + tau.clamp(min=0)).sqrt()
-        decided &= (2 * gamma * a + root) / (1 - gamma) <= r * (1 - rho)
+        tau = torch.addcmul(scores[..., n_unmeasured - 1], a, a, value=1 + 3 * gamma)
+        root = torch.addcmul(tau.clamp_(min=0), a, a, value=4 * gamma**2).sqrt_()
+        decided &= root.add_(a, alpha=2 * gamma) <= r * ((1 - rho) * (1 - gamma))
     return ~decided

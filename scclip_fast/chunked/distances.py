@@ -18,15 +18,26 @@ from .tiles import compute_dtype, spans
 def pair_distances(
     x: Tensor, neighbors: Tensor, queries: Tensor, finite: Tensor | None = None
 ) -> Tensor:
-    """||q_i - x_j||^2 (B, M, m) for j in neighbors (B, M, m), exactly 0 for duplicates.
+    """`squared_differences`, with the distance NaN for pairs with a token that is not finite.
 
-    Pairs with a token that is not finite have the distance NaN.
+    Args:
+        x, neighbors, queries: as for `squared_differences`.
+        finite: `finite_tokens(x)`, if the caller has it.
+    """
+    distances = squared_differences(x, neighbors, queries)
+    finite = finite_tokens(x) if finite is None else finite
+    usable = finite.gather(-1, neighbors.flatten(1)).view_as(neighbors)
+    usable &= finite_tokens(queries).unsqueeze(-1)
+    return distances.masked_fill_(~usable, torch.nan)
+
+
+def squared_differences(x: Tensor, neighbors: Tensor, queries: Tensor) -> Tensor:
+    """||q_i - x_j||^2 (B, M, m) for j in neighbors (B, M, m), exactly 0 for duplicates.
 
     Args:
         x: (B, N, D).
         neighbors: indices of tokens of x.
         queries: (B, M, D).
-        finite: `finite_tokens(x)`, if the caller has it.
     """
     batch, asked, m = neighbors.shape
     dtype = compute_dtype(x)
@@ -38,10 +49,7 @@ def pair_distances(
             others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)
             difference = others.unflatten(0, (-1, m)).sub_(queries[image, rows, None])
             distances[image, rows] = difference.square_().sum(dim=-1)
-    finite = finite_tokens(x) if finite is None else finite
-    usable = finite.gather(-1, neighbors.flatten(1)).view_as(neighbors)
-    usable &= finite_tokens(queries).unsqueeze(-1)
-    return distances.masked_fill_(~usable, torch.nan)
+    return distances
 
 
 def finite_tokens(x: Tensor) -> Tensor:

@@ -6,18 +6,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from . import tiles
 from .tiles import compute_dtype
 
 
 def repair(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """`reference.repair` of tokens (B, N, D), without waiting for a GPU.
 
-    The reference lists the few outliers, which is the least work but needs their number. A GPU
-    would have to be waited for to count them, so there the windows of all tokens are summed.
+    Listing the few outliers is the least work but needs their number. A GPU would have to be waited
+    for to count them, so there the windows of all tokens are summed.
     """
-    rule = reference.repair if tokens.device.type == "cpu" else pooled
+    rule = listed if tokens.device.type == "cpu" else pooled
     return rule(tokens, mask, grid)
+
+
+def listed(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """`reference.repair` by the windows of the outliers alone, as many as fit the workspace."""
+    height, width = grid
+    image, token = mask.nonzero(as_tuple=True)
+    window = torch.arange(-1, 2)
+    rows = (token // width)[:, None, None] + window[:, None]  # (M, 3, 1)
+    columns = (token % width)[:, None, None] + window  # (M, 1, 3)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    around = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    good = (inside & ~mask[image[:, None, None], around]).flatten(1)  # not the centre: an outlier
+    count, around = good.sum(dim=1), around.flatten(1)
+    repaired = tokens.clone(memory_format=torch.contiguous_format)
+    bytes_each = 9 * max(1, tokens.shape[-1]) * tokens.itemsize
+    for some in count.nonzero()[:, 0].split(max(1, tiles.WORKSPACE_BYTES // 4 // bytes_each)):
+        source, kept = image[some, None], good[some]
+        total = tokens[source, around[some]].masked_fill_(~kept.unsqueeze(-1), 0).sum(dim=1)
+        repaired[source[:, 0], token[some]] = total / count[some, None]
+    return repaired
 
 
 def pooled(tokens: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:

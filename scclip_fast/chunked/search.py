@@ -23,29 +23,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
 from .candidates import Candidates, centre, list_sizes
-from .certificate import undecided
+from .certificate import Found, undecided
 from .distances import finite_tokens, pair_distances, settle_last
+from .symmetric import has_room, search_symmetric
 from .tiles import Tile, compute_dtype, plan, spans
 from .topk import GROUP
 
 #: Rows searched so far in this process: "product" counts the rows of the first pass, "float64" and
 #: "differences" the rows that the pass before left undecided.
 counts: Counter[str] = Counter()
-
-
-class Found(NamedTuple):
-    """The result of one pass."""
-
-    distances: Tensor  # (..., k), or (..., 1) of the k-th neighbours
-    indices: Tensor  # (..., k)
-    undecided: Tensor  # (...) bool, rows whose neighbours may be others
 
 
 def nearest(
@@ -78,7 +70,10 @@ def nearest(
         found = _search(*exact, first_token, k, None, exact, measure_all)
         return found.distances, found.indices
     counts["product"] += rows.shape[0] * rows.shape[1]
-    found = _search(x, rows, first_token, k, compute_dtype(x), exact, measure_all)
+    if queries is None and has_room(x, k):
+        found = search_symmetric(x, k, exact[0], measure_all)
+    else:
+        found = _search(x, rows, first_token, k, compute_dtype(x), exact, measure_all)
     for image, places in _finite_rows(rows, found.undecided):
         one = slice(image, image + 1)
         tensors = x[one], rows[one], (exact[0][one], exact[1][one])
@@ -157,9 +152,9 @@ def _search(
         dtype: dtype of the products; None to measure all differences, which decides every row.
         exact: x and rows as distances are measured.
     """
-    batch, tokens, width = x.shape
+    batch, tokens, _ = x.shape
     n_rows = rows.shape[1]
-    tile = tile_of(batch, tokens, width, k, dtype or compute_dtype(x))
+    tile = tile_of(batch, tokens, x.shape[-1], k, dtype or compute_dtype(x))
     others = tokens - (self_index is not None)
     n_candidates, n_measured = list_sizes(k, others, measure_all)
     group = max(1, rows_of_lists(tile.images, n_candidates) // tile.rows) * tile.rows
@@ -189,7 +184,7 @@ def _search(
                     candidates.norms,
                     nearest_distances[..., -1],
                     n_measured,
-                    width,
+                    x.shape[-1],
                     n_candidates == others,
                 )
     return Found(distances, indices, is_open)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ WORKSPACE_BYTES = 64 * 2**20
 TILE_COPIES = 4  # a tile of similarities, their weights, and two tensors of the backward pass
 MAX_COLUMNS = 8192  # wider tiles leave too few rows for an efficient matrix product
 
-Steps = Callable[[list[slice]], Iterable[slice]]
+Steps = Callable[[list[Any]], Iterable[Any]]
 
 #: Every search iterates over its tiles of columns through this function, so that a caller can
 #: follow a search that takes long (`scclip_fast.progress`). The function must yield every tile.

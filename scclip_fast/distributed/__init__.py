@@ -13,11 +13,11 @@ numbers a token (k-distances, densities) go to every rank.
 
 No bit of a result depends on how the rows are shared out. Pieces and tiles of rows begin at
 multiples of one step in the order of all rows, whichever rank holds them, so that each product has
-the same shape and each row its place in it, and sums run over the pieces in order. On a CPU, `knn`
-and `lof_scores` also have the bits of the ops of these names on all rows in one process
-(contiguous, `backend="torch"`). `aggregate` equals its op up to rounding, as a product may depend
-on where in memory its operands begin. All of this holds between equal machines with as many threads
-each. It is tested with Gloo on CPUs, not on GPUs.
+the same shape and each row its place in it, and sums run over the pieces in order. Each result
+equals that of the op of its name on all rows in one process, up to rounding: on a CPU the op makes
+each product of two tokens once, and a product may depend on where in memory its operands begin. All
+of this holds between equal machines with as many threads each. It is tested with Gloo on CPUs, not
+on GPUs.
 
 The torch path runs on every device, because the Triton kernels search one tensor among itself.
 """

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..chunked import tiles
 from ..chunked.candidates import Candidates, list_sizes, remedian, sample
-from ..chunked.certificate import undecided
+from ..chunked.certificate import Found, undecided
 from ..chunked.distances import finite_tokens, pair_distances, settle_last
-from ..chunked.search import Found, search_again, tile_of
+from ..chunked.search import search_again, tile_of
 from ..chunked.tiles import Tile, compute_dtype
 from .shards import Shards
 

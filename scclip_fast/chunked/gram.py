@@ -1,0 +1,59 @@
+"""Tiles of a symmetric matrix of products y y^T, each computed once, on a CPU.
+
+One triangle of the matrix is computed and the other copied. On one core that takes 1/1.2 (196
+tokens of 768 channels) to 1/1.6 (2304) of the time of the whole.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations_with_replacement
+
+import torch
+from torch import Tensor
+
+from . import tiles
+from .tiles import spans
+
+ROWS = 128  # rows of one product within a tile of the diagonal; 64 are as fast
+
+
+def tile_pairs(tokens: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
+    """The tiles (rows, columns) of the upper triangle. Those of the diagonal have equal slices.
+
+    A tile takes at most an eighth of the workspace, 8 MiB.
+    """
+    side = max(1, math.isqrt(tiles.WORKSPACE_BYTES // 8 // dtype.itemsize))
+    side = -(-tokens // -(-tokens // side))  # tiles of nearly equal sizes
+    return list(combinations_with_replacement(spans(tokens, side), 2))
+
+
+def images_per_step(tokens: int, width: int) -> int:
+    """The number of images whose tokens and tiles, in float32, fit an eighth of the workspace."""
+    return max(1, tiles.WORKSPACE_BYTES // 8 // (tokens * max(1, tokens, width) * 4))
+
+
+def gram(rows: Tensor, columns: Tensor, out: Tensor, depth: int | None = None) -> Tensor:
+    """Writes the products of rows (b, r, D) and columns (b, c, D) to out (b, r, c).
+
+    Args:
+        columns: the same tensor as rows for a tile of the diagonal.
+        depth: channels of one product; the products of all channels are added up.
+    """
+    if columns is not rows:
+        return _product(rows, columns, out, depth)
+    n = rows.shape[1]
+    for part in spans(n, ROWS):
+        _product(rows[:, part], rows[:, part.start :], out[:, part, part.start :], depth)
+        if part.stop < n:
+            out[:, part.stop :, part] = out[:, part, part.stop :].mT
+    return out
+
+
+def _product(rows: Tensor, columns: Tensor, out: Tensor, depth: int | None) -> Tensor:
+    if depth is None or depth >= rows.shape[-1]:
+        return torch.bmm(rows, columns.mT, out=out)
+    for channels in spans(rows.shape[-1], depth):
+        operands = rows[..., channels], columns[..., channels].mT
+        torch.baddbmm(out, *operands, beta=min(channels.start, 1), out=out)
+    return out
