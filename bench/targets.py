@@ -1,12 +1,12 @@
 """The kernels beside their floors and their peers on a GPU: python bench/targets.py PART --out JSON
 
-A part is a process of its own, so that the memory of its CUDA graphs goes with it.
+Each part runs in its own process, whose end frees the memory of its CUDA graphs.
 
 A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
 with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
-results included. Of nearest neighbours of one image, the share of rows is given whose set is
-float64's.
-`bench/roofline.py` makes the tables of README.md and the picture.
+results included. For nearest neighbours of one image the results also have the share of rows whose
+set is float64's.
+`bench/report.py` makes the tables of README.md, `bench/roofline.py` the picture.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from pathlib import Path
 
 import bench_aggregate
 import bench_attention
+import bench_knn
 import bench_lof
 import bench_repair
 import bench_sam3
 import harness
 import torch
 import torch.nn.functional as F
+from measure import measure
 from torch import Tensor
 
 import scclip_fast as sf
-from scclip_fast.measure import measure
 
 LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
 SHAPES = LOF_SHAPES[:2]
@@ -39,7 +40,7 @@ FEW = 3  # rounds of a call that takes over 50 ms
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the call's CUDA graph, or the call itself where it cannot be captured."""
+    """Returns a replay of the call's CUDA graph, or the call itself where capture fails."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -58,6 +59,7 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
+    """Returns the median time of a call, with `flush` written before each."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -73,54 +75,54 @@ def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
 
 
 def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) -> dict:
-    """One row of the results; `check` of the answer is what it adds to it."""
-    found = dict(op=op, shape=shape, dtype=dtype, provider=provider)
+    """Measures one row of the results; `check` returns further fields from the result of a call."""
+    row = dict(op=op, shape=shape, dtype=dtype, provider=provider)
     try:
         torch.cuda.empty_cache()
         call()
-        held = measure(call, "cuda")
+        run = measure(call, "cuda")
         if check is not None:
-            found |= check(held.result)
-        peak = held.peak_bytes
-        del held
+            row |= check(run.result)
+        peak = run.peak_bytes
+        del run
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        found |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
+        row |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
     except Exception as error:
         torch.cuda.synchronize()
-        found |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
-    return found
+        row |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return row
 
 
-def same_sets(x: Tensor, found: tuple[Tensor, Tensor]) -> dict:
-    """The share of rows whose neighbours are float64's, of about 2048 evenly spaced ones."""
-    _, indices = found
+def same_sets(x: Tensor, result: tuple[Tensor, Tensor]) -> dict:
+    """Returns the share of rows with float64's neighbours, among about 2048 evenly spaced rows."""
+    _, indices = result
     rows = torch.arange(0, x.shape[1], max(1, x.shape[1] // 2048), device=x.device)
     exact = x[0].double()
     wrong = 0
-    for part in rows.split(256):
-        distances = torch.cdist(exact[part], exact, compute_mode="donot_use_mm_for_euclid_dist")
-        distances[torch.arange(len(part)), part] = math.inf
-        true = distances.topk(bench_lof.K, largest=False).indices.sort(dim=1).values
-        wrong += (indices[0, part].sort(dim=1).values != true).any(dim=1).sum().item()
+    for chunk in rows.split(256):
+        distances = torch.cdist(exact[chunk], exact, compute_mode="donot_use_mm_for_euclid_dist")
+        distances[torch.arange(len(chunk)), chunk] = math.inf
+        true = distances.topk(bench_knn.K, largest=False).indices.sort(dim=1).values
+        wrong += (indices[0, chunk].sort(dim=1).values != true).any(dim=1).sum().item()
     return dict(exact_rows=1 - wrong / len(rows), checked_rows=len(rows))
 
 
 def flashlib_knn(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashLib's, of one neighbour more, as it finds each token itself."""
+    """Runs FlashLib's search for one neighbour more, because it also finds each token itself."""
     from flashlib.primitives.knn import flash_knn_dispatch
 
-    distances, indices = flash_knn_dispatch(x, x, bench_lof.K + 1)
-    own = indices == torch.arange(x.shape[1], device=x.device)[:, None]
-    order = own.int().argsort(dim=-1, stable=True)[..., : bench_lof.K]
+    distances, indices = flash_knn_dispatch(x, x, bench_knn.K + 1)
+    is_self = indices == torch.arange(x.shape[1], device=x.device)[:, None]
+    order = is_self.int().argsort(dim=-1, stable=True)[..., : bench_knn.K]
     return distances.gather(-1, order), indices.gather(-1, order).long()
 
 
 def neighbors(results: list[dict]) -> None:
     knn = {
-        "scclip_fast": partial(sf.knn, k=bench_lof.K, backend="triton"),
-        "matmul + topk": bench_lof.matmul_topk,
-        "cdist + topk": bench_lof.cdist_topk,
+        "scclip_fast": partial(sf.knn, k=bench_knn.K, backend="triton"),
+        "matmul + topk": bench_knn.matmul_topk,
+        "cdist + topk": bench_knn.cdist_topk,
         "FlashLib": flashlib_knn,
     }
     for shape in LOF_SHAPES:
@@ -139,7 +141,7 @@ def neighbors(results: list[dict]) -> None:
 
 
 def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
-    """log S as a score: softmax(log w) = w / sum w."""
+    """Aggregates by FlexAttention with log S as score, as softmax(log w) = w / sum w."""
     unit = F.normalize(features, dim=-1).unsqueeze(1)
     return _flex(_log_threshold, unit, unit, values.unsqueeze(1), 1.0)[:, 0]
 
@@ -156,7 +158,7 @@ def _flex(score_mod, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def two_products(values: Tensor, features: Tensor) -> Tensor:
-    """The matrix products alone, in half precision, rows at a time where N x N would not fit."""
+    """Computes the matrix products alone, in half precision, for 8192 rows at a time."""
     v, f = values.half()[0], features.half()[0]
     unit = F.normalize(f, dim=-1)
     return torch.cat([(rows @ unit.T) @ v for rows in unit.split(8192)])
@@ -193,8 +195,8 @@ def attention(results: list[dict]) -> None:
         merged = v.transpose(1, 2).flatten(2)
 
         def floor(q=q, k=k, v=v, f=features, merged=merged):
-            own = F.scaled_dot_product_attention(q, k, v)
-            return own, torch.matmul(torch.matmul(f, f.mT), merged)
+            self_half = F.scaled_dot_product_attention(q, k, v)
+            return self_half, torch.matmul(torch.matmul(f, f.mT), merged)
 
         calls = {
             "floor": floor,
@@ -207,7 +209,7 @@ def attention(results: list[dict]) -> None:
 
 
 def repair(results: list[dict]) -> None:
-    """Beside a copy of the tokens, and torch's pooling of their grid."""
+    """Compares with a copy of the tokens, and with torch's pooling of their grid."""
     for shape in SHAPES:
         grid = (math.isqrt(shape[1]),) * 2
         mask = bench_repair.outliers("cuda", shape)
@@ -220,7 +222,7 @@ def repair(results: list[dict]) -> None:
 
 
 def calibration(results: list[dict]) -> None:
-    """All of SC-CLIP beside the frozen tower, ViT-L/14 at 1008 pixels, random weights."""
+    """Compares SC-CLIP with the frozen tower: ViT-L/14, 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
 
     encoder, _ = create_model("ViT-L-14-quickgelu", precision="fp16", device="cuda")
@@ -233,7 +235,7 @@ def calibration(results: list[dict]) -> None:
 
 
 def segmentation(results: list[dict]) -> None:
-    """The stages in a full-size SAM3 beside the frozen model."""
+    """Compares the stages of a full-size SAM3 with the frozen model."""
     model = bench_sam3.loaded("cuda", "bfloat16")
     for op, configs in bench_sam3.CONFIGS.items():
         call = bench_sam3.call(op, "cuda", "bfloat16")
@@ -243,7 +245,7 @@ def segmentation(results: list[dict]) -> None:
 
 
 def ceilings() -> dict:
-    """What the GPU does at best: a half-precision product (FLOP/s) and a copy (bytes/s)."""
+    """Measures the best rates of the GPU: a half-precision product (FLOP/s), a copy (bytes/s)."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     big = torch.empty(2**30, device="cuda")
@@ -261,15 +263,17 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON; what it holds is kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file; results of other parts are kept"
+    )
     parser.add_argument("part", choices=PARTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results: list[dict] = []
     PARTS[arguments.part](results)
     out = arguments.out
-    found = json.loads(out.read_text()) if out.exists() else dict(results=[])
-    kept = [r for r in found["results"] if r["op"] not in {new["op"] for new in results}]
+    before = json.loads(out.read_text()) if out.exists() else dict(results=[])
+    kept = [r for r in before["results"] if r["op"] not in {new["op"] for new in results}]
     about = harness.provenance("cuda") | dict(ceilings=ceilings())
     out.write_text(json.dumps(about | dict(results=kept + results), indent=1) + "\n")
 
