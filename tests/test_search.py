@@ -12,6 +12,17 @@ Each clause was broken by hand, and these tests failed:
 - no second pass: test_every_neighbour, test_clusters_as_scikit_learn_finds_them
 - no third pass: test_every_neighbour of quanta, test_ties_beyond_the_candidates
 - the mean for the remedian: test_one_far_token_leaves_the_others_decided
+
+Of `chunked/symmetric.py`:
+
+- no row of `_k_distances` left undecided: test_every_neighbour
+- the k-th candidate as the last of the list, and not the next one: test_every_neighbour
+- the error of products in float64 left out: test_knn's duplicates at distance zero
+- equal distances left in any order: test_k_distances_of_duplicates_are_searched_once
+- distances of 0 left in any order: test_float64
+- no flipped tiles: test_ties_beyond_the_candidates
+- infinite distances taken for decided: test_two_tokens_one_of_them_not_finite
+- products of all channels at once: test_products_are_summed_over_pieces_of_the_channels
 """
 
 import pytest
@@ -22,7 +33,7 @@ from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.chunked import search, symmetric
+from scclip_fast.chunked import gram, search, symmetric
 from scclip_fast.chunked.certificate import undecided
 
 
@@ -228,6 +239,28 @@ def test_k_distances_of_duplicates_are_searched_once():
     distances, indices = search.nearest(x[None], 9, measure_all=False)
     assert (distances[0, :100] == 0).all() and (indices[0, :100] < 100).all()
     assert search.counts["float64"] == 0
+
+
+def test_two_tokens_one_of_them_not_finite():
+    scores = sf.lof_scores(
+        torch.tensor([[0.0], [torch.nan]]), 1, variant="breunig", backend="torch"
+    )
+    assert scores.isnan().all()
+
+
+@pytest.mark.parametrize("width", [5, symmetric.DEPTH, 700])
+def test_products_are_summed_over_pieces_of_the_channels(width):
+    """The certificate counts the roundings of one piece and of the sums of pieces."""
+    y = torch.randn(1, 300, width)
+    tile = gram.gram(y, y, torch.empty(1, 300, 300), symmetric.DEPTH)
+    pieces = y.split(symmetric.DEPTH, dim=-1)
+    assert gram.roundings(width, symmetric.DEPTH) == min(width, symmetric.DEPTH) + len(pieces) - 1
+    rows = slice(0, gram.ROWS)
+    expected = pieces[0][:, rows] @ pieces[0].mT
+    for piece in pieces[1:]:
+        expected += piece[:, rows] @ piece.mT
+    assert torch.equal(tile[:, rows], expected)
+    assert torch.equal(tile, tile.mT)
 
 
 class TestCertificate:
