@@ -199,7 +199,7 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
     expected = search.nearest(x, 9, measure_all=every)
     again = []
 
-    def all_of_them(scores, *_):
+    def all_of_them(scores, *_, **__):
         again.append(scores.dtype)
         return torch.ones(scores.shape[:-1], dtype=torch.bool)
 
