@@ -29,10 +29,16 @@ norm. Data that suit the dtype badly leave rows undecided, never wrong.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Rows searched so far in this process: "product" counts the rows of the first pass, "candidates"
+#: those of it that a first look leaves undecided on a CPU (`symmetric.py`), "float64" and
+#: "differences" the rows that the pass before left undecided.
+counts: Counter[str] = Counter()
 
 
 class Found(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import tiles
 from .candidates import centre, centred, list_sizes
-from .certificate import Found, error_bound, undecided
+from .certificate import Found, counts, error_bound, undecided
 from .distances import pair_distances, settle_last, squared_differences
 from .gram import gram, images_per_step, roundings, tile_pairs
 from .tiles import compute_dtype, spans
@@ -29,6 +29,7 @@ from .tiles import compute_dtype, spans
 #: Channels of one product. More channels are summed over products, so that rounding grows with
 #: DEPTH + D / DEPTH instead of D, for 5 % of the time of the products.
 DEPTH = 256
+FLIPPED_ROWS = 512  # rows of a tile below the diagonal, which is copied from the one above
 FLOAT64_TOKENS = 3072  # above, measuring the candidates takes less time than products in float64
 
 
@@ -79,6 +80,7 @@ def _search_images(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found
     else:
         found = _k_distances(lists, k, partial(measure, queries=rows[None]), certify)
     places = found.undecided.nonzero()[:, 0]
+    counts["candidates"] += len(places)
     for some in places.split(max(1, tiles.WORKSPACE_BYTES // 4 // (n * 48))):
         kept = Lists(*(t[None, some] for t in lists))
         asking = partial(measure, queries=rows[None, some])
@@ -140,40 +142,44 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> tuple[Lists, bool]:
     Returns:
         The lists of (b, N) rows, and whether the norms of all tokens are finite.
     """
-    y, squares = centred(tokens, middle, depth=DEPTH)
-    finite = bool((squares < torch.finfo(squares.dtype).max).all())
-    batch, total, _ = y.shape
-    pairs = tile_pairs(total, y.dtype)
-    workspace = y.new_empty(1 if len(pairs) == 1 else 2, batch * pairs[0][0].stop ** 2)
-    lists: dict[int, tuple[Tensor, Tensor]] = {}
+    batch, total, _ = tokens.shape
+    scores = middle.new_full((batch, total, n), torch.inf)
+    indices = torch.zeros(batch, total, n, dtype=torch.int64)
+    squares = middle.new_empty(batch, total)
+    pairs = tile_pairs(total, middle.dtype)
+    side = pairs[0][0].stop
+    workspace = middle.new_empty(batch * side * side)
+    flipped = middle.new_empty(batch, side if len(pairs) > 1 else 0, FLIPPED_ROWS)
     for rows, columns in tiles.each_tile.get()(pairs):
-        shape = batch, rows.stop - rows.start, columns.stop - columns.start
-        tile = workspace[0, : math.prod(shape)].view(shape)
-        y_rows = y[:, rows]
+        y, squares[:, columns] = centred(tokens[:, columns], middle, depth=DEPTH)
         on_diagonal = rows == columns
-        gram(y_rows, y_rows if on_diagonal else y[:, columns], tile, DEPTH)
-        if not on_diagonal:
-            flipped = workspace[1, : math.prod(shape)].view(batch, *shape[:0:-1])
-            torch.sub(squares[:, None, rows], tile.mT, alpha=2, out=flipped)
-            lists[columns.start] = _merged(lists.get(columns.start), flipped, rows.start, n)
+        if on_diagonal:  # the first tile of these rows
+            y_rows = y
+        shape = batch, y_rows.shape[1], y.shape[1]
+        tile = gram(y_rows, y, workspace[: math.prod(shape)].view(shape), DEPTH)
+        for part in () if on_diagonal else spans(shape[2], FLIPPED_ROWS):
+            turned = flipped.view(batch, -1)[:, : shape[1] * (part.stop - part.start)]
+            turned = turned.view(batch, -1, shape[1])
+            torch.sub(squares[:, None, rows], tile[:, :, part].mT, alpha=2, out=turned)
+            own = slice(columns.start + part.start, columns.start + part.stop)
+            _merge(scores[:, own], indices[:, own], turned, rows.start)
         torch.sub(squares[:, None, columns], tile, alpha=2, out=tile)
         if on_diagonal:
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        lists[rows.start] = _merged(lists.get(rows.start), tile, columns.start, n)
-    in_order = [lists[start] for start in sorted(lists)]
-    scores, indices = (torch.cat(some, dim=1) for some in zip(*in_order, strict=True))
+        _merge(scores[:, rows], indices[:, rows], tile, columns.start)
+    finite = bool((squares < torch.finfo(squares.dtype).max).all())
     return Lists(scores, indices, squares.sqrt()), finite
 
 
-def _merged(
-    kept: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, n: int
-) -> tuple[Tensor, Tensor]:
-    """The n smallest of the scores kept for each row and scores (b, r, c) of columns from first."""
+def _merge(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:
+    """Merges scores (b, r, c), whose columns count from `first`, into the best so far (b, r, n).
+
+    The tiles of the first columns are the first ones of all rows.
+    """
+    n = best_scores.shape[-1]
     values, indices = scores.topk(min(n, scores.shape[-1]), largest=False)
     if first:
-        indices += first
-    if kept is not None:
-        values = torch.cat([kept[0], values], dim=-1)
-        values, order = values.topk(min(n, values.shape[-1]), largest=False)
-        indices = torch.cat([kept[1], indices], dim=-1).gather(-1, order)
-    return values, indices
+        values = torch.cat([best_scores, values], dim=-1)
+        values, order = values.topk(n, largest=False)
+        indices = torch.cat([best_indices, indices.add_(first)], dim=-1).gather(-1, order)
+    best_scores[..., : values.shape[-1]], best_indices[..., : values.shape[-1]] = values, indices
