@@ -86,17 +86,17 @@ def calibrate(model: nn.Module, config: Sam3CalibrationConfig | None = None) -> 
             `Sam3Image` has parts that a stage does not support (`meta.py` lists them).
         TypeError: config has another type, or a setting has.
     """
-    adapter = _adapter(model)
-    if isinstance(model, adapter.CalibratedModel):
+    package = adapter(model)
+    if isinstance(model, package.CalibratedModel):
         raise ValueError("the model is calibrated already; call remove() on its handle first")
     if config is not None and not isinstance(config, Sam3CalibrationConfig):
         raise TypeError(
             f"config must be a Sam3CalibrationConfig or None, got {type(config).__name__}"
         )
-    layers, decoder_layers = adapter.depths(model)
+    layers, decoder_layers = package.depths(model)
     config = Sam3CalibrationConfig.for_depth(layers) if config is None else config
     config.check(layers, decoder_layers)
-    replacements = list(adapter.replacements(model, config))
+    replacements = list(package.replacements(model, config))
     for module, kind, _ in replacements:
         _check_replaceable(module, kind)
     return Calibration(config, replacements)
@@ -139,7 +139,7 @@ def to_seed_dict(output: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _adapter(model: nn.Module) -> ModuleType:
+def adapter(model: nn.Module) -> ModuleType:
     """`huggingface` or `meta`, by the package of the model. Only that one is imported."""
     if isinstance(model, _if_imported("transformers.models.sam3.modeling_sam3", "Sam3Model")):
         from . import huggingface

@@ -7,5 +7,7 @@ module `image` reads, resizes and cuts images, and `pamr` refines maps along the
 from .base import ImageSegmenter
 from .clip import Segmenter
 from .sam3 import Sam3Segmenter
+from .sam3_details import ClassDetails
+from .sam3_heads import Preview
 
-__all__ = ["ImageSegmenter", "Sam3Segmenter", "Segmenter"]
+__all__ = ["ClassDetails", "ImageSegmenter", "Preview", "Sam3Segmenter", "Segmenter"]

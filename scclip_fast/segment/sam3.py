@@ -1,80 +1,136 @@
-"""The segmenter that runs a SAM3 of transformers."""
+"""The segmenter that runs a SAM3, of transformers or of Meta's package."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .. import progress
-from ..clip.model import check_finite
 from ..clip.prompts import class_names
 from ..extras import needs
+from ..ops import _check
 from ..sam3 import Sam3CalibrationConfig, calibrate
+from ..sam3.calibrate import adapter
+from . import sam3_details
 from .base import ImageSegmenter
+from .image import ImageLike, to_tensor, upsampled
+from .sam3_details import ClassDetails
+from .sam3_heads import HEADS, Heads, Preview, check_heads, prompts_in_memory
 
 with needs("clip"):
     import numpy as np
-    from PIL import Image
     from tqdm import tqdm
 
 if TYPE_CHECKING:  # of the extra sam3
-    from transformers import Sam3Model, Sam3Processor
+    from torch import nn
+    from transformers import Sam3Processor
 
 BACKGROUND = "background"
+MAX_CLASSES = 1203  # those of LVIS; at full size their maps take 400 MB
+_TEXTS = 64  # names whose text features are computed in one batch
 
 
 class Sam3Segmenter(ImageSegmenter):
     """Open-vocabulary segmentation with a frozen SAM3, calibrated or not.
 
-    Every name is a prompt, for which transformers' post-processing returns instances with scores.
-    The probability of a class at a pixel is the score of the best instance of any of its names that
-    covers the pixel; the probability of the background is one minus that of the best class. All of
-    an image is one band.
+    Every name is a prompt. The trunk runs once an image, the text encoder once a vocabulary, and
+    the other parts once for each batch of prompts. At each pixel of SAM3's masks, which are
+    288 x 288 at full size, the score of a prompt is
+
+        presence * max(max over queries q of score_q * mask_q, semantic)
+
+    where all five are probabilities in [0, 1], sigmoids of SAM3's logits. The score of a class is
+    that of its best name. Scores are upsampled bilinearly to the image. A pixel belongs to the
+    class with the best score, and to the first of classes with equal scores. The pixels whose best
+    score is below `prob_thd`, or leads the second best by less than `margin_thd`, are background.
+    Two published segmenters of whole vocabularies take this score: SegEarth-OV3, and ActiveSAM,
+    which makes a small margin background.
+
+    A large photo with 151 classes needs 50 MB for the maps and 16 MiB for each band of rows.
+    `probabilities` alone makes all maps at the photo's size: 14.5 GB for 151 classes and 24 million
+    pixels.
+
+    `half()` and `bfloat16()` cast the model; scores are float32. Batches of another size change
+    scores by rounding: by less than 1e-5 in float32.
 
     Args:
-        model: a Sam3Model that is not calibrated.
-        processor: its Sam3Processor.
-        classes: one entry a class, with commas between synonyms: "person, man, woman".
-        config: the calibration; None leaves the model frozen.
+        model: transformers' Sam3Model, or the Sam3Image of Meta's package, in evaluation mode. It
+            must not be calibrated if `config` is given.
+        processor: the Sam3Processor of the same package.
+        classes: one entry a class, with commas between synonyms: "person, man, woman". There may
+            be up to 1203 classes.
+        config: the calibration; None leaves the model as it is.
+        heads: which of the two heads the score has, "instance", "semantic" or both.
+        presence: whether scores are multiplied by the presence.
+        prob_thd: pixels whose best score is below this probability are background; 0 for none.
+        margin_thd: pixels whose best score leads the second best by less than this difference of
+            probabilities, in [0, 1], are background; 0 for none. With one class the second best
+            score is 0.
+        prompts_per_pass: the number of prompts in a batch; None for an estimate from the memory
+            (see `sam3_heads.prompts_in_memory`), 32 at most.
+        preview: settings of a cheap pass that chooses the classes to decode; None decodes all.
 
     Attributes:
-        classes: "background", for pixels that no instance covers, and the first name of each class.
+        classes: "background", then the first name of each class. The probability of the background
+            is one minus that of the best class.
         outliers: (h, w), bool, the outliers among the tokens of the last image; None without
             `trunk_repair`.
+        left_out: the names of the classes that the preview left out of the last image.
 
     Raises:
-        ValueError: there are no classes; a name is empty, repeated (upper and lower case do not
-            count) or longer than the model's context; or a class is called "background".
+        TypeError: the processor is of another package, or a setting has another type.
+        ValueError: the model is no SAM3 or lacks a head that a setting needs; there are no classes
+            or more than 1203; a name is empty, repeated (upper and lower case do not count) or
+            longer than the model's context; a class is called "background"; a setting is out of
+            range; or the calibration does not fit the model (see `calibrate`).
     """
+
+    text_features: Tensor
+    text_mask: Tensor
 
     def __init__(
         self,
-        model: Sam3Model,
+        model: nn.Module,
         processor: Sam3Processor,
         classes: Sequence[str],
-        config: Sam3CalibrationConfig | None,
+        config: Sam3CalibrationConfig | None = None,
+        *,
+        heads: Sequence[str] = HEADS,
+        presence: bool = True,
+        prob_thd: float = 0.5,
+        margin_thd: float = 0.0,
+        prompts_per_pass: int | None = None,
+        preview: Preview | None = None,
     ) -> None:
         super().__init__()
-        self.prompts = class_names(classes, shared=False)  # the names of each class
-        self.classes = [BACKGROUND, *(names[0] for names in self.prompts)]
-        if BACKGROUND in self.classes[1:]:
-            raise ValueError(f"classes must not name the {BACKGROUND}, which every SAM3 adds")
+        names = _class_names(classes)
+        self.heads = check_heads(heads)
+        _check.switch("presence", presence)
+        self.presence = presence
+        self.prob_thd = _check.number("prob_thd", prob_thd, 0, 1)
+        self.margin_thd = _check.number("margin_thd", margin_thd, 0, 1)
+        if prompts_per_pass is not None:
+            _check.integer("prompts_per_pass", prompts_per_pass, 1)
+        if preview is not None and not isinstance(preview, Preview):
+            raise TypeError(f"preview must be a Preview or None, got {type(preview).__name__}")
+        self.prompts_per_pass, self.preview = prompts_per_pass, preview
+        self.classes = [BACKGROUND, *(synonyms[0] for synonyms in names)]
         self.model, self.processor, self.config = model, processor, config
         self.outliers: np.ndarray | None = None
-        self._tokens = {
-            name: processor(text=name, return_tensors="pt")
-            for names in self.prompts
-            for name in names
-        }
-        longest = model.config.text_config.max_position_embeddings
-        for name, tokens in self._tokens.items():
-            if (length := tokens.input_ids.shape[1]) > longest:
-                raise ValueError(f"{name!r} is too long a prompt: {length} tokens of {longest}")
+        self.left_out: list[str] = []
+        # The index of the class of each prompt; the background has none.
+        self._owners = [index for index, synonyms in enumerate(names) for _ in synonyms]
+        self._runner = _runner(model)(model, processor)
+        self._runner.check(self.heads, presence or preview is not None)
+        if config is not None:
+            calibrate(model, config).remove()  # raises if the calibration does not fit
+        self._encode_text([name for synonyms in names for name in synonyms])
 
     def frozen(self) -> Sam3Segmenter:
         """Returns the same segmenter without the calibration; both share the model."""
@@ -83,40 +139,148 @@ class Sam3Segmenter(ImageSegmenter):
         return twin
 
     @torch.inference_mode()
+    def details(self, image: ImageLike, min_score: float = 0.3) -> list[ClassDetails]:
+        """Returns what the heads find of each class, in the order of `classes[1:]`.
+
+        Args:
+            image: as in `forward`.
+            min_score: instances with a smaller score are dropped. The default is that of
+                transformers' post-processing.
+
+        Raises:
+            TypeError, ValueError: as in `forward`, or min_score is not in [0, 1].
+        """
+        _check.number("min_score", min_score, 0, 1)
+        pixels = to_tensor(image)
+        found: dict[int, list] = {}
+        with self._calibrated():
+            vision = self._encode_image(pixels)
+            presences = self._previewed(vision)
+            for owners, heads in self._passes(vision, presences):
+                for prompt, owner in enumerate(owners):
+                    each = sam3_details.instances(heads, prompt, min_score, self.presence)
+                    found.setdefault(owner, []).append(each)
+        size = (pixels.shape[1], pixels.shape[2])
+        grid = next(iter(found.values()))[0].size
+        return [
+            sam3_details.merged(name, found[index], size)
+            if index in found
+            else sam3_details.left_out(name, presences[index], grid)
+            for index, name in enumerate(self.classes[1:])
+        ]
+
+    @torch.inference_mode()
     def _bands(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        maps = self._maps(image)
+        for scores in upsampled(maps, (image.shape[1], image.shape[2])):
+            yield self._labels(scores)
+
+    def _labels(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns labels (rows, W) and probabilities (classes, rows, W), the background first."""
+        best, labels = scores.max(dim=0)
+        background = best < self.prob_thd
+        if self.margin_thd > 0:
+            second = scores.scatter(0, labels[None], 0).amax(dim=0)
+            background |= best - second < self.margin_thd
+        labels = (labels + 1).masked_fill_(background, 0)
+        # Bilinear weights may sum to slightly more than 1.
+        return labels, torch.cat([(1 - best).clamp_(min=0)[None], scores])
+
+    def _maps(self, image: Tensor) -> Tensor:
+        """Returns the scores of classes (classes, h, w), float32, without the background."""
+        with self._calibrated():
+            vision = self._encode_image(image)
+            finest = self._runner.finest(vision)
+            shape = (len(self.classes) - 1, *finest.shape[-2:])
+            maps = torch.zeros(shape, device=finest.device)
+            for owners, heads in self._passes(vision, self._previewed(vision)):
+                for owner, score in zip(owners, heads.maps(self.heads, self.presence), strict=True):
+                    maps[owner] = torch.maximum(maps[owner], score)
+        return maps
+
+    @torch.no_grad()
+    def _encode_text(self, names: Sequence[str]) -> None:
+        """Registers the text features of all names as buffers, which follow the model's device."""
+        chunks = []
+        for start in range(0, len(names), _TEXTS):
+            tokens = self._runner.tokens(names[start : start + _TEXTS])
+            chunks.append(self._runner.encode_text(tokens))
+        features, masks = map(torch.cat, zip(*chunks, strict=True))
+        self.register_buffer("text_features", features, persistent=False)
+        self.register_buffer("text_mask", masks, persistent=False)
+
+    @contextmanager
+    def _calibrated(self) -> Iterator[None]:
+        """Installs the calibration, if there is one, and shows long searches for outliers."""
+        if self.model.training:
+            raise ValueError("model must be in evaluation mode, got one in training; call eval()")
         calibration = nullcontext() if self.config is None else calibrate(self.model, self.config)
         with calibration, progress.shown_by(_search_bar):
-            probabilities = self._probabilities(image)
-        yield probabilities.argmax(dim=0), probabilities
+            yield
 
-    def _probabilities(self, image: Tensor) -> Tensor:
-        """Returns float32 probabilities (classes, H, W), the background first."""
-        photo = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-        inputs = self.processor(images=photo, return_tensors="pt").to(self.model.device)
-        embeds = self.model.get_vision_features(inputs.pixel_values.to(self.model.dtype))
-        mask = getattr(embeds, "outlier_mask", None)
+    def _encode_image(self, image: Tensor) -> Any:
+        """Returns the vision encoder's results for an image (3, H, W), uint8."""
+        vision = self._runner.encode_image(image)
+        mask = self._runner.outlier_mask(vision)
         self.outliers = None if mask is None else mask[0].cpu().numpy()
-        size = (photo.height, photo.width)
-        probabilities = torch.zeros(len(self.classes), *size, device=self.model.device)
-        background, best = probabilities[0], probabilities[1:]
-        prompts = [(index, name) for index, names in enumerate(self.prompts) for name in names]
-        for index, name in tqdm(prompts, unit="prompt", leave=False, disable=None):
-            for score, mask in self._instances(embeds, name, size):
-                best[index] = torch.maximum(best[index], score * mask)
-        torch.sub(1, best.amax(dim=0), out=background)
-        return probabilities
+        return vision
 
-    def _instances(
-        self, embeds: Any, prompt: str, size: tuple[int, int]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Returns the score and the mask (H, W) of each instance of a prompt."""
-        tokens = self._tokens[prompt].to(self.model.device)
-        output = self.model(vision_embeds=embeds, **tokens)
-        check_finite("logits and masks", output.pred_logits, output.pred_masks)
-        (instances,) = self.processor.post_process_instance_segmentation(
-            output, target_sizes=[size]
-        )
-        return zip(instances["scores"].float(), instances["masks"], strict=True)
+    def _previewed(self, vision: Any) -> list[float] | None:
+        """Returns the presence of each class in the preview, or None without a preview."""
+        if self.preview is None:
+            return None
+        presences = [0.0] * (len(self.classes) - 1)
+        coarse = self._runner.coarser(vision, self.preview.scale)
+        for owners, heads in self._decoded(coarse, range(len(self._owners)), "preview"):
+            for owner, presence in zip(owners, heads.presence.tolist(), strict=True):
+                presences[owner] = max(presences[owner], presence)
+        return presences
+
+    def _passes(
+        self, vision: Any, presences: list[float] | None
+    ) -> Iterator[tuple[list[int], Heads]]:
+        """Yields the results of each batch of prompts, with the index of the class of each prompt.
+
+        Args:
+            vision: the result of `_encode_image`.
+            presences: the result of `_previewed`, by which classes are left out.
+        """
+        names = self.classes[1:]
+        chosen = range(len(names)) if presences is None else self.preview.best(presences)
+        self.left_out = [name for index, name in enumerate(names) if index not in chosen]
+        prompts = [prompt for prompt, owner in enumerate(self._owners) if owner in chosen]
+        yield from self._decoded(vision, prompts, "prompts")
+
+    def _decoded(
+        self, vision: Any, prompts: Sequence[int], title: str
+    ) -> Iterator[tuple[list[int], Heads]]:
+        """Yields as `_passes` does, for prompts by their index, with a progress bar."""
+        runner, step = self._runner, self.prompts_per_pass
+        step = step or prompts_in_memory(runner.finest(vision), runner.queries)
+        with tqdm(
+            total=len(prompts), desc=title, unit="prompt", leave=False, disable=None
+        ) as bar:
+            for start in range(0, len(prompts), step):
+                batch = list(prompts[start : start + step])
+                heads = runner.decode(vision, self.text_features[batch], self.text_mask[batch])
+                yield [self._owners[prompt] for prompt in batch], heads
+                bar.update(len(batch))
+
+
+def _class_names(classes: Sequence[str]) -> list[list[str]]:
+    """Returns the names of each class, or raises ValueError."""
+    names = class_names(classes, shared=False)
+    if len(names) > MAX_CLASSES:
+        raise ValueError(f"classes must be at most {MAX_CLASSES}, got {len(names)}")
+    if BACKGROUND in (synonyms[0] for synonyms in names):
+        raise ValueError(f"classes must not name the {BACKGROUND}, which every SAM3 adds")
+    return names
+
+
+def _runner(model: nn.Module) -> type:
+    """Returns the class that runs the model of its package. Only that package is imported."""
+    package = adapter(model).__name__.rpartition(".")[2]
+    return import_module(f"{__package__}.sam3_{package}").Runner
 
 
 def _search_bar(steps: list) -> Iterable:
