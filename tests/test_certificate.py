@@ -49,7 +49,7 @@ import scclip_fast as sf
 from scclip_fast.kernels import knn
 from scclip_fast.kernels.knn_details.certify import certify_launch, gamma
 from scclip_fast.kernels.knn_details.rounding import eta
-from scclip_fast.kernels.knn_details.table import Undecided, positions
+from scclip_fast.kernels.knn_details.table import Rounded, Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 ROWS, WIDTH, CAPACITY, SURE = 64, 8, 64, 2**30
@@ -115,9 +115,10 @@ def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4
     integers = (torch.zeros(1, ROWS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     lists = (*integers, torch.zeros(1, ROWS), integers[0], *integers)
     undecided = Undecided(*(t.clone().to(DEVICE) for t in lists))
-    ratio, table = torch.full((1,), model.u, device=DEVICE), table.to(DEVICE)
-    state = (t.to(DEVICE) for t in (folded(c), square, error))
-    certify_launch(*state, ratio, table, undecided, 0, n, WIDTH, k).run()
+    halves = torch.empty(1, n, WIDTH, dtype=torch.float16)  # which `certify` does not read
+    ratio, table = torch.full((1,), model.u), table.to(DEVICE)
+    tokens = Rounded(*(t.to(DEVICE) for t in (halves, square, error, ratio)), n, WIDTH)
+    certify_launch(folded(c).to(DEVICE), tokens, tokens, table, undecided, 0, k).run()
     entries = table[0, 0].cpu()
     entries = entries[entries != -1]
     at = positions(n)[(entries % SURE).long()]
@@ -214,14 +215,14 @@ def test_rows_without_a_bound_are_measured(near, k, model):
 
 def table_of(x, k, first=0):
     """The table before `collect` from `first` on, the table after it from 0 on, and the lists."""
-    n, d = x.shape
-    tokens = knn.rounded(x[None].to(DEVICE), 1)
-    before, undecided = knn.decide(tokens, 1, first, n - first, n, d, k)
+    x = x[None].to(DEVICE)
+    halves = knn.rounded(x, x, True, 1)
+    before, undecided = knn.decide(*halves, True, 1, first, x.shape[1] - first, k)
     around = torch.full((1, first + before.shape[1], CAPACITY), -7, dtype=torch.int32)
     around = around.to(DEVICE)
     around[:, first:] = before
     undecided.n_candidates[0, undecided.n_positions.item() :] = 0  # fresh memory may be so
-    knn.collect(tokens, undecided, around[:, first:], first, n)
+    knn.collect(*halves, True, undecided, around[:, first:], first)
     return before[0].cpu(), around[0].cpu(), undecided
 
 
