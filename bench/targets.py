@@ -5,7 +5,7 @@ A part is a process of its own, so that the memory of its CUDA graphs goes with 
 A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
 with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
 results included. Of nearest neighbours of one image, the share of rows is given whose set is
-float64's.
+float64's, and of the kernels the shares of rows that the certificate leaves undecided.
 `bench/roofline.py` makes the tables of README.md and the picture.
 """
 
@@ -24,11 +24,13 @@ import bench_lof
 import bench_repair
 import bench_sam3
 import harness
+import nearest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import scclip_fast as sf
+from scclip_fast.kernels import knn
 from scclip_fast.measure import measure
 
 LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
@@ -92,36 +94,12 @@ def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) ->
     return found
 
 
-def same_sets(x: Tensor, found: tuple[Tensor, Tensor]) -> dict:
-    """The share of rows whose neighbours are float64's, of about 2048 evenly spaced ones."""
-    _, indices = found
-    rows = torch.arange(0, x.shape[1], max(1, x.shape[1] // 2048), device=x.device)
-    exact = x[0].double()
-    wrong = 0
-    for part in rows.split(256):
-        distances = torch.cdist(exact[part], exact, compute_mode="donot_use_mm_for_euclid_dist")
-        distances[torch.arange(len(part)), part] = math.inf
-        true = distances.topk(bench_lof.K, largest=False).indices.sort(dim=1).values
-        wrong += (indices[0, part].sort(dim=1).values != true).any(dim=1).sum().item()
-    return dict(exact_rows=1 - wrong / len(rows), checked_rows=len(rows))
-
-
-def flashlib_knn(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashLib's, of one neighbour more, as it finds each token itself."""
-    from flashlib.primitives.knn import flash_knn_dispatch
-
-    distances, indices = flash_knn_dispatch(x, x, bench_lof.K + 1)
-    own = indices == torch.arange(x.shape[1], device=x.device)[:, None]
-    order = own.int().argsort(dim=-1, stable=True)[..., : bench_lof.K]
-    return distances.gather(-1, order), indices.gather(-1, order).long()
-
-
 def neighbors(results: list[dict]) -> None:
-    knn = {
+    searches = {
         "scclip_fast": partial(sf.knn, k=bench_lof.K, backend="triton"),
         "matmul + topk": bench_lof.matmul_topk,
         "cdist + topk": bench_lof.cdist_topk,
-        "FlashLib": flashlib_knn,
+        "FlashLib": nearest.flashlib,
     }
     for shape in LOF_SHAPES:
         x = harness.tokens("cuda", shape, "float32")
@@ -133,9 +111,33 @@ def neighbors(results: list[dict]) -> None:
         }
         for name, call in calls.items():
             results.append(entry("lof", shape, "float32", name, call))
-        for name, call in knn.items():
-            check = None if shape[0] > 1 else partial(same_sets, x)
+        for name, call in searches.items():
+            check = None if shape[0] > 1 else checked(name, x, x, True, bench_lof.K)
             results.append(entry("knn", shape, "float32", name, partial(call, x), check))
+
+
+def bank(results: list[dict]) -> None:
+    """Queries in a bank, with the kernels and with more neighbours than their lists hold."""
+    queries, x = nearest.two_sets("cuda")
+    halves = queries.half(), x.half()
+    for k in (bench_lof.K, 400):
+        op = f"knn of queries, k = {k}"
+        calls = {
+            "floor": partial(nearest.products, *halves),
+            "scclip_fast": partial(sf.knn, x, k, queries=queries),
+            "matmul + topk": partial(nearest.matmul_topk, queries, x, k),
+        }
+        for name, call in calls.items():
+            check = None if name == "floor" else checked(name, queries, x, False, k)
+            results.append(entry(op, nearest.SHAPE, "float32", name, call, check))
+
+
+def checked(name: str, *search) -> Callable[[tuple[Tensor, Tensor]], dict]:
+    """The check of a result; for the kernels, it counts the undecided rows too."""
+    same = partial(nearest.same_sets, *search)
+    if name != "scclip_fast" or search[-1] > knn.MOST_NEIGHBORS_FOR_HALF:
+        return same
+    return lambda found: same(found) | nearest.undecided_rows(*search)
 
 
 def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
@@ -255,7 +257,7 @@ def ceilings() -> dict:
 
 PARTS = {
     part.__name__: part
-    for part in (neighbors, aggregation, attention, repair, calibration, segmentation)
+    for part in (neighbors, bank, aggregation, attention, repair, calibration, segmentation)
 }
 
 

@@ -17,6 +17,8 @@ two). No other test here failed.
 | no 1 - u, or no 1 + u, in S | sure [u of the column, u of the row] |
 | e once in V | candidate [eta, u of the row, r] |
 | e once in S | sure [eta, u of the row, r] |
+| u of the rows | candidate, sure [u of the column, u of the row]; without a bound[u, W overflows] |
+| a or r of the columns | all of candidate and sure; the bits of a tile |
 | W without the bits of a tile | the bits of a tile |
 | 65 candidates are complete | no more candidates than a table holds |
 | u of 1/2 and more | without a bound[u] |
@@ -115,10 +117,13 @@ def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4
     integers = (torch.zeros(1, ROWS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
     lists = (*integers, torch.zeros(1, ROWS), integers[0], *integers)
     undecided = Undecided(*(t.clone().to(DEVICE) for t in lists))
-    halves = torch.empty(1, n, WIDTH, dtype=torch.float16)  # which `certify` does not read
-    ratio, table = torch.full((1,), model.u), table.to(DEVICE)
-    tokens = Rounded(*(t.to(DEVICE) for t in (halves, square, error, ratio)), n, WIDTH)
-    certify_launch(folded(c).to(DEVICE), tokens, tokens, table, undecided, 0, k).run()
+    y = torch.empty(1, n, WIDTH, dtype=torch.float16)  # which `certify` does not read
+    u, table = torch.full((1,), model.u), table.to(DEVICE)
+    # The columns' a and r and the rows' u are in no bound: r_j <= u a_j + eta and a_j <= a + h.
+    unused, zero = torch.full((1, n), torch.nan), torch.zeros(1)
+    rows = Rounded(*(t.to(DEVICE) for t in (y, square, error, zero)), n, WIDTH)
+    columns = Rounded(*(t.to(DEVICE) for t in (y, unused, unused, u)), n, WIDTH)
+    certify_launch(folded(c).to(DEVICE), rows, columns, table, undecided, 0, k).run()
     entries = table[0, 0].cpu()
     entries = entries[entries != -1]
     at = positions(n)[(entries % SURE).long()]
