@@ -4,7 +4,15 @@ The table lists the parts that were broken by hand, with a test that failed then
 
 | broken | fails |
 |---|---|
-TABLE
+| queries are rounded about their own centre | queries of a bank [half], kinds of tokens [half] and more |
+| `bins` leaves out the token itself | queries of a bank [half] |
+| `collect` leaves out the token itself | full bins keep the token itself |
+| `search` leaves out the token itself | a bank as its own queries [measured] |
+| `bins`: images of rows and of columns, or a of the columns for rows | queries of a bank [half] |
+| `certify`: the number of columns for rows | queries of a bank [half]; M < N corrupts memory |
+| `collect`: the number of rows for columns, or the columns' y for rows | queries of a bank [half] |
+| `collect`: the columns' stride of an image for y or a of the rows | kinds of tokens [half-flat] |
+| `search`: the number of columns for rows | queries of a bank [measured] |
 """
 
 from __future__ import annotations
