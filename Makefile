@@ -1,15 +1,21 @@
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-all bench lint clean
 
 demo: $(READY)
 	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --json --force --out demo
 	$(BIN)/scclip-fast lof --model scenes --force --out demo/lof.png
 
 # In the files' own order: those of few but long tests would otherwise come last, on one core.
+PYTEST := $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+
 test: lint
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+# Adds the tests marked slow: other GPUs to compile for, other processes, whole models. CI runs it.
+test-all: lint
+	$(PYTEST)
 
 bench: $(READY)
 	$(BIN)/pytest --benchmark

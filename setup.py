@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent
 LINKED = (ROOT / "scclip_fast" / "kernels").is_dir()
 
 SUBPACKAGES = (
-    *("chunked", "cli", "clip", "distributed", "evaluate", "ops", "sam3", "scenes", "segment"),
-    *("kernels", "kernels.aggregate_details", "kernels.knn_details", "sklearn"),
+    *("app", "chunked", "cli", "clip", "distributed", "evaluate", "ops", "plots", "sam3", "scenes"),
+    *("segment", "sklearn", "kernels", "kernels.aggregate_details", "kernels.knn_details"),
 )
 
 setup(

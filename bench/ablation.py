@@ -1,7 +1,7 @@
-"""What each stage of SC-CLIP is worth on the drawn scenes: python bench/ablation.py --out JSON
+"""The mIoU of SC-CLIP without each stage, on drawn scenes: python bench/ablation.py --out JSON
 
-Every variant segments the same scenes, so that differences are paired. A seed is a set of scenes of
-its own; intervals are a bootstrap over images.
+Every variant segments the same scenes, so that differences are paired. Each seed draws other
+scenes; the intervals are a bootstrap over images.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import torch
+from report import FULL, ablation_table
 from tqdm import tqdm
 
 from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
@@ -24,7 +25,6 @@ from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
 from scclip_fast.segment import Segmenter
 
 BASELINES = {"CLIP": "clip", "MaskCLIP": "maskclip", "SCLIP": "sclip", "ClearCLIP": "clearclip"}
-FULL = "SC-CLIP"
 GROUPS = {
     "all": list(range(len(CLASSES))),
     "grounds": [i for i, name in enumerate(CLASSES) if name in GROUNDS],
@@ -35,7 +35,7 @@ RESAMPLES = 2000
 
 
 def variants(model: torch.nn.Module) -> dict[str, SCCLIP]:
-    """The baselines, SC-CLIP, SC-CLIP less each stage, and less all of them."""
+    """Makes the baselines, SC-CLIP, SC-CLIP without each stage, and SC-CLIP without all stages."""
     full = SCCLIPConfig.for_depth(len(model.visual.transformer.resblocks))
     none = replace(full, **dict.fromkeys(STAGES, False))
     return {
@@ -47,35 +47,36 @@ def variants(model: torch.nn.Module) -> dict[str, SCCLIP]:
 
 
 def measure(encoders: dict[str, SCCLIP], tokenizer, indices: range) -> dict[str, np.ndarray]:
-    """Areas (images, 3, C) of each variant, as `scclip_fast.evaluate.metric.areas` counts them."""
+    """Returns areas (images, 3, C) of each variant, see `scclip_fast.evaluate.metric.areas`."""
     protocol = PROTOCOLS["scenes"]
     options = dict(short_side=protocol.short_side, logit_scale=protocol.logit_scale)
     segmenters = {
         name: Segmenter(encoder, tokenizer, CLASSES, **options)
         for name, encoder in encoders.items()
     }
-    found = {name: [] for name in encoders}
+    measured = {name: [] for name in encoders}
     for index in tqdm(indices, unit="scene"):
         image, labels, _ = scene("benchmark", index)
         for name, segmenter in segmenters.items():
-            found[name].append(areas(confusion_matrix(segmenter(image), labels, len(CLASSES))))
-    return {name: np.stack(by_image) for name, by_image in found.items()}
+            measured[name].append(areas(confusion_matrix(segmenter(image), labels, len(CLASSES))))
+    return {name: np.stack(by_image) for name, by_image in measured.items()}
 
 
 def mean_iou(summed: np.ndarray, group: str = "all") -> np.ndarray:
-    """(..., 3, C) -> (...), in per cent, over the classes of a group that occur."""
+    """Averages areas (..., 3, C) to (...), in per cent, over the classes of a group that occur."""
     return 100 * np.nanmean(iou(summed)[..., GROUPS[group]], axis=-1)
 
 
 def interval(values: np.ndarray) -> list[float]:
+    """Returns the 95 % interval of resampled values."""
     return [round(float(end), 2) for end in np.quantile(values, (0.025, 0.975))]
 
 
-def summarise(found: dict[str, np.ndarray], seeds: int) -> list[dict]:
-    resampled = {name: mean_iou(bootstrap(a, RESAMPLES, seed=0)) for name, a in found.items()}
+def summarise(measured: dict[str, np.ndarray], seeds: int) -> list[dict]:
+    resampled = {name: mean_iou(bootstrap(a, RESAMPLES, seed=0)) for name, a in measured.items()}
     rows = []
-    for name, by_image in found.items():
-        by_seed = mean_iou(np.stack([part.sum(axis=0) for part in np.split(by_image, seeds)]))
+    for name, by_image in measured.items():
+        by_seed = mean_iou(np.stack([images.sum(axis=0) for images in np.split(by_image, seeds)]))
         total = by_image.sum(axis=0)
         row = {"variant": name}
         row |= {group: round(float(mean_iou(total, group)), 2) for group in GROUPS}
@@ -86,39 +87,20 @@ def summarise(found: dict[str, np.ndarray], seeds: int) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown; the standard deviation is that of the seeds."""
-    lines = [
-        "| variant | mIoU | 95 % interval | sd | minus SC-CLIP | grounds | shapes | held out |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        low, high = row["ci95"]
-        less = (
-            "" if row["variant"] == FULL else "{:+.1f} to {:+.1f}".format(*row["minus_full_ci95"])
-        )
-        lines.append(
-            f"| {row['variant']} | {row['all']:.1f} | {low:.1f} to {high:.1f} "
-            f"| {np.std(row['by_seed'], ddof=1):.1f} | {less} "
-            f"| {row['grounds']:.1f} | {row['shapes']:.1f} | {row['held out']:.1f} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--model", default="scenes", help="what scclip_fast.clip.create_model takes"
+        "--model", default="scenes", help="name of a model, as for scclip_fast.clip.create_model"
     )
-    parser.add_argument("--scenes", type=int, default=100, help="a seed")
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2")
+    parser.add_argument("--scenes", type=int, default=100, help="scenes of each seed")
+    parser.add_argument("--seeds", type=int, default=5, help="number of seeds, at least 2")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     encoder, tokenizer = create_model(args.model)
     encoders = variants(encoder.model)
-    found = measure(encoders, tokenizer, range(args.seeds * args.scenes))
-    rows = summarise(found, args.seeds)
-    print(table(rows))
+    measured = measure(encoders, tokenizer, range(args.seeds * args.scenes))
+    rows = summarise(measured, args.seeds)
+    print(ablation_table({"rows": rows}))
     if args.out:
         about = harness.provenance("cpu")
         about |= {"weights": provenance.weights_digest(encoder), "versions": provenance.versions()}

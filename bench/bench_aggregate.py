@@ -1,13 +1,13 @@
-"""Adaptive aggregation: values averaged by the cosine similarities of features above beta = 0.4."""
+"""Adaptive aggregation: averages of values by the cosine similarities that are at least 0.4."""
 
 from __future__ import annotations
 
 from functools import cache, partial
 
 import harness
+import published_clip
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import scclip_fast as sf
@@ -17,12 +17,8 @@ BETA = 0.4
 
 
 def published(values: Tensor, features: Tensor) -> Tensor:
-    """On the explicit matrix S (B, N, N)."""
-    unit = F.normalize(features, dim=-1)
-    similarity = torch.matmul(unit, unit.mT)
-    similarity = torch.where(similarity < BETA, 0, similarity)
-    similarity = similarity / (similarity.sum(dim=-1, keepdim=True) + 1e-6)
-    return torch.matmul(similarity, values)
+    """Aggregates by the explicit matrix S (B, N, N)."""
+    return published_clip.aggregated(values, published_clip.cosines(features), BETA)
 
 
 @partial(torch.compile, dynamic=False, fullgraph=True)

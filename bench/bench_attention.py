@@ -1,10 +1,11 @@
-"""Blended attention: half of self attention, half of attention to similar features, heads of 64."""
+"""Blended attention: one half self attention, one half content attention; heads of 64 channels."""
 
 from __future__ import annotations
 
 from functools import cache, partial
 
 import harness
+import published_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,34 +19,30 @@ GAMMA = 3.0
 
 
 def content(features: Tensor) -> Tensor:
-    """C (B, N, N), the softmax of gamma (S - mean S) where that is positive."""
-    unit = F.normalize(features, dim=-1)
-    similarity = torch.matmul(unit, unit.mT)
-    logits = GAMMA * (similarity - similarity.mean(dim=(-2, -1), keepdim=True))
-    return torch.softmax(logits.masked_fill(logits < 0, -torch.inf), dim=-1)
+    """Computes the content weights C (B, N, N)."""
+    return published_clip.content_weights(published_clip.cosines(features), GAMMA)
 
 
 def published(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
-    """On the explicit matrices of both attentions, (B, H, N, N) and (B, N, N)."""
-    weights = torch.softmax(torch.matmul(q, k.mT) * q.shape[-1] ** -0.5, dim=-1)
-    weights = (1 - ALPHA) * weights + ALPHA * content(features).unsqueeze(1)
-    return torch.matmul(weights, v)
+    """Blends the explicit matrices of both attentions, (B, H, N, N) and (B, N, N)."""
+    return published_clip.blended(q, k, v, content(features).unsqueeze(1), ALPHA)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
-    """Fused self attention; the content matrix, explicit, meets all heads in one product."""
-    own = F.scaled_dot_product_attention(q, k, v)
-    alike = torch.matmul(content(features), v.transpose(1, 2).flatten(2))
-    return torch.lerp(own, alike.unflatten(2, v.shape[1::2]).transpose(1, 2), ALPHA)
+    """Adds fused self attention and one product of the explicit content matrix with all heads."""
+    self_half = F.scaled_dot_product_attention(q, k, v)
+    content_half = torch.matmul(content(features), v.transpose(1, 2).flatten(2))
+    content_half = content_half.unflatten(2, v.shape[1::2]).transpose(1, 2)
+    return torch.lerp(self_half, content_half, ALPHA)
 
 
 @partial(torch.compile, dynamic=False, fullgraph=True)
 def compiled(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
     floor = reference.content_floor(reference.mean_similarity(features))
     values = v.transpose(1, 2).flatten(2)
-    alike = reference.aggregate(values, features, floor, GAMMA)[0]
-    alike = alike.unflatten(2, v.shape[1::2]).transpose(1, 2)
-    return reference.attention(q, k, v, alike, ALPHA, q.shape[-1] ** -0.5)
+    content_half = reference.aggregate(values, features, floor, GAMMA)[0]
+    content_half = content_half.unflatten(2, v.shape[1::2]).transpose(1, 2)
+    return reference.attention(q, k, v, content_half, ALPHA, q.shape[-1] ** -0.5)
 
 
 def ours(backend: str):
@@ -62,9 +59,9 @@ PROVIDERS = {"cpu": COMMON, "cuda": {"scclip_fast triton": ours("triton")} | COM
 
 
 def extra_bytes(provider: str, shape: harness.Shape, dtype: str) -> int:
-    """N x N matrices: four for the content, with masks; scores, weights and blend of each head."""
+    """Counts N x N matrices: four for the content, with masks; three for each head."""
     heads = shape[2] // 64
-    # torch.compile recognises the self half as SDPA, and fuses what makes the content.
+    # torch.compile replaces the self half by SDPA, and fuses the steps of the content weights.
     count = {"SDPA + content": 4.5, "published": 3 * heads + 2, "torch.compile": 3}
     return harness.matrices(count.get(provider, 0), shape, dtype)
 

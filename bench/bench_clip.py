@@ -1,6 +1,7 @@
-"""SC-CLIP around a ViT-B/16: what it adds to the forward pass, and what windows in one batch save.
+"""SC-CLIP around a ViT-B/16: the cost beside plain CLIP, and the gain of windows in one batch.
 
-Shapes are (B, H, W): images and their sides in pixels. Random weights, which take as long as any.
+Shapes are (B, H, W): images and their sides in pixels. The weights are random, which does not
+change the time.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from unittest import mock
 
 import harness
 import numpy as np
-import plain_clip
+import published_clip
+import published_lof
 import pytest
 import torch
 from torch import Tensor
@@ -38,22 +40,16 @@ def images(device: str, shape: harness.Shape) -> Tensor:
     return torch.randn(b, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def published_outliers(x: Tensor, k: int, contamination: float) -> Tensor:
-    """By a matrix product, where the published (N, N, D) differences do not fit."""
-    norms = x.square().sum(dim=1)
-    distances = torch.addmm(norms, x, x.T, alpha=-2).add_(norms[:, None]).fill_diagonal_(torch.inf)
-    nearest, neighbors = distances.topk(k, largest=False)
-    scores = (nearest[:, -1:] / nearest[:, -1][neighbors]).mean(dim=1)
-    return scores > torch.quantile(scores, 1 - contamination)
-
-
 def published(encoder: SCCLIP, pixels: Tensor) -> Tensor:
-    """One image after the other, every matrix in memory."""
-    return torch.stack([plain_clip.encode_dense(encoder.model, p, encoder.config) for p in pixels])
+    """Encodes one image after the other, with every matrix in memory."""
+    encode = published_clip.encode_dense
+    return torch.stack([encode(encoder.model, image, encoder.config) for image in pixels])
 
 
 def published_with_product(encoder: SCCLIP, pixels: Tensor) -> Tensor:
-    with mock.patch.object(plain_clip, "lof_outliers", published_outliers):
+    """Does the same with LOF from a matrix product, where the (N, N, D) differences do not fit."""
+    lof_mask = partial(published_lof.lof_mask, squared_distances=published_lof.product_distances)
+    with mock.patch.object(published_clip, "lof_mask", lof_mask):
         return published(encoder, pixels)
 
 
@@ -63,7 +59,7 @@ def ours(backend: str, encoder: SCCLIP, pixels: Tensor) -> Tensor:
 
 
 def forward(encoder: SCCLIP, pixels: Tensor) -> Tensor:
-    """All of plain CLIP's vision tower."""
+    """Runs plain CLIP's whole vision tower."""
     return SCCLIP(encoder.model, method="clip").encode_dense(pixels)
 
 
@@ -77,14 +73,14 @@ PROVIDERS = {"cpu": COMMON, "cuda": {"scclip_fast triton": partial(ours, "triton
 
 
 def extra_bytes(provider: str, shape: harness.Shape, dtype: str) -> int:
-    """The differences of all pairs, and their squares; or only the matrices of the heads."""
+    """Counts the differences of all pairs and their squares, or only the matrices of the heads."""
     tokens = (1, shape[1] * shape[2] // PATCH**2, WIDTH)
     count = {"published": 2 * WIDTH, "published, matmul distances": 40}
     return harness.matrices(count.get(provider, 0), tokens, dtype)
 
 
 def check(provider: str, device: str, shape: harness.Shape, dtype: str) -> Callable | None:
-    """Against plain float32 SC-CLIP, where it is small enough to wait for."""
+    """Returns a comparison with the published SC-CLIP, for float32 images of up to 224 pixels."""
     if provider == "plain CLIP" or dtype != "float32" or shape[0] > 1 or shape[1] > 224:
         return None
     encoder, _ = loaded(device, dtype)
@@ -118,7 +114,7 @@ SLIDES = {
     harness.cases({"cpu": SLIDES, "cuda": SLIDES}, "float16", shapes=((1, 336, 448),)),
 )
 def test_segment(device, shape, dtype, provider, race):
-    """Six windows of 224 pixels, 112 apart, as published."""
+    """Segments in six windows of 224 pixels, 112 apart, as published."""
     segmenter = Segmenter(*loaded(device, dtype), CLASSES)
     image = np.random.default_rng(0).integers(0, 256, (*shape[1:], 3), np.uint8)
     race(partial(SLIDES[provider], segmenter, image), check=None)

@@ -1,8 +1,8 @@
 """The calibration of a full-size SAM3 (840 M parameters, random weights) beside the frozen model.
 
-Shapes are (B, H, W): one image of 1008 pixels, 5184 tokens in the trunk. The vision encoder is run
-once an image, the rest once a prompt. The mask head, where 82,944 pixels are repaired, is also run
-alone, on what the frozen model gives it.
+Shapes are (B, H, W): one image of 1008 pixels, 5184 tokens in the trunk. The vision encoder runs
+once an image, the other parts once a prompt. The mask head, where 82,944 pixels are repaired, also
+runs alone, on its inputs in the frozen model.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def loaded(device: str, dtype: str):
 
 
 @cache
-def given(device: str, dtype: str) -> dict[str, Tensor]:
+def model_inputs(device: str, dtype: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn(SHAPE[0], 3, *SHAPE[1:], generator=generator)
     tokens = torch.randint(3, 1000, (SHAPE[0], 32), generator=generator)
@@ -66,38 +66,38 @@ def installed(model, config: Sam3CalibrationConfig | None):
 
 @torch.inference_mode()
 def encode(model, inputs: dict[str, Tensor]) -> Tensor:
-    """The vision encoder, once an image."""
+    """Runs the vision encoder, as once an image."""
     return model.vision_encoder(inputs["pixel_values"]).last_hidden_state
 
 
 @torch.inference_mode()
 def segment(model, inputs: dict[str, Tensor]) -> Tensor:
-    """Image and prompt to masks."""
+    """Runs the whole model: an image and a prompt to masks."""
     return model(**inputs).pred_masks
 
 
 @cache
 @torch.inference_mode()
 def head_inputs(device: str, dtype: str) -> dict[str, Tensor]:
-    """What the mask head is given in a forward pass of the frozen model."""
-    model, seen = loaded(device, dtype), {}
+    """Returns the inputs of the mask head in a forward pass of the frozen model."""
+    model, inputs = loaded(device, dtype), {}
     hook = model.mask_decoder.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True
+        lambda _, args, kwargs: inputs.update(kwargs), with_kwargs=True
     )
-    model(**given(device, dtype))
+    model(**model_inputs(device, dtype))
     hook.remove()
-    return seen
+    return inputs
 
 
 @torch.inference_mode()
 def decode(model, inputs: dict[str, Tensor]) -> Tensor:
-    """The mask head alone."""
+    """Runs the mask head alone."""
     return model.mask_decoder(**inputs).pred_masks
 
 
 RUNS = {
-    "vision_encoder": (encode, given),
-    "sam3": (segment, given),
+    "vision_encoder": (encode, model_inputs),
+    "sam3": (segment, model_inputs),
     "mask_head": (decode, head_inputs),
 }
 CONFIGS = {
@@ -108,7 +108,7 @@ CONFIGS = {
 
 
 def call(op: str, device: str, dtype: str) -> Callable[[], Tensor]:
-    """What is timed; to be made before a config is installed, for the sake of the head's inputs."""
+    """Returns the call to time. Make it before a config is installed: it runs the frozen model"""
     run, inputs = RUNS[op]
     return partial(run, loaded(device, dtype), inputs(device, dtype))
 

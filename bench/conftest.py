@@ -1,4 +1,4 @@
-"""The fixture `race`, and what a result file holds of the machine."""
+"""The fixture `race`, and the description of the machine in result files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# importlib mode leaves this folder off the path. It holds no folder `kernels` that could be taken
-# for a package.
+# pytest's importlib mode does not put this folder on the path. No folder `kernels` is in it that
+# could be taken for Hugging Face's package.
 sys.path.append(str(Path(__file__).parent))
 
 import harness
@@ -19,11 +19,11 @@ import harness
 @pytest.fixture
 def race(request, benchmark):
     yield partial(harness.race, request, benchmark)
-    torch.compiler.reset()  # or each shape counts towards the limit of recompilations
+    torch.compiler.reset()  # otherwise each shape counts towards the limit of recompilations
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    """Processors and versions, but no name of a host and no path."""
+    """Keeps the processor and the versions, without the name of the host and without paths."""
     cpu = {key: machine_info["cpu"].get(key) for key in ("brand_raw", "arch", "count")}
     python = machine_info["python_version"]
     machine_info.clear()
@@ -37,7 +37,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Statistics without the time of every round, and what did not fit in memory."""
+    """Drops the time of every round, and adds the benchmarks that did not fit in memory."""
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
     output_json["skipped"] = config.stash.get(harness.SKIPPED, [])

@@ -6,7 +6,7 @@ import math
 
 import harness
 import torch
-from bench_lof import K
+from bench_knn import K
 from torch import Tensor
 
 from scclip_fast.kernels import knn
@@ -19,7 +19,7 @@ PASS = 2048  # rows of a pass of `undecided_rows`
 
 
 def two_sets(device: str, shape: tuple[int, int, int] = SHAPE) -> tuple[Tensor, Tensor]:
-    """Queries (1, M, D) and a bank (1, N, D): each query is a token of the bank with noise."""
+    """Makes queries (1, M, D), which are tokens of the bank with noise, and the bank (1, N, D)."""
     m, n, d = shape
     bank = harness.tokens(device, (1, n, d), "float32")
     noise = torch.randn(1, m, d, generator=torch.Generator().manual_seed(1)).to(device)
@@ -27,13 +27,13 @@ def two_sets(device: str, shape: tuple[int, int, int] = SHAPE) -> tuple[Tensor, 
 
 
 def products(queries: Tensor, bank: Tensor) -> None:
-    """The half-precision products alone, which no search goes without."""
+    """Computes the half-precision products alone, without which no search goes."""
     for some in queries[0].split(CHUNK):
         some @ bank[0].mT
 
 
 def matmul_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """||q - x||^2 = ||q||^2 + ||x||^2 - 2 q x in chunks of queries; ||q||^2 ranks nothing."""
+    """Ranks ||x||^2 - 2 q x in chunks of queries, and adds ||q||^2 to what it keeps."""
     norms = bank[0].square().sum(dim=1)
     found = []
     for some in queries[0].split(CHUNK):
@@ -44,7 +44,7 @@ def matmul_topk(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def flashlib(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashLib's, of one neighbour more, as it finds each token itself."""
+    """Runs FlashLib's search for one neighbour more, because it also finds each token itself."""
     from flashlib.primitives.knn import flash_knn_dispatch
 
     distances, indices = flash_knn_dispatch(x, x, K + 1)
@@ -56,7 +56,7 @@ def flashlib(x: Tensor) -> tuple[Tensor, Tensor]:
 def same_sets(
     rows: Tensor, columns: Tensor, exclude_self: bool, k: int, found: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
-    """The share of evenly spaced rows of one image whose neighbours are float64's."""
+    """Returns the share of evenly spaced rows of one image with float64's neighbours."""
     indices, exact, wrong = found[1][0], columns[0].double(), 0
     checked = torch.arange(0, len(indices), max(1, len(indices) // CHECKED), device=indices.device)
     for part in checked.split(64):
@@ -70,7 +70,7 @@ def same_sets(
 
 
 def undecided_rows(rows: Tensor, columns: Tensor, exclude_self: bool, k: int) -> dict[str, float]:
-    """The shares of rows that `collect` looks at, and that the measured search takes.
+    """Returns the shares of rows that `collect` looks at and that the measured search takes.
 
     Passes are of PASS rows, not of the search's own number, which changes no decision.
     """

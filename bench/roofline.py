@@ -1,7 +1,8 @@
-"""Prints and draws the results of bench/targets.py: python bench/roofline.py RESULT.json
+"""Draws the results of bench/targets.py: python bench/roofline.py RESULT.json
 
-Prints a Markdown table, and draws the roofline RESULT.svg beside the file: operations a second over
-operations a byte of inputs and outputs, under the measured rates of the GPU's product and copy.
+Draws the roofline RESULT.svg beside the file: operations a second over operations a byte of inputs
+and outputs, under the measured rates of the GPU's product and copy. bench/report.py prints the
+tables.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import math
 import sys
 from pathlib import Path
 
-from report import revision
+from report import OURS, by_op_and_shape
 
-OURS, FLOOR, FROZEN = "scclip_fast", "floor", "frozen"
 BYTES = {"float32": 4, "float16": 2}
 WORK = {"knn": (1, 1.1), "aggregate": (2, 3), "blended_attention": (4, 5)}  # products, tensors
 WIDTH, HEIGHT, LEFT, BOTTOM = 760, 440, 70, 50
@@ -22,59 +22,13 @@ COLORS = {OURS: "#0072b2", "eager": "#d55e00", "matmul + topk": "#d55e00", "Flas
 
 
 def main(path: Path) -> None:
-    result = json.loads(path.read_text())
-    groups: dict[tuple, dict[str, dict]] = {}
-    for entry in result["results"]:
-        key = entry["op"], tuple(entry["shape"]), entry["dtype"]
-        groups.setdefault(key, {})[entry["provider"]] = entry
-    machine = result["machine_info"]
-    packages = f"torch {machine['torch']}, triton {machine['triton']}"
-    print(f"{machine['device_name']}; {packages}; {result['datetime'][:10]}; {revision(result)}\n")
-    print("| op | shape | scclip_fast | of its floor | extra memory | beside it |")
-    print("|---|---|--:|--:|--:|---|")
-    for key, entries in groups.items():
-        if OURS in entries:
-            print(row(key, entries))
-    print("\n| SAM3, bfloat16 | time | of the frozen model | extra memory |\n|---|--:|--:|--:|")
-    for key, entries in groups.items():
-        if FROZEN in entries:
-            print("\n".join(stages(key[0], entries)))
-    path.with_suffix(".svg").write_text(picture(groups, result["ceilings"]) + "\n")
-
-
-def row(key: tuple, entries: dict[str, dict]) -> str:
-    op, shape, dtype = key
-    ours = entries[OURS]
-    floor = entries.get(FLOOR)
-    ratio = "" if floor is None else f"{ours['milliseconds'] / floor['milliseconds']:.2f} ×"
-    others = ", ".join(
-        beside(name, entry, ours) for name, entry in entries.items() if name not in (OURS, FLOOR)
-    )
-    size = " × ".join(f"{n:,}" for n in shape)
-    memory = f"{ours['peak_bytes'] / 1e6:,.0f} MB"
-    time = f"{ours['milliseconds']:.3g} ms"
-    return f"| `{op}` | {size} {dtype} | {time} | {ratio} | {memory} | {others} |"
-
-
-def stages(op: str, entries: dict[str, dict]) -> list[str]:
-    frozen = entries[FROZEN]["milliseconds"]
-    return [
-        f"| {op.replace('_', ' ')}: {name} | {entry['milliseconds']:.1f} ms | "
-        f"{entry['milliseconds'] / frozen:.3f} × | {entry['peak_bytes'] / 1e6:,.0f} MB |"
-        for name, entry in entries.items()
-    ]
-
-
-def beside(name: str, entry: dict, ours: dict) -> str:
-    if "failed" in entry:
-        return f"{name}: does not {'fit' if 'CUDA out of memory' in entry['failed'] else 'compile'}"
-    exact = entry.get("exact_rows", 1)
-    note = "" if exact == 1 else f" ({exact:.1%} of rows right)"
-    return f"{name} {entry['milliseconds'] / ours['milliseconds']:.3g} ×{note}"
+    results = json.loads(path.read_text())
+    drawing = picture(by_op_and_shape(results), results["ceilings"])
+    path.with_suffix(".svg").write_text(drawing + "\n")
 
 
 def work(op: str, shape: tuple, dtype: str) -> tuple[float, float]:
-    """Operations of the products, and bytes of inputs and outputs."""
+    """Counts operations of the products, and bytes of inputs and outputs."""
     batch, n, d = shape
     products, tensors = WORK[op]
     return products * 2.0 * batch * n * n * d, tensors * batch * n * d * BYTES[dtype]

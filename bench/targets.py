@@ -1,12 +1,12 @@
 """The kernels beside their floors and their peers on a GPU: python bench/targets.py PART --out JSON
 
-A part is a process of its own, so that the memory of its CUDA graphs goes with it.
+Each part runs in its own process, whose end frees the memory of its CUDA graphs.
 
 A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
 with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
-results included. Of nearest neighbours of one image, the share of rows is given whose set is
-float64's, and of the kernels the shares of rows that the certificate leaves undecided.
-`bench/roofline.py` makes the tables of README.md and the picture.
+results included. For nearest neighbours of one image the results also have the share of rows whose
+set is float64's and, for the kernels, the shares of rows that the certificate leaves undecided.
+`bench/report.py` makes the tables of README.md, `bench/roofline.py` the picture.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import bench_aggregate
 import bench_attention
+import bench_knn
 import bench_lof
 import bench_repair
 import bench_sam3
@@ -27,11 +28,11 @@ import harness
 import nearest
 import torch
 import torch.nn.functional as F
+from measure import measure
 from torch import Tensor
 
 import scclip_fast as sf
 from scclip_fast.kernels import knn
-from scclip_fast.measure import measure
 
 LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
 SHAPES = LOF_SHAPES[:2]
@@ -41,7 +42,7 @@ FEW = 3  # rounds of a call that takes over 50 ms
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """A replay of the call's CUDA graph, or the call itself where it cannot be captured."""
+    """Returns a replay of the call's CUDA graph, or the call itself where capture fails."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -60,6 +61,7 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
+    """Returns the median time of a call, with `flush` written before each."""
     call()
     torch.cuda.synchronize()
     times: list[float] = []
@@ -75,30 +77,30 @@ def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
 
 
 def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) -> dict:
-    """One row of the results; `check` of the answer is what it adds to it."""
-    found = dict(op=op, shape=shape, dtype=dtype, provider=provider)
+    """Measures one row of the results; `check` returns further fields from the result of a call."""
+    row = dict(op=op, shape=shape, dtype=dtype, provider=provider)
     try:
         torch.cuda.empty_cache()
         call()
-        held = measure(call, "cuda")
+        run = measure(call, "cuda")
         if check is not None:
-            found |= check(held.result)
-        peak = held.peak_bytes
-        del held
+            row |= check(run.result)
+        peak = run.peak_bytes
+        del run
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        found |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
+        row |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
     except Exception as error:
         torch.cuda.synchronize()
-        found |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
-    return found
+        row |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+    print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return row
 
 
 def neighbors(results: list[dict]) -> None:
     searches = {
-        "scclip_fast": partial(sf.knn, k=bench_lof.K, backend="triton"),
-        "matmul + topk": bench_lof.matmul_topk,
-        "cdist + topk": bench_lof.cdist_topk,
+        "scclip_fast": partial(sf.knn, k=bench_knn.K, backend="triton"),
+        "matmul + topk": bench_knn.matmul_topk,
+        "cdist + topk": bench_knn.cdist_topk,
         "FlashLib": nearest.flashlib,
     }
     for shape in LOF_SHAPES:
@@ -106,13 +108,13 @@ def neighbors(results: list[dict]) -> None:
         half = x.half()
         results.append(entry("lof", shape, "float32", "floor", lambda h=half: h @ h.mT))
         calls = {
-            "scclip_fast": partial(sf.lof_scores, x, bench_lof.K, backend="triton"),
+            "scclip_fast": partial(sf.lof_scores, x, bench_knn.K, backend="triton"),
             "published": partial(bench_lof.published, x),
         }
         for name, call in calls.items():
             results.append(entry("lof", shape, "float32", name, call))
         for name, call in searches.items():
-            check = None if shape[0] > 1 else checked(name, x, x, True, bench_lof.K)
+            check = None if shape[0] > 1 else checked(name, x, x, True, bench_knn.K)
             results.append(entry("knn", shape, "float32", name, partial(call, x), check))
 
 
@@ -120,7 +122,7 @@ def bank(results: list[dict]) -> None:
     """Queries in a bank, with the kernels and with more neighbours than their lists hold."""
     queries, x = nearest.two_sets("cuda")
     halves = queries.half(), x.half()
-    for k in (bench_lof.K, 400):
+    for k in (bench_knn.K, 400):
         op = f"knn of queries, k = {k}"
         calls = {
             "floor": partial(nearest.products, *halves),
@@ -141,7 +143,7 @@ def checked(name: str, *search) -> Callable[[tuple[Tensor, Tensor]], dict]:
 
 
 def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
-    """log S as a score: softmax(log w) = w / sum w."""
+    """Aggregates by FlexAttention with log S as score, as softmax(log w) = w / sum w."""
     unit = F.normalize(features, dim=-1).unsqueeze(1)
     return _flex(_log_threshold, unit, unit, values.unsqueeze(1), 1.0)[:, 0]
 
@@ -158,7 +160,7 @@ def _flex(score_mod, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def two_products(values: Tensor, features: Tensor) -> Tensor:
-    """The matrix products alone, in half precision, rows at a time where N x N would not fit."""
+    """Computes the matrix products alone, in half precision, for 8192 rows at a time."""
     v, f = values.half()[0], features.half()[0]
     unit = F.normalize(f, dim=-1)
     return torch.cat([(rows @ unit.T) @ v for rows in unit.split(8192)])
@@ -195,8 +197,8 @@ def attention(results: list[dict]) -> None:
         merged = v.transpose(1, 2).flatten(2)
 
         def floor(q=q, k=k, v=v, f=features, merged=merged):
-            own = F.scaled_dot_product_attention(q, k, v)
-            return own, torch.matmul(torch.matmul(f, f.mT), merged)
+            self_half = F.scaled_dot_product_attention(q, k, v)
+            return self_half, torch.matmul(torch.matmul(f, f.mT), merged)
 
         calls = {
             "floor": floor,
@@ -209,7 +211,7 @@ def attention(results: list[dict]) -> None:
 
 
 def repair(results: list[dict]) -> None:
-    """Beside a copy of the tokens, and torch's pooling of their grid."""
+    """Compares with a copy of the tokens, and with torch's pooling of their grid."""
     for shape in SHAPES:
         grid = (math.isqrt(shape[1]),) * 2
         mask = bench_repair.outliers("cuda", shape)
@@ -222,7 +224,7 @@ def repair(results: list[dict]) -> None:
 
 
 def calibration(results: list[dict]) -> None:
-    """All of SC-CLIP beside the frozen tower, ViT-L/14 at 1008 pixels, random weights."""
+    """Compares SC-CLIP with the frozen tower: ViT-L/14, 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
 
     encoder, _ = create_model("ViT-L-14-quickgelu", precision="fp16", device="cuda")
@@ -235,7 +237,7 @@ def calibration(results: list[dict]) -> None:
 
 
 def segmentation(results: list[dict]) -> None:
-    """The stages in a full-size SAM3 beside the frozen model."""
+    """Compares the stages of a full-size SAM3 with the frozen model."""
     model = bench_sam3.loaded("cuda", "bfloat16")
     for op, configs in bench_sam3.CONFIGS.items():
         call = bench_sam3.call(op, "cuda", "bfloat16")
@@ -245,7 +247,7 @@ def segmentation(results: list[dict]) -> None:
 
 
 def ceilings() -> dict:
-    """What the GPU does at best: a half-precision product (FLOP/s) and a copy (bytes/s)."""
+    """Measures the best rates of the GPU: a half-precision product (FLOP/s), a copy (bytes/s)."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     big = torch.empty(2**30, device="cuda")
@@ -263,15 +265,17 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON; what it holds is kept")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file; results of other parts are kept"
+    )
     parser.add_argument("part", choices=PARTS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results: list[dict] = []
     PARTS[arguments.part](results)
     out = arguments.out
-    found = json.loads(out.read_text()) if out.exists() else dict(results=[])
-    kept = [r for r in found["results"] if r["op"] not in {new["op"] for new in results}]
+    before = json.loads(out.read_text()) if out.exists() else dict(results=[])
+    kept = [r for r in before["results"] if r["op"] not in {new["op"] for new in results}]
     about = harness.provenance("cuda") | dict(ceilings=ceilings())
     out.write_text(json.dumps(about | dict(results=kept + results), indent=1) + "\n")
 

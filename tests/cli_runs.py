@@ -1,15 +1,12 @@
 """Helpers that run `scclip-fast` in this process, on a tiny CLIP with random weights."""
 
-import base64
 import io
 import json
-import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import open_clip
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 from scclip_fast import cli
@@ -52,9 +49,3 @@ def segment(*words, model: str, classes: str | None) -> tuple[int, str, str]:
 def written(folder: Path) -> list[str]:
     """Returns the names of the files in a folder, sorted."""
     return sorted(path.name for path in folder.iterdir())
-
-
-def pictures(html: str) -> dict[str, Image.Image]:
-    """Those in the HTML of `scclip-fast app`, by their alternative text."""
-    found = re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,([^"]*)">', html)
-    return {alt: Image.open(io.BytesIO(base64.b64decode(data))) for alt, data in found}

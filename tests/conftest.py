@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, asked for before they are imported."""
+"""Turns on Triton's interpreter where there is no GPU, before anything imports the kernels."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""transformers' CLIPs with the weights of open_clip's, and a tokenizer, for the tests."""
+"""CLIPs of transformers with the weights of open_clip's CLIPs, and a tokenizer, for the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from tiny_clip import PATCH, SIDE, TEXT, VISION, tokenizer
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-NAMES = [  # of open_clip's weights, and what transformers calls them
+NAMES = [  # patterns of open_clip's names of weights, and transformers' names
     (r"^transformer\.resblocks", "text_model.encoder.layers"),
     (r"^(token|position)(al)?_embedding(\.weight)?", r"text_model.embeddings.\1_embedding.weight"),
     (r"^ln_final", "text_model.final_layer_norm"),
@@ -26,7 +26,7 @@ NAMES = [  # of open_clip's weights, and what transformers calls them
 
 
 def copied(source, act="quick_gelu"):
-    """A CLIPModel of transformers with the weights and the dtype of open_clip's `source`."""
+    """Makes a CLIPModel of transformers with the weights and the dtype of open_clip's `source`."""
     common = dict(hidden_act=act, projection_dim=24)
     width, text_width = VISION["width"], TEXT["width"]
     vision = dict(
@@ -46,11 +46,11 @@ def copied(source, act="quick_gelu"):
     config = CLIPConfig(text_config=text | common, vision_config=vision | common, projection_dim=24)
     weights = {}
     for name, value in source.state_dict().items():
-        for pattern, theirs in NAMES:
-            name = re.sub(pattern, theirs, name)
+        for pattern, renamed in NAMES:
+            name = re.sub(pattern, renamed, name)
         if name.endswith("_proj_weight") or name.endswith("_proj_bias"):
-            for letter, part in zip("qkv", value.chunk(3), strict=True):
-                weights[re.sub(r"in_proj_", f"{letter}_proj.", name)] = part
+            for letter, third in zip("qkv", value.chunk(3), strict=True):
+                weights[re.sub(r"in_proj_", f"{letter}_proj.", name)] = third
         elif name in ("visual.proj", "text_projection"):
             weights[name.replace("visual.proj", "visual_projection") + ".weight"] = value.T
         else:
@@ -61,7 +61,7 @@ def copied(source, act="quick_gelu"):
 
 
 def alone(model, kind):
-    """The vision tower of a CLIPModel as a model of its own."""
+    """Makes a model of the class `kind` from the vision tower of a CLIPModel."""
     vision = kind(model.config.vision_config).to(model.dtype).eval().requires_grad_(False)
     transformer = getattr(vision, "vision_model", vision)
     transformer.load_state_dict(model.vision_model.state_dict())
@@ -72,7 +72,7 @@ def alone(model, kind):
 
 @functools.cache
 def their_tokenizer():
-    """transformers' tokenizer with the vocabulary that comes with open_clip."""
+    """Returns transformers' tokenizer with the vocabulary of open_clip."""
     ours = tokenizer()
     end = "<end_of_text>"
     names = dict(bos_token="<start_of_text>", eos_token=end, pad_token=end, unk_token=end)

@@ -1,4 +1,4 @@
-"""What a type checker sees of the public API. `make lint` reads it, nothing runs it."""
+"""The types of the public API, for `make lint` to check. Nothing runs this file."""
 
 import numpy as np
 from torch import Tensor

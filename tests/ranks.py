@@ -28,7 +28,12 @@ N, D, K = 131, 24, 5
 WORKSPACES = {"pieces": 2**14, "whole": tiles.WORKSPACE_BYTES}  # several tiles a rank, or one
 KINDS = ("clusters", "far", "ties", "broken")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-COMBINATIONS = [*product(["pieces"], KINDS, DTYPES), ("whole", "clusters", torch.float32)]
+#: Every dtype, every kind in the dtypes that sums have and one that they have not.
+COMBINATIONS = [
+    *product(["pieces"], ["clusters"], DTYPES),
+    *product(["pieces"], KINDS[1:], (torch.bfloat16, torch.float32)),
+    ("whole", "clusters", torch.float32),
+]
 
 #: Numbers of rows by rank, by the size of the group. The cases take them in turn.
 SHARES = {

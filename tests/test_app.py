@@ -1,9 +1,8 @@
-"""`scclip-fast app` in a real browser, headless: what a person does, and that all stays here.
+"""`scclip-fast app` in a headless browser: the steps of a user, and no request to other machines.
 
-With the environment variable SCCLIP_FAST_SCREENSHOT=FILE.png the page is also photographed.
+With the environment variable SCCLIP_FAST_SCREENSHOT=FILE.png a test also saves a screenshot.
 """
 
-import base64
 import io
 import json
 import os
@@ -12,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -21,21 +21,21 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from scclip_fast.cli import overlay
 from scclip_fast.clip import SCCLIPConfig, create_model
+from scclip_fast.plots import segmentation
 from scclip_fast.scenes.draw import scene
 from scclip_fast.segment import Segmenter
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
-WAIT = 60  # seconds, of a busy machine; none of it is spent on an idle one
+WAIT = 60  # seconds, for a busy machine; an idle one is ready long before
 
 pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER),
     reason="needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)",
 )
 
-# Python imports `sitecustomize` when it starts: it notes all that the server connects to.
+# Python imports `sitecustomize` when it starts. This one notes each address that is connected to.
 NOTING = """
 import os, socket
 connect, lookup = socket.socket.connect, socket.getaddrinfo
@@ -53,17 +53,17 @@ socket.socket.connect, socket.getaddrinfo = noted_connect, noted_lookup
 
 
 def wait(condition):
-    """What the condition gives, once it is true."""
+    """Waits until the condition is true; returns its value."""
     end = time.monotonic() + WAIT
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
-    return found
+    return value
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """The command; yields its address and the file that notes its connections."""
+    """Runs the command; yields the address of the page and the file that lists its connections."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "sitecustomize.py").write_text(NOTING)
     with socket.socket() as free:
@@ -92,7 +92,7 @@ def server(tmp_path_factory):
 def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    # Without the sandbox, which does not start for root.
+    # The sandbox does not start for root.
     for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "hide-scrollbars"):
         options.add_argument(f"--{argument}")
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
@@ -102,27 +102,25 @@ def browser():
 
 @pytest.fixture
 def page(browser, server):
-    """The page as it is after loading, with the result of the example."""
+    """Loads the page, and waits for the result of the example."""
     browser.get(server[0])
-    wait(lambda: shown(browser, ".sc-variants"))
+    wait(lambda: len(browser.find_elements(By.CSS_SELECTOR, "#variants img")) == 14)
     return browser
 
 
-def shown(page, selector):
-    return page.find_elements(By.CSS_SELECTOR, f"#result {selector}")
-
-
 def text(page):
-    """Of the result; empty while the page replaces it."""
-    return page.execute_script("return document.querySelector('#result')?.innerText ?? ''")
+    """Returns the sentence on the outliers and all captions."""
+    script = (
+        "return ['#outliers', '#variants'].map(x => document.querySelector(x)?.innerText).join()"
+    )
+    return page.execute_script(script)
 
 
-def picture(page, alt):
-    """RGB pixels of the picture in the result whose alternative text begins so."""
-    source = shown(page, f"img[alt^='{alt}']")[0].get_attribute("src")
-    kind, data = source.split(",")
-    assert kind == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")).astype(int)
+def picture(page, selector):
+    """Returns the RGB pixels of the first picture that the selector finds."""
+    source = page.find_element(By.CSS_SELECTOR, f"{selector} img").get_attribute("src")
+    with urllib.request.urlopen(source) as file:  # of the server, or data in the page itself
+        return np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")).astype(int)
 
 
 def upload(page, path):
@@ -136,9 +134,9 @@ def retype(page, selector, words):
 
 
 def photograph(page, target):
-    """All of the page, in 256 colours."""
-    page.set_window_size(1400, 1215)
-    time.sleep(1)  # until it is drawn anew
+    """Saves a screenshot of the whole page, in 256 colours."""
+    page.set_window_size(1400, 1240)
+    time.sleep(1)  # for the new layout
     shot = Image.open(io.BytesIO(page.get_screenshot_as_png())).convert("RGB")
     shot.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1).save(target, optimize=True)
 
@@ -163,20 +161,19 @@ def test_upload_type_segment(page, tmp_path):
     labels = segmenter(photo).numpy().astype(np.uint8)
     assert len(np.unique(labels)) > 1
     large = photo.resize((672, 480), Image.Resampling.BICUBIC)
-    expected = overlay.blend(large, labels.repeat(3, axis=0).repeat(3, axis=1))
-    found = picture(page, "segmentation: ")
-    assert found.shape == (480, 672, 3)
-    assert (found != np.asarray(expected)).any(axis=2).mean() < 0.002  # pixels that nearly tie
-    legend = [entry.text.split("\n")[0] for entry in shown(page, ".sc-legend li")]
-    assert legend == [segmenter.classes[index] for index in overlay.ranked(labels)]
+    labels = labels.repeat(3, axis=0).repeat(3, axis=1)
+    expected = np.asarray(segmentation.draw(large, labels, segmenter.classes))
+    shown = picture(page, "#segmentation")
+    assert shown.shape == expected.shape
+    assert (shown != expected).any(axis=2).mean() < 0.002  # pixels that nearly tie
 
 
 def test_sliders_and_stages_change_the_result(page):
     assert "10 of 196 patches are outliers" in text(page)
-    before = picture(page, "Local Outlier Factor")
+    before = picture(page, "#scores")
     retype(page, "#outlier_contamination input[type=number]", "0.2")
     wait(lambda: "39 of 196 patches are outliers" in text(page))
-    assert (picture(page, "Local Outlier Factor") != before).any()
+    assert (picture(page, "#scores") != before).any()
     assert "without repair" in text(page)
     page.find_element(By.XPATH, "//label[span='repair']/input").click()
     wait(lambda: "with repair" in text(page))
@@ -185,24 +182,27 @@ def test_sliders_and_stages_change_the_result(page):
 
 def test_keys_move_a_slider(page):
     slider = page.find_element(By.CSS_SELECTOR, "#beta input[type=range]")
-    before = picture(page, "SC-CLIP: features")
+    before = picture(page, "#variants [aria-label^='Thumbnail 8 ']")
     slider.send_keys(Keys.HOME)
-    wait(lambda: (picture(page, "SC-CLIP: features") != before).any())
+    wait(lambda: (picture(page, "#variants [aria-label^='Thumbnail 8 ']") != before).any())
 
 
 def test_errors_are_shown(page, tmp_path):
-    def alert(*_):
-        return [alert.text for alert in shown(page, "[role=alert]")]
+    def messages():
+        return " ".join(
+            alert.text for alert in page.find_elements(By.CSS_SELECTOR, "[data-testid=toast-text]")
+        )
 
     retype(page, "#classes textarea", "sky, tree, sky")
     press(page)
-    wait(lambda: alert() == ["The list of classes names sky more than once"])
+    wait(lambda: "The list of classes names sky more than once" in messages())
     retype(page, "#classes textarea", "sky, tree")
     (tmp_path / "notes.png").write_text("no picture")
     upload(page, tmp_path / "notes.png")
     wait(lambda: page.find_elements(By.XPATH, "//img[contains(@src, 'notes.png')]"))
     press(page)
-    wait(lambda: alert() == ["cannot read the photo notes.png: not an image, or a damaged one"])
+    unreadable = "cannot read the photo notes.png: not an image, or a damaged one"
+    wait(lambda: unreadable in messages())
     (tmp_path / "large.png").write_bytes(bytes(2**20 + 1))
     upload(page, tmp_path / "large.png")
     message = "//*[contains(text(), 'exceed the maximum allowed size of 1')]"
@@ -219,6 +219,6 @@ def test_nothing_leaves_this_machine(page, server):
     urls = {request["request"]["url"] for request in sent}
     assert any(address.startswith(f"{url}assets/") for address in urls)
     assert not [u for u in urls if not u.startswith((url, "data:", "blob:"))]
-    own = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
+    this_machine = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "None")
     connected = notes.read_text().split()
-    assert set(connected) <= {*own} and "127.0.0.1" in connected
+    assert set(connected) <= {*this_machine} and "127.0.0.1" in connected

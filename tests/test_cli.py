@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scclip_fast import __version__, cli
-from scclip_fast.cli import app_page, classes, models
+from scclip_fast.app import page as app_page
+from scclip_fast.cli import classes, models
 from scclip_fast.cli.options import CommandError
 from scclip_fast.clip.config import STAGES
 

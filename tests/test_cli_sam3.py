@@ -11,7 +11,8 @@ from PIL import Image
 from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, tiny_sam3
 from transformers import Sam3Processor
 
-from scclip_fast.cli import overlay, segment
+from scclip_fast.cli import segment
+from scclip_fast.plots import segmentation as overlay
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
 from scclip_fast.segment import Sam3Segmenter

@@ -8,8 +8,9 @@ import pytest
 from cli_runs import save_tiny, segment, written
 from PIL import Image
 
-from scclip_fast.cli import files, overlay, segment_images
+from scclip_fast.cli import files, segment_images
 from scclip_fast.clip import create_model
+from scclip_fast.plots import segmentation as overlay
 from scclip_fast.scenes.draw import CLASSES, scene
 from scclip_fast.segment import Segmenter
 

@@ -13,7 +13,7 @@ from huggingface_hub import constants as hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from scclip_fast import cli
+from scclip_fast import cli, plots
 from scclip_fast.cli.files import read_photo
 from scclip_fast.cli.options import CommandError
 from scclip_fast.segment import Segmenter
@@ -169,9 +169,9 @@ def test_error_is_one_line(command, photo, words, named, message):
 
 def test_missing_extra(command, photo, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("fonts", "overlay", "segment_images"):
-        monkeypatch.delitem(sys.modules, f"scclip_fast.cli.{name}", raising=False)
-        monkeypatch.delattr(cli, name, raising=False)
+    for package, name in ((plots, "fonts"), (plots, "segmentation"), (cli, "segment_images")):
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.{name}", raising=False)
+        monkeypatch.delattr(package, name, raising=False)
     code, _, stderr = command(photo.name)
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package matplotlib: pip install "scclip_fast[demo]"' in stderr

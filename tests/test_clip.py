@@ -4,7 +4,7 @@ from dataclasses import replace
 from itertools import product
 
 import open_clip
-import plain_clip
+import published_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def model():
 def assert_plain(encoder, x, tolerance=EXACT):
     """The features of every image of x equal the published ones of that image alone."""
     for features, image in zip(encoder.encode_dense(x), x, strict=True):
-        expected = plain_clip.encode_dense(encoder.model, image, encoder.config, encoder.method)
+        expected = published_clip.encode_dense(encoder.model, image, encoder.config, encoder.method)
         torch.testing.assert_close(features, expected, rtol=0, atol=tolerance)
 
 
@@ -89,7 +89,7 @@ def test_float32_on_a_real_tower():
     randomise(model)
     encoder = SCCLIP(model)
     x = images(1, 224, 224)
-    expected = plain_clip.encode_dense(model, x[0], encoder.config)
+    expected = published_clip.encode_dense(model, x[0], encoder.config)
     error = (encoder(x)[0] - expected).abs().max() / expected.abs().max()
     assert error < 5e-6
 
@@ -147,7 +147,7 @@ def test_positions(model, grid):
     if grid == visual.grid_size:
         assert torch.equal(positions, visual.positional_embedding)
     else:
-        expected = plain_clip.embedding(visual, grid)
+        expected = published_clip.embedding(visual, grid)
         torch.testing.assert_close(positions, expected, rtol=0, atol=EXACT)
         resized = visual.positional_embedding[1:].unflatten(0, (8, 8)).permute(2, 0, 1)[None]
         antialiased = F.interpolate(resized, grid, mode="bicubic", antialias=True)

@@ -6,23 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import clusters
+from published_lof import lof as lof_pytorch
 from torch import nn
 
 from scclip_fast import dropin
 
 EXACT = dict(rtol=1e-9, atol=1e-9)
-
-
-def lof_pytorch(x, n_neighbors=30, contamination=0.05):
-    """SC-CLIP's LOF of (N, D): all differences, without the nearest, which is the token itself."""
-    distances = (x[:, None] - x[None]).norm(dim=2) ** 2
-    nearest, neighbors = distances.topk(n_neighbors + 1, largest=False)
-    nearest, neighbors = nearest[:, 1:], neighbors[:, 1:]
-    reach = torch.maximum(nearest, nearest[:, -1:].expand_as(nearest))
-    density = n_neighbors / reach.mean(dim=1)
-    scores = (density[neighbors] / density[:, None]).mean(dim=1)
-    threshold = torch.quantile(scores.float(), 1 - contamination)
-    return torch.where(scores > threshold)[0], scores
 
 
 def adaptively_aggregate(feats, S):

@@ -4,7 +4,7 @@ The table lists the parts that were broken by hand, with a test that failed then
 
 | broken | fails |
 |---|---|
-| queries are rounded about their own centre | queries of a bank [half], kinds of tokens [half] and more |
+| queries are rounded about their own centre | queries of a bank [half] |
 | `bins` leaves out the token itself | queries of a bank [half] |
 | `collect` leaves out the token itself | full bins keep the token itself |
 | `search` leaves out the token itself | a bank as its own queries [measured] |
@@ -13,6 +13,9 @@ The table lists the parts that were broken by hand, with a test that failed then
 | `collect`: the number of rows for columns, or the columns' y for rows | queries of a bank [half] |
 | `collect`: the columns' stride of an image for y or a of the rows | kinds of tokens [half-flat] |
 | `search`: the number of columns for rows | queries of a bank [measured] |
+| `search`, `settle`: the columns' channel stride for rows | strided sets [measured], [half] |
+| `settle`: the columns' stride of an image for rows | kinds of tokens [half-randn] |
+| `settle`, `merge`: the wrong number of rows an image | memory is corrupt |
 """
 
 from __future__ import annotations

@@ -3,24 +3,12 @@ import math
 import pytest
 import torch
 from cases import DEVICES, FEATURES, RUNS, runs_and_shapes, runs_with
+from published_lof import lof as published_lof
 from sklearn.neighbors import LocalOutlierFactor
 from tolerance import decided, relative_error
 
 import scclip_fast as sf
 from scclip_fast import reference
-
-
-def published_lof(features, n_neighbors=30, contamination=0.05):
-    """SC-CLIP's equation on one image (N, D): explicit differences, topk, own k-distance."""
-    difference = features[:, None, :] - features[None, :, :]
-    squared = (difference * difference).sum(dim=-1)
-    nearest, indices = squared.topk(n_neighbors + 1, largest=False)
-    nearest, indices = nearest[:, 1:], indices[:, 1:]
-    own = nearest[:, -1:].expand_as(nearest)
-    density = n_neighbors / torch.maximum(nearest, own).mean(dim=1)
-    scores = (density[indices] / density[:, None]).mean(dim=1)
-    threshold = torch.quantile(scores, 1 - contamination)
-    return torch.where(scores > threshold)[0], scores
 
 
 def check_scores(x, k, variant, device, backend, expected=None):

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from measure import measure
 from own_process import output_of
 
 import scclip_fast as sf
 from scclip_fast.chunked import tiles
-from scclip_fast.measure import measure
 
 MIB = 2**20
 N = 6000  # N x N float32 is 137 MiB

@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-import plain_segment
+import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,13 +84,13 @@ def published(encoder, image, size, steps, scale=40.0):
     mean = torch.tensor([122.771, 116.746, 104.094]).double()
     std = torch.tensor([68.501, 66.632, 70.323]).double()
     pixels = ((resized - mean) / std).permute(2, 0, 1)[None]
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
-    maps = plain_segment.maps(encoder, text, pixels, 32, 16)[None]
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
+    maps = published_segment.maps(encoder, text, pixels, 32, 16)[None]
     maps = F.interpolate(maps, image.shape[:2], mode="bilinear")
     if steps:
         guide = F.interpolate(pixels, image.shape[:2], mode="bilinear")
         maps = published_pamr(guide, maps, steps)
-    return plain_segment.probabilities(maps[0], OWNERS, scale).argmax(dim=0)
+    return published_segment.probabilities(maps[0], OWNERS, scale).argmax(dim=0)
 
 
 @pytest.fixture(scope="module")

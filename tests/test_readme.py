@@ -41,7 +41,7 @@ def run(title: str, **names) -> dict:
 
 
 def stand_in(monkeypatch, **small) -> None:
-    """What transformers' classes of these names load, whatever they are asked for."""
+    """Stands in for transformers' classes of these names, and loads the same model for any name."""
     for name, make in small.items():
         monkeypatch.setattr(
             getattr(transformers, name), "from_pretrained", lambda _, make=make: make()

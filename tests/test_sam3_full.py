@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from measure import measure
 from own_process import output_of
 from transformers import Sam3Config, Sam3Model
 
-from scclip_fast.measure import measure
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate, to_seed_dict
 from scclip_fast.sam3.config import STAGES
 from scclip_fast.sam3.stages import calibrate_trunk

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
-import plain_sam3
+import published_sam3
 import pytest
 import torch
 import torch.nn.functional as F
+from published_lof import lof_mask
 
 from scclip_fast.sam3 import calibrate
 from scclip_fast.sam3.config import STAGES
@@ -33,7 +34,7 @@ def recorded(modules):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("stages", plain_sam3.TRUNKS)
+@pytest.mark.parametrize("stages", published_sam3.TRUNKS)
 @torch.no_grad()
 def test_trunk(model, batch, stages):
     config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
@@ -46,10 +47,10 @@ def test_trunk(model, batch, stages):
         hook.remove()
 
     def last(tokens, content):
-        return plain_sam3.last_block(blocks[-1], tokens, grid, content, config)
+        return published_sam3.last_block(blocks[-1], tokens, grid, content, config)
 
     plain = [
-        plain_sam3.calibrated(
+        published_sam3.calibrated(
             [out[i].flatten(0, 1) for (out,) in block_outputs], last, grid, config
         )
         for i in range(batch)
@@ -87,7 +88,7 @@ def test_queries(model, batch, layers):
         out = ground(model, images)
     (before, presence), (after, same) = outputs
     hidden = torch.cat([presence, before]).transpose(0, 1)
-    expected = torch.stack([plain_sam3.queries(image, config) for image in hidden])[:, 1:]
+    expected = torch.stack([published_sam3.queries(image, config) for image in hidden])[:, 1:]
     assert torch.allclose(after.transpose(0, 1), expected, **CLOSE)
     assert torch.equal(presence, same) and not torch.allclose(after, before, **CLOSE)
     assert out["query_features"].shape == (3, batch, QUERIES, WIDTH)
@@ -118,7 +119,7 @@ def test_cross_attention(model, batch):
         ]
         keep = ~given["key_padding_mask"]
         expected = [
-            plain_sam3.cross_attended(
+            published_sam3.cross_attended(
                 tokens, prompt, kept, [*inner, attention.out_proj], attention.num_heads, config
             )
             for tokens, prompt, kept in zip(given["query"], given["key"], keep, strict=True)
@@ -140,7 +141,7 @@ def test_mask_head(model, batch, stages):
     (queries,), (features,) = outputs
     with calibrate(model, config):
         out = ground(model, images)
-    expected = [plain_sam3.masks(q, p, config) for q, p in zip(queries, features, strict=True)]
+    expected = [published_sam3.masks(q, p, config) for q, p in zip(queries, features, strict=True)]
     assert torch.allclose(out["pred_masks"], torch.stack(expected), **CLOSE)
     assert not torch.allclose(out["pred_masks"], frozen["pred_masks"], **CLOSE)
     assert torch.equal(out["semantic_seg"], frozen["semantic_seg"])
@@ -164,12 +165,12 @@ def test_mask_repair_on_the_tokens(model):
     (maps, _), (_, decoded) = calls
     repaired = []
     for tokens in maps[-1].flatten(2).mT:
-        _, mask = plain_sam3.outliers(tokens, 30, 0.05)
-        repaired.append(plain_sam3.repaired(tokens, mask, GRID, GRID).T.view(-1, GRID, GRID))
+        mask = lof_mask(tokens, 30, 0.05)
+        repaired.append(published_sam3.repaired(tokens, mask, GRID, GRID).T.view(-1, GRID, GRID))
     assert torch.allclose(decoded, decoder([*maps[:-1], torch.stack(repaired)]), **CLOSE)
     assert not torch.allclose(decoded, decoder(maps), **CLOSE)
     pairs = zip(queries[0], features[0], strict=True)
-    expected = torch.stack([plain_sam3.masks(q, p, config) for q, p in pairs])
+    expected = torch.stack([published_sam3.masks(q, p, config) for q, p in pairs])
     assert torch.allclose(out["pred_masks"], expected, **CLOSE)
 
 

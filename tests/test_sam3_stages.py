@@ -3,9 +3,10 @@
 from dataclasses import replace
 from itertools import product
 
-import plain_sam3
+import published_sam3
 import pytest
 import torch
+from published_lof import lof_mask
 from tiny_sam3 import GRID, LAYERS, NONE, QUERIES, SIDE, inputs, tiny_sam3
 
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
@@ -21,12 +22,12 @@ def model():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("stages", plain_sam3.TRUNKS)
+@pytest.mark.parametrize("stages", published_sam3.TRUNKS)
 @torch.no_grad()
 def test_trunk(model, batch, stages):
     config = replace(NONE, residual_weight=0.4, **dict.fromkeys(stages, True))
     pixels = torch.randn(batch, 3, SIDE, SIDE)
-    plain = [plain_sam3.trunk(model.vision_encoder.backbone, image, config) for image in pixels]
+    plain = [published_sam3.trunk(model.vision_encoder.backbone, image, config) for image in pixels]
     frozen = model.vision_encoder(pixels).last_hidden_state
     with calibrate(model, config):
         out = model.vision_encoder(pixels)
@@ -107,7 +108,7 @@ def test_queries(model, batch, layers):
         out = model(**given)
     hook.remove()
     before, after = outputs
-    expected = torch.stack([plain_sam3.queries(hidden, config) for hidden in before])
+    expected = torch.stack([published_sam3.queries(hidden, config) for hidden in before])
     assert torch.allclose(after, expected, **CLOSE)
     assert torch.equal(after[:, 0], before[:, 0])
     assert not torch.allclose(after[:, 1:], before[:, 1:], **CLOSE)
@@ -139,7 +140,7 @@ def test_cross_attention(model, batch):
         keep = given["attention_mask"].expand(batch, -1, -1, -1)[:, 0, 0]
         keep = keep if keep.dtype == torch.bool else keep == 0
         expected = [
-            plain_sam3.cross_attended(tokens, prompt, kept, projections, 4, config)
+            published_sam3.cross_attended(tokens, prompt, kept, projections, 4, config)
             for tokens, prompt, kept in zip(given["query"], given["key"], keep, strict=True)
         ]
         assert torch.allclose(attended, torch.stack(expected), **CLOSE)
@@ -170,13 +171,13 @@ def test_outlier_score(model, stages, score):
     assert not torch.allclose(out.pred_masks, published.pred_masks, **CLOSE)
     if config.mask_repair:
         expected = [
-            plain_sam3.masks(q, p, config)
+            published_sam3.masks(q, p, config)
             for q, p in zip(embedded["q"], embedded["p"], strict=True)
         ]
         assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
     else:
         plain = [
-            plain_sam3.trunk(model.vision_encoder.backbone, image, config)
+            published_sam3.trunk(model.vision_encoder.backbone, image, config)
             for image in given["pixel_values"]
         ]
         assert torch.equal(out.outlier_mask.flatten(1), torch.stack([mask for _, mask in plain]))
@@ -211,7 +212,8 @@ def test_mask_head(model, batch, stages):
     with calibrate(model, config):
         out = model(**given)
     expected = [
-        plain_sam3.masks(q, p, config) for q, p in zip(embedded["q"], embedded["p"], strict=True)
+        published_sam3.masks(q, p, config)
+        for q, p in zip(embedded["q"], embedded["p"], strict=True)
     ]
     assert torch.allclose(out.pred_masks, torch.stack(expected), **CLOSE)
     assert not torch.allclose(out.pred_masks, frozen.pred_masks, **CLOSE)
@@ -232,8 +234,8 @@ def test_mask_repair_on_the_tokens(model):
         model(**given)
     hook.remove()
     (maps, _), (_, decoded) = calls
-    _, mask = plain_sam3.outliers(maps[-1][0].flatten(1).T, 30, 0.05)
-    repaired = plain_sam3.repaired(maps[-1][0].flatten(1).T, mask, GRID, GRID)
+    mask = lof_mask(maps[-1][0].flatten(1).T, 30, 0.05)
+    repaired = published_sam3.repaired(maps[-1][0].flatten(1).T, mask, GRID, GRID)
     coarsest = torch.stack([repaired.T.view(-1, GRID, GRID)])
     first = [m[:1] for m in maps[:-1]]
     assert torch.allclose(

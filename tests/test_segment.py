@@ -1,7 +1,7 @@
 """Segmenter agrees with the published rules, step by step, on a small model."""
 
 import open_clip
-import plain_segment
+import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,13 +38,13 @@ def plain(encoder, image, resized, crop, stride):
 
     Windows have `crop` pixels; None takes the whole image at once.
     """
-    pixels = F.interpolate(plain_segment.normalised(image), resized, mode="bilinear")
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+    pixels = F.interpolate(published_segment.normalised(image), resized, mode="bilinear")
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     if crop is None:
         cosines = (encoder(pixels) @ text.T).permute(0, 3, 1, 2)[0].detach()
     else:
-        cosines = plain_segment.maps(encoder, text, pixels, crop, stride)
-    return plain_segment.probabilities(
+        cosines = published_segment.maps(encoder, text, pixels, crop, stride)
+    return published_segment.probabilities(
         F.interpolate(cosines[None], image.shape[:2], mode="bilinear")[0], OWNERS
     )
 
@@ -65,7 +65,7 @@ def assert_close(found, expected):
 )
 def test_windows_in_one_batch_are_the_windows_one_by_one(encoder, make, size, resized, count):
     image = photo(*size)
-    assert len(plain_segment.windows(resized, 32, 16)) == count
+    assert len(published_segment.windows(resized, 32, 16)) == count
     assert_close(make().probabilities(image), plain(encoder, image, resized, 32, 16))
 
 
@@ -119,11 +119,11 @@ def test_spaces_around_synonyms_do_not_matter(make):
 
 
 def test_logit_scale(encoder, make):
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     image = photo(48, 64)
-    cosines = plain_segment.maps(encoder, text, plain_segment.normalised(image), 32, 16)
+    cosines = published_segment.maps(encoder, text, published_segment.normalised(image), 32, 16)
     for scale in (1.0, 55.0):
-        expected = plain_segment.probabilities(cosines, OWNERS, scale)
+        expected = published_segment.probabilities(cosines, OWNERS, scale)
         assert_close(make(logit_scale=scale).probabilities(image), expected)
 
 
@@ -181,14 +181,14 @@ def test_both_thresholds(make):
 
 
 def test_pamr_refines_the_cosines(encoder, make):
-    text = plain_segment.text_features(encoder, NAMES, TEMPLATES)
+    text = published_segment.text_features(encoder, NAMES, TEMPLATES)
     image = photo(60, 80)
-    pixels = plain_segment.normalised(image)
+    pixels = published_segment.normalised(image)
     resized = F.interpolate(pixels, (48, 64), mode="bilinear")
-    cosines = plain_segment.maps(encoder, text, resized, 32, 16)[None]
+    cosines = published_segment.maps(encoder, text, resized, 32, 16)[None]
     refined = pamr(pixels, F.interpolate(cosines, (60, 80), mode="bilinear"), 3)[0]
     found = make(pamr_steps=3).probabilities(image)
-    assert_close(found, plain_segment.probabilities(refined, OWNERS))
+    assert_close(found, published_segment.probabilities(refined, OWNERS))
     assert not torch.allclose(found, make().probabilities(image), atol=1e-3)
 
 
@@ -196,7 +196,7 @@ def test_pamr_refines_the_cosines(encoder, make):
 def test_text_features_are_open_clips(encoder, make, templates):
     segmenter = make(["cat", "dog, puppy"], templates)
     templates = templates or open_clip.OPENAI_IMAGENET_TEMPLATES
-    expected = plain_segment.text_features(encoder, ["cat", "dog", "puppy"], templates)
+    expected = published_segment.text_features(encoder, ["cat", "dog", "puppy"], templates)
     assert torch.equal(segmenter.text_features, expected.float())
 
 

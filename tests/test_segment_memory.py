@@ -8,11 +8,11 @@ import sys
 
 import pytest
 import torch
+from measure import measure
 from own_process import output_of
 from tiny_clip import tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP
-from scclip_fast.measure import measure
 from scclip_fast.segment import Segmenter
 
 MIB = 2**20

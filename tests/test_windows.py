@@ -1,6 +1,6 @@
 """The size of the model's input, its windows, and upsampling in bands."""
 
-import plain_segment
+import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from scclip_fast.segment import image as images
 def test_places_of_windows(size, crop, stride):
     places = [(y.start, y.stop, x.start, x.stop) for y, x in images.windows(size, crop, stride)]
     clipped = [(t, min(b, size[0]), le, min(r, size[1])) for t, b, le, r in places]
-    assert clipped == plain_segment.windows(size, crop, stride)
+    assert clipped == published_segment.windows(size, crop, stride)
     covered = torch.zeros(size)
     for top, bottom, left, right in clipped:
         covered[top:bottom, left:right] = 1

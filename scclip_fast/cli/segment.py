@@ -164,9 +164,12 @@ def run(args: argparse.Namespace) -> None:
     args.smaller = _smaller(args)
     settings = _settings(args, classes)
     if args.font is not None:
-        from . import fonts
+        from ..plots import fonts
 
-        fonts.check(args.font)
+        try:
+            fonts.check(args.font)
+        except ValueError as error:
+            raise CommandError(f"--font {error}") from None
         settings["font"] = str(args.font)
     paths = files.find_images(args.images, args.recursive, args.out) if args.images else [None]
     files.make_folder(args.out)

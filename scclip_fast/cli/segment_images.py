@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..plots import fonts
+from ..plots import segmentation as overlay
 from ..scenes.draw import scene
 from ..segment import ImageSegmenter
-from . import files, fonts, overlay
+from . import files
 from .files import Job
 from .options import CommandError
 

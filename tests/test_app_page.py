@@ -1,22 +1,22 @@
-"""What the page of `scclip-fast app` shows, without a browser."""
+"""The results and the pictures of `scclip-fast app`, without a browser."""
 
-import re
+import io
 from dataclasses import replace
-from html import escape, unescape
 
 import numpy as np
 import pytest
 import tiny_clip
 import torch
-from cli_runs import pictures
 from PIL import Image
 from tiny_clip import tokenizer
 
 import scclip_fast as sf
-from scclip_fast.cli import app_page, app_result, overlay
-from scclip_fast.cli.app_result import Explorer
+from scclip_fast.app import explore, page
+from scclip_fast.app.explore import Explorer
 from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
+from scclip_fast.plots import segmentation
+from scclip_fast.plots.outliers import heat_map
 from scclip_fast.segment import Segmenter
 
 SIDE = 48  # 12 x 12 patches
@@ -62,8 +62,8 @@ def test_every_variant_is_that_of_a_model_of_its_own(explorer, model, photo, off
 def test_outliers_are_those_that_are_repaired(explorer, model, photo):
     config = replace(explorer.config, outlier_n_neighbors=7, outlier_contamination=0.2)
     result = explorer.explore(photo, CLASSES, config)
-    seen = torch.nn.functional.interpolate(pixels(photo), (SIDE, 67), mode="bilinear")
-    layers, grid = SCCLIP(model).layers(seen)
+    model_input = torch.nn.functional.interpolate(pixels(photo), (SIDE, 67), mode="bilinear")
+    layers, grid = SCCLIP(model).layers(model_input)
     scores = sf.lof_scores(layers[-1][:, 1:], 7)
     torch.testing.assert_close(result.scores, scores[0].unflatten(0, grid))
     mask = sf.outlier_mask(scores, 0.2)[0].unflatten(0, grid)
@@ -71,7 +71,7 @@ def test_outliers_are_those_that_are_repaired(explorer, model, photo):
 
 
 def pixels(photo):
-    """(1, 3, H, W), as Segmenter normalises."""
+    """Returns pixels (1, 3, H, W), normalised as by Segmenter."""
     import open_clip
 
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -82,8 +82,8 @@ def pixels(photo):
 def test_sliders_and_other_classes_take_no_second_pass(model, photo, monkeypatch):
     explorer = Explorer(SCCLIP(model), tokenizer(), SIDE)
     passes, texts = [], []
-    layers, text = app_result.SCCLIP.layers, Segmenter.__init__
-    monkeypatch.setattr(app_result.SCCLIP, "layers", lambda *a: passes.append(1) or layers(*a))
+    layers, text = explore.SCCLIP.layers, Segmenter.__init__
+    monkeypatch.setattr(explore.SCCLIP, "layers", lambda *a: passes.append(1) or layers(*a))
     monkeypatch.setattr(Segmenter, "__init__", lambda *a, **k: texts.append(1) or text(*a, **k))
     config = explorer.config
     first = explorer.explore(photo, CLASSES, config)
@@ -98,41 +98,47 @@ def test_sliders_and_other_classes_take_no_second_pass(model, photo, monkeypatch
 
 def test_page(explorer, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    respond, words = app_page.responder(explorer, tmp_path), "sky, tree|bush, sand"
+    respond, words = page.responder(explorer, tmp_path), "sky, tree|bush, sand"
     stages, sliders = ["repair", "pre_aggregate"], (30, 0.1, 0.4, 3, 0.5)
-    html = respond(str(tmp_path / "photo.png"), words, stages, *sliders)
+    classes, scores, sentence, variants = respond(
+        str(tmp_path / "photo.png"), words, stages, *sliders
+    )
     on = dict.fromkeys(SWITCHES, False) | {"repair": True, "pre_aggregate": True}
     config = replace(explorer.config, outlier_contamination=0.1, **on)
     result = explorer.explore(photo, CLASSES, config)
     labels = result.variants[0].labels.repeat(10, axis=0).repeat(10, axis=1)  # 70 to 700 pixels
-    large = overlay.blend(photo.resize((700, 500), Image.Resampling.BICUBIC), labels)
-    segmentation, heat_map, *small = pictures(html).items()
-    np.testing.assert_array_equal(segmentation[1], large)
-    shares = [(result.names[i], overlay.percent(s)) for i, (s,) in overlay.ranked(labels).items()]
-    assert re.findall(r"</i>(\w+) <span>([^<]+)</span>", unescape(html)) == shares
-    assert segmentation[0] == "segmentation: " + ", ".join(name for name, _ in shares)
-    assert "21 of 204 patches are outliers" in heat_map[0]
-    assert [alt for alt, _ in small][:2] == ["SC-CLIP: classes", "SC-CLIP: features"]
-    assert len(small) == 14
+    large = photo.resize((700, 500), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(classes, segmentation.draw(large, labels, result.names))
+    assert sentence == "21 of 204 patches are outliers, outlined in cyan."
+    np.testing.assert_array_equal(scores.axes[0].images[0].get_array(), result.scores)
+    pictures = {caption: picture for picture, caption in variants}
+    assert len(pictures) == 14
     for variant in result.variants:
-        share = overlay.percent(variant.changed) + " changed"
-        share = "as set" if variant.name == "SC-CLIP" else escape(share)
-        assert f"<b>{variant.name}</b><span>{share}</span>" in html
-        np.testing.assert_array_equal(dict(small)[f"{variant.name}: features"], variant.colours)
+        share = segmentation.percent(variant.changed) + " changed"
+        share = "as set" if variant.name == "SC-CLIP" else share
+        small = segmentation.blend(result.photo, variant.labels)
+        small.thumbnail((240, 240), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(pictures[f"{variant.name}: classes, {share}"], small)
+        features = np.asarray(pictures[f"{variant.name}: features"])
+        np.testing.assert_array_equal(features[::14, ::14], variant.colours)  # 17 to 238 pixels
 
 
 def test_heat_map_shows_scores_and_outlines():
     scores = torch.full((6, 9), 1.0)
     scores[2, 3], scores[4, 7] = 8, 3
-    outliers = scores == 8
-    picture = app_page.app_html.heat_map(scores, outliers)
-    pixels = np.asarray(picture.convert("RGB")).astype(int)
-    patch = pixels.shape[0] / 6
-    centre = [pixels[int((y + 0.5) * patch), int((x + 0.5) * patch)] for y, x in
-              ((0, 0), (4, 7), (2, 3))]  # fmt: skip
-    brightness = [int(colour.sum()) for colour in centre]
+    figure = heat_map(scores, scores == 8)
+    figure.savefig(file := io.BytesIO())
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+
+    def at(x, y):
+        """Returns column and row of a point, in units of patches."""
+        column, row = figure.axes[0].transData.transform((x, y))
+        return round(column), pixels.shape[0] - round(row)
+
+    centres = [pixels[at(x, y)[::-1]] for x, y in ((0, 0), (7, 4), (3, 2))]
+    brightness = [int(colour.sum()) for colour in centres]
     assert brightness == sorted(brightness) and len(set(brightness)) == 3
-    y, x = int(2.5 * patch), round(3 * patch)  # the left border of the outlier
-    assert (abs(pixels[y, x - 2 : x + 3] - [0, 255, 255]).sum(axis=1) < 60).any()
-    y, x = int(4.5 * patch), round(7 * patch)
-    assert not (abs(pixels[y, x - 2 : x + 3] - [0, 255, 255]).sum(axis=1) < 60).any()
+    column, row = at(2.5, 2)  # the left border of the outlier
+    assert (abs(pixels[row, column - 2 : column + 3] - [0, 255, 255]).sum(axis=1) < 60).any()
+    column, row = at(6.5, 4)
+    assert not (abs(pixels[row, column - 2 : column + 3] - [0, 255, 255]).sum(axis=1) < 60).any()

@@ -1,13 +1,21 @@
-"""The calibration of a SAM3 written out: one image, explicit matrices, loops over outliers."""
+"""The calibration of a SAM3 with the steps of `published_clip`, for one image."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from published_clip import (
+    aggregated,
+    content_weights,
+    cosines,
+    outlier_mask,
+    repaired,
+    softmax_scores,
+)
 
 from scclip_fast.sam3.config import TRUNK_STAGES
 
-# Each stage of the trunk alone, beside repair, and all of them.
+# Each stage of the trunk alone, each together with repair, and all of them.
 TRUNKS = [
     *((name,) for name in TRUNK_STAGES),
     *(("trunk_repair", name) for name in TRUNK_STAGES[1:]),
@@ -15,55 +23,8 @@ TRUNKS = [
 ]
 
 
-def outliers(x, k, contamination):
-    """Of tokens (N, D): scores and mask, from the differences of all pairs."""
-    squared = (x[:, None] - x[None]).square().sum(dim=-1)
-    squared.fill_diagonal_(torch.inf)
-    nearest, indices = squared.topk(k, largest=False)
-    kappa = nearest[:, -1]
-    scores = (kappa[:, None] / kappa[indices]).mean(dim=1)
-    return scores, scores > torch.quantile(scores, 1 - contamination)
-
-
-def found_outliers(x, config):
-    """Mask (N,) of the outliers by the setting `outlier_score`."""
-    _, by_lof = outliers(x, config.outlier_n_neighbors, config.outlier_contamination)
-    norms = x.norm(dim=-1)
-    by_norm = norms > torch.quantile(norms, 1 - config.outlier_contamination)
-    return {"lof": by_lof, "norm": by_norm, "either": by_lof | by_norm}[config.outlier_score]
-
-
-def repaired(x, mask, height, width):
-    out = x.clone()
-    for token in mask.nonzero()[:, 0].tolist():
-        row, column = divmod(token, width)
-        around = [
-            r * width + c
-            for r in range(max(0, row - 1), min(height, row + 2))
-            for c in range(max(0, column - 1), min(width, column + 2))
-        ]
-        good = [other for other in around if not mask[other]]
-        if good:
-            out[token] = x[good].mean(dim=0)
-    return out
-
-
-def aggregated(values, features, beta):
-    unit = F.normalize(features, dim=-1)
-    s = unit @ unit.T
-    s = torch.where(s < beta, 0, s)
-    return s / (s.sum(dim=1, keepdim=True) + 1e-6) @ values
-
-
-def content_weights(features, gamma):
-    unit = F.normalize(features, dim=-1)
-    s = unit @ unit.T
-    centred = s - s.mean()
-    return torch.softmax((gamma * centred).masked_fill(centred < 0, -torch.inf), dim=-1)
-
-
 def last_layer(layer, tokens, grid, content, config):
-    """A global layer of the trunk on tokens (N, D), its attention blended with the content's."""
+    """Runs a global layer of transformers' trunk on tokens (N, D), with `attended`."""
     from transformers.models.sam3.modeling_sam3 import apply_rotary_pos_emb_2d
 
     x = tokens.view(1, *grid, -1)
@@ -75,7 +36,7 @@ def last_layer(layer, tokens, grid, content, config):
         return projection(normed).view(1, -1, heads, attention.head_dim).transpose(1, 2)
 
     q, k, v = (split(p) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-    # transformers 5.0 keeps the angles, later ones make them.
+    # transformers 5.0 stores the angles of the rotary embedding, later versions compute them.
     where = (normed, layer.position_ids) if hasattr(layer, "position_ids") else ()
     cos, sin = layer.rotary_emb(*where)
     q, k = apply_rotary_pos_emb_2d(q, k, cos=cos, sin=sin)
@@ -85,7 +46,7 @@ def last_layer(layer, tokens, grid, content, config):
 
 
 def last_block(block, tokens, grid, content, config):
-    """The same of Meta's package."""
+    """Runs a global block of Meta's trunk on tokens (N, D), with `attended`."""
     attn = block.attn
     qkv = attn.qkv(block.norm1(tokens)).view(len(tokens), 3, attn.num_heads, -1)
     q, k, v = qkv.permute(1, 2, 0, 3)
@@ -99,15 +60,16 @@ def last_block(block, tokens, grid, content, config):
 
 
 def attended(q, k, v, content, config):
-    weights = torch.softmax(q @ k.mT * q.shape[-1] ** -0.5, dim=-1)
+    """Attends with weights that are blended with those of the content features, if given."""
+    weights = softmax_scores(q, k)
     if content is not None:
         w = config.residual_weight
-        weights = (1 - w) * weights + w * content_weights(content, config.gamma)
+        weights = (1 - w) * weights + w * content_weights(cosines(content), config.gamma)
     return weights @ v
 
 
 def trunk(backbone, pixels, config):
-    """Tokens (N, D) of one image (3, H, W), and the outlier mask (N,) or None."""
+    """Computes the tokens (N, D) of an image (3, H, W), and the outlier mask (N,) or None."""
     x = backbone.embeddings(pixels[None])
     side = pixels.shape[-1] // backbone.config.patch_size
     x = backbone.layer_norm(x.view(1, side, side, -1))
@@ -124,14 +86,14 @@ def trunk(backbone, pixels, config):
 
 
 def calibrated(features, last, grid, config):
-    """The same from the outputs (N, D) of all layers but the last, which is `last`."""
+    """Does the same from the outputs (N, D) of all layers but the last; `last` is that layer."""
     x, w = features[-1], config.residual_weight
     middle, new, mask = features[config.pre_adjust_idx], x, None
     if config.trunk_repair:
-        mask = found_outliers(x, config)
+        mask = outlier_mask(x, config)
         new, middle = repaired(x, mask, *grid), repaired(middle, mask, *grid)
     if config.trunk_aggregate:
-        new = aggregated(new, middle, config.similarity_beta)
+        new = aggregated(new, cosines(middle), config.similarity_beta)
     content = middle if config.trunk_attention else None
     y = last(x + w * (new - x), content)
     if config.trunk_fusion:
@@ -139,14 +101,16 @@ def calibrated(features, last, grid, config):
         y = y + w * (last(levels, content) - y)
     if config.trunk_aggregate:
         post = features[config.post_adjust_idx]
-        y = y + w * (aggregated(y, post, config.similarity_beta) - y)
+        y = y + w * (aggregated(y, cosines(post), config.similarity_beta) - y)
     return y, mask
 
 
 def cross_attended(tokens, prompt, keep, projections, heads, config):
-    """Image tokens (N, C) attend to a prompt (T, C), with weights averaged over tokens alike.
+    """Image tokens (N, C) attend to a prompt (T, C); the weights are averaged over similar tokens.
 
-    keep (T,) bool leaves out padding; projections are those of q, k, v and the output.
+    Args:
+        keep: bool (T,), False for padding.
+        projections: the projections to q, k, v and of the output.
     """
     *inner, outer = projections
     q, k, v = (
@@ -156,25 +120,25 @@ def cross_attended(tokens, prompt, keep, projections, heads, config):
     scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~keep, -torch.inf)
     weights = torch.softmax(scores, dim=-1)
     w, beta = config.residual_weight, config.similarity_beta
-    weights = (1 - w) * weights + w * aggregated(weights, tokens, beta)
+    weights = (1 - w) * weights + w * aggregated(weights, cosines(tokens), beta)
     return outer((weights @ v).transpose(0, 1).flatten(1))
 
 
 def queries(hidden, config):
-    """Hidden states (1 + Q, C) of a decoder layer, the presence token first."""
+    """Calibrates hidden states (1 + Q, C) of a decoder layer, whose presence token comes first."""
     q = hidden[1:]
-    mask = found_outliers(q, config)
+    mask = outlier_mask(q, config)
     if mask.any():
-        q = aggregated(q, q, config.similarity_beta)
+        q = aggregated(q, cosines(q), config.similarity_beta)
     return torch.cat([hidden[:1], q])
 
 
 def masks(mask_embeddings, pixels, config):
-    """Logits (Q, h, w) of embeddings (Q, C) and pixel features (C, h, w)."""
+    """Computes logits (Q, h, w) from embeddings (Q, C) and pixel features (C, h, w)."""
     height, width = pixels.shape[1:]
     tokens = pixels.flatten(1).T
     if config.mask_repair and config.mask_grid == "pixels":
-        mask = found_outliers(tokens, config)
+        mask = outlier_mask(tokens, config)
         tokens = repaired(tokens, mask, height, width)
     logits = mask_embeddings @ tokens.T
     if config.mask_threshold:

@@ -1,14 +1,18 @@
-"""SC-CLIP and the methods beside it for one image, step by step as published, on N x N matrices."""
+"""SC-CLIP and its baselines as published, step by step on N x N matrices, for one image.
+
+`cosines`, `aggregated`, `content_weights` and `blended` also take batches.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from published_lof import lof_mask
 from torch import Tensor
 
 
 def embedding(visual, grid: tuple[int, int]) -> Tensor:
-    """The positional embedding (1 + h w, D) stretched as SC-CLIP (and DINO) do."""
+    """Stretches the positional embedding to (1 + h w, D), as SC-CLIP and DINO do."""
     old = visual.grid_size
     table = visual.positional_embedding[1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     factors = ((grid[0] + 0.1) / old[0], (grid[1] + 0.1) / old[1])
@@ -19,7 +23,7 @@ def embedding(visual, grid: tuple[int, int]) -> Tensor:
 
 
 def layer_outputs(visual, image: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-    """What each block but the last gives, (1 + N, D), and the grid, of an image (3, H, W)."""
+    """Computes the outputs (1 + N, D) of all blocks but the last, and the grid, of a (3, H, W)."""
     patches = visual.conv1(image[None])[0]
     grid = tuple(patches.shape[1:])
     native = grid == tuple(visual.grid_size)
@@ -34,83 +38,86 @@ def layer_outputs(visual, image: Tensor) -> tuple[list[Tensor], tuple[int, int]]
 
 
 def cosines(features: Tensor) -> Tensor:
-    unit = features / features.norm(dim=1, keepdim=True)
-    return unit @ unit.T
+    """Computes S (..., N, N) of features (..., N, D)."""
+    unit = F.normalize(features, dim=-1)
+    return torch.matmul(unit, unit.mT)
 
 
-def lof_outliers(x: Tensor, k: int, contamination: float) -> Tensor:
-    distances = (x[:, None] - x).square().sum(dim=2)
-    distances.fill_diagonal_(torch.inf)
-    nearest, neighbors = distances.topk(k, largest=False)
-    k_distance = nearest[:, -1]
-    scores = (k_distance[:, None] / k_distance[neighbors]).mean(dim=1)
-    return scores > torch.quantile(scores, 1 - contamination)
-
-
-def found_outliers(x: Tensor, config) -> Tensor:
+def outlier_mask(x: Tensor, config) -> Tensor:
+    """Computes the mask (N,) of the outliers by the setting `outlier_score`."""
     contamination = config.outlier_contamination
     norms = x.norm(dim=1)
     by_norm = norms > torch.quantile(norms, 1 - contamination)
     if config.outlier_score == "norm":
         return by_norm
-    by_lof = lof_outliers(x, config.outlier_n_neighbors, contamination)
+    by_lof = lof_mask(x, config.outlier_n_neighbors, contamination)
     return by_lof | by_norm if config.outlier_score == "either" else by_lof
 
 
-def repaired(tokens: Tensor, outliers: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Outliers become the mean of those of their up to 8 neighbours that are none."""
-    height, width = grid
-    fixed = tokens.clone()
+def repaired(tokens: Tensor, outliers: Tensor, height: int, width: int) -> Tensor:
+    """Replaces each outlier by the mean of those of its up to 8 neighbours that are none."""
+    fixed, listed = tokens.clone(), outliers.tolist()
     for index in outliers.nonzero()[:, 0].tolist():
         row, column = divmod(index, width)
         good = [
-            tokens[y * width + x]
+            y * width + x
             for y in range(max(row - 1, 0), min(row + 2, height))
             for x in range(max(column - 1, 0), min(column + 2, width))
-            if not outliers[y * width + x]
+            if not listed[y * width + x]
         ]
         if good:
-            fixed[index] = torch.stack(good).mean(dim=0)
+            fixed[index] = tokens[good].mean(dim=0)
     return fixed
 
 
-def aggregated(tokens: Tensor, similarity: Tensor, beta: float) -> Tensor:
-    kept = similarity * (similarity >= beta)
-    return kept / (kept.sum(dim=1, keepdim=True) + 1e-6) @ tokens
+def aggregated(values: Tensor, similarity: Tensor, beta: float) -> Tensor:
+    """Averages values (..., N, C) by the entries of S (..., N, N) that are at least beta."""
+    similarity = torch.where(similarity < beta, 0, similarity)
+    similarity = similarity / (similarity.sum(dim=-1, keepdim=True) + 1e-6)
+    return torch.matmul(similarity, values)
+
+
+def content_weights(similarity: Tensor, gamma: float) -> Tensor:
+    """Computes C (..., N, N), the softmax of gamma (S - mean S) where that is positive."""
+    logits = gamma * (similarity - similarity.mean(dim=(-2, -1), keepdim=True))
+    return torch.softmax(logits.masked_fill(logits < 0, -torch.inf), dim=-1)
+
+
+def blended(q: Tensor, k: Tensor, v: Tensor, content: Tensor, alpha: float) -> Tensor:
+    """Attends with the weights (1 - alpha) softmax(q kT / sqrt d) + alpha C, all (..., N, N)."""
+    weights = (1 - alpha) * softmax_scores(q, k) + alpha * content
+    return torch.matmul(weights, v)
 
 
 def split_heads(block, tokens: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(q, k, v) of each head, (N, d), for normed tokens."""
+    """Computes (q, k, v) of each head, (N, d), from tokens before the block's LayerNorm."""
     weight, bias = block.attn.in_proj_weight, block.attn.in_proj_bias
-    q, k, v = (block.ln_1(tokens) @ weight.T + bias).chunk(3, dim=1)
-    heads = block.attn.num_heads
-    parts = (t.chunk(heads, dim=1) for t in (q, k, v))
-    return list(zip(*parts, strict=True))
+    qkv = (block.ln_1(tokens) @ weight.T + bias).chunk(3, dim=1)
+    return list(zip(*(t.chunk(block.attn.num_heads, dim=1) for t in qkv), strict=True))
 
 
 def softmax_scores(a: Tensor, b: Tensor) -> Tensor:
-    return (a @ b.T / a.shape[1] ** 0.5).softmax(dim=1)
+    return torch.softmax(torch.matmul(a, b.mT) * a.shape[-1] ** -0.5, dim=-1)
 
 
 def calibrated_attention(block, tokens: Tensor, similarity: Tensor, config) -> Tensor:
-    content = config.gamma * (similarity - similarity.mean())
-    content = content.masked_fill(content < 0, -torch.inf).softmax(dim=1)
+    content = content_weights(similarity, config.gamma)
     alpha = config.alpha if config.content_attention else 0.0
-    heads = []
-    for q, k, v in split_heads(block, tokens):
-        own = softmax_scores(k if config.self_attention == "kk" else q, k)
-        heads.append(((1 - alpha) * own + alpha * content) @ v)
+    heads = [
+        blended(k if config.self_attention == "kk" else q, k, v, content, alpha)
+        for q, k, v in split_heads(block, tokens)
+    ]
     return block.attn.out_proj(torch.cat(heads, dim=1))
 
 
 def scclip(visual, layers: list[Tensor], grid: tuple[int, int], config) -> Tensor:
-    """The two branches one after the other, each aggregated on its own."""
+    """Computes the two branches one after the other, each with its own aggregation."""
     last = visual.transformer.resblocks[-1]
     class_token, x = layers[-1][:1], layers[-1][1:]
     middle = layers[config.pre_adjust_idx][1:]
     if config.repair and len(x) > config.outlier_n_neighbors:
-        outliers = found_outliers(x, config)
-        x, middle = repaired(x, outliers, grid), repaired(middle, outliers, grid)
+        outliers = outlier_mask(x, config)
+        x, middle = repaired(x, outliers, *grid), repaired(middle, outliers, *grid)
     before, after = cosines(middle), cosines(layers[config.post_adjust_idx][1:])
     if config.pre_aggregate:
         x = aggregated(x, before, config.beta)
@@ -126,7 +133,7 @@ def scclip(visual, layers: list[Tensor], grid: tuple[int, int], config) -> Tenso
 
 
 def baseline(visual, tokens: Tensor, method: str) -> Tensor:
-    """maskclip, sclip or clearclip from the tokens (1 + N, D) before the last block."""
+    """Computes maskclip, sclip or clearclip from the tokens (1 + N, D) before the last block."""
     last = visual.transformer.resblocks[-1]
     mix = {
         "maskclip": lambda q, k: torch.eye(len(q), dtype=q.dtype),
@@ -142,7 +149,7 @@ def baseline(visual, tokens: Tensor, method: str) -> Tensor:
 
 
 def encode_dense(model, image: Tensor, config, method: str = "scclip") -> Tensor:
-    """(h, w, E), unit norm, of an image (3, H, W) whose sides the patch size divides."""
+    """Computes features (h, w, E) of unit norm from a (3, H, W) that the patch size divides."""
     visual = model.visual
     layers, grid = layer_outputs(visual, image)
     if method == "scclip":

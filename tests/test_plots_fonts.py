@@ -1,4 +1,4 @@
-"""Legends in any script: by a font that is given, by fontconfig, or with numbers."""
+"""Legends in any script: with a given font, with a font of the system, or with numbers."""
 
 import shutil
 
@@ -9,8 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image
 
-from scclip_fast.cli import fonts, overlay
-from scclip_fast.cli.options import CommandError
+from scclip_fast.plots import fonts, segmentation
 
 NAMES = ["字", "典"]
 NUMBERS = ["class 0 (no font has its name)", "class 1 (no font has its name)"]
@@ -27,7 +26,7 @@ def box(width):
 
 
 def save_font(path, characters):
-    """A font in which the i-th character is a box that is 100 (i + 2) wide."""
+    """Saves a font in which the i-th character is a box, 100 (i + 2) wide."""
     order = [".notdef", *(f"glyph{i}" for i in range(len(characters)))]
     builder = FontBuilder(1000, isTTF=True)
     builder.setupGlyphOrder(order)
@@ -49,13 +48,13 @@ def no_fonts_of_the_system(tmp_path, monkeypatch):
     config = f"<fontconfig><dir>{tmp_path}/fonts</dir><cachedir>{tmp_path}/cache</cachedir>"
     (tmp_path / "fonts.conf").write_text(f"{config}</fontconfig>")
     monkeypatch.setenv("FONTCONFIG_FILE", str(tmp_path / "fonts.conf"))
-    fonts._of_the_system.cache_clear()
+    fonts._system_face.cache_clear()
     yield
-    fonts._of_the_system.cache_clear()
+    fonts._system_face.cache_clear()
 
 
 def draw(names, font=None):
-    return np.asarray(overlay.draw(Image.new("RGB", (80, 40)), LABELS, names, font))
+    return np.asarray(segmentation.draw(Image.new("RGB", (80, 40)), LABELS, names, font))
 
 
 def test_letters_and_spaces_are_matplotlibs():
@@ -82,7 +81,7 @@ def test_a_font_that_is_given(tmp_path):
 
 def test_numbers_where_no_font_has_the_name(monkeypatch):
     np.testing.assert_array_equal(draw(NAMES), draw(NUMBERS))
-    fonts._of_the_system.cache_clear()
+    fonts._system_face.cache_clear()
     monkeypatch.setenv("PATH", "")  # without fontconfig
     np.testing.assert_array_equal(draw(NAMES), draw(NUMBERS))
 
@@ -90,7 +89,7 @@ def test_numbers_where_no_font_has_the_name(monkeypatch):
 def test_what_is_no_font(tmp_path):
     (tmp_path / "text.ttf").write_text("no font")
     for name in ("text.ttf", "absent.ttf"):
-        with pytest.raises(CommandError, match=rf"--font .*{name} is not a font"):
+        with pytest.raises(ValueError, match=f"{name} is not a font"):
             fonts.check(tmp_path / name)
 
 

@@ -1,21 +1,21 @@
-"""What `scclip-fast app` makes of odd photos, of bad input, and of a missing package."""
+"""`scclip-fast app` on odd photos, on bad input, and without an optional package."""
 
-import re
 import socket
 import struct
 import sys
 import zlib
 
+import gradio
 import numpy as np
 import pytest
 import tiny_clip
 import torch
-from cli_runs import pictures, run
+from cli_runs import run
 from PIL import Image
 
-from scclip_fast import cli
-from scclip_fast.cli import app_page
-from scclip_fast.cli.app_result import Explorer
+from scclip_fast import app
+from scclip_fast.app import page, pictures
+from scclip_fast.app.explore import Explorer
 from scclip_fast.cli.models import SWITCHES
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment.image import to_rgb
@@ -36,22 +36,24 @@ def photo():
 
 @pytest.fixture
 def respond(explorer, tmp_path):
-    """What the page shows for a file in its folder, and settings other than its first ones."""
-    answer = app_page.responder(explorer, tmp_path)
+    """Calls the page's function for a file in its folder; the settings default to the page's."""
+    answer = page.responder(explorer, tmp_path)
 
     def respond(
         name="photo.png", classes="sky, tree|bush, sand", stages=tuple(SWITCHES), **changed
     ):
-        settings = {name: getattr(explorer.config, name) for name in app_page._SLIDERS} | changed
+        settings = {name: getattr(explorer.config, name) for name in page._SLIDERS} | changed
         path = None if name is None else str(tmp_path / name)
         return answer(path, classes, list(stages), *settings.values())
 
     return respond
 
 
-def error(html):
-    (text,) = re.fullmatch(r'<div class="sc-error" role="alert">(.*)</div>', html).groups()
-    return text
+def error(respond, *arguments, **named):
+    """Returns the message of the error that the page shows."""
+    with pytest.raises(gradio.Error) as raised:
+        respond(*arguments, **named)
+    return raised.value.message
 
 
 def noise(*size, mode="RGB"):
@@ -73,29 +75,33 @@ ODD = {
 @pytest.mark.parametrize("image", ODD.values(), ids=ODD.keys())
 def test_odd_photos(respond, explorer, image, tmp_path):
     image.save(tmp_path / "photo.png")
-    html = respond()
-    seen = explorer.explore(to_rgb(image), CLASSES, explorer.config)
-    assert html == app_page.app_html.page(seen)
-    assert "sc-error" not in html and len(pictures(html)) >= 15
+    classes, _, sentence, variants = respond()
+    expected = explorer.explore(to_rgb(image), CLASSES, explorer.config)
+    np.testing.assert_array_equal(classes, pictures.classes(expected))
+    assert sentence == pictures.outliers(expected)[1] and len(variants) == 14
+    for (picture, caption), (other, same) in zip(
+        variants, pictures.variants(expected), strict=True
+    ):
+        assert caption == same and np.array_equal(picture, other)
 
 
 def test_photos_are_turned_upright_and_made_smaller(respond, tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # to be turned by 90 degrees
     noise(1536, 512).save(tmp_path / "turned.jpg", exif=exif)
-    segmentation = next(iter(pictures(respond("turned.jpg")).values()))
-    assert segmentation.size == (341, 1024)
+    _, _, _, variants = respond("turned.jpg")
+    assert variants[0][0].size == (80, 240)  # of 341 x 1024
 
 
 def test_too_few_patches(respond, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    html = respond(outlier_n_neighbors=204)
-    assert "Of 12 × 17 patches, none has that many neighbours" in html
-    assert len(pictures(html)) == 15
+    _, scores, sentence, variants = respond(outlier_n_neighbors=204)
+    assert sentence == "There are no outliers: 12 × 17 patches are too few for so many neighbours."
+    assert scores is None and len(variants) == 14
 
 
 def png(width, height):
-    """The beginning of a PNG file of that size."""
+    """Returns the beginning of a PNG file of that size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -116,7 +122,7 @@ FILES = {
 @pytest.mark.parametrize(("content", "expected"), FILES.values(), ids=FILES.keys())
 def test_files_that_are_no_photos(respond, content, expected, tmp_path):
     (tmp_path / "x.png").write_bytes(content)
-    text = error(respond("x.png"))
+    text = error(respond, "x.png")
     assert expected in text
     assert str(tmp_path) not in text
 
@@ -133,7 +139,7 @@ BAD = {
     ),
     "k": (dict(outlier_n_neighbors=0), "outlier_n_neighbors must be at least 1, got 0"),
     "nan": (dict(beta=float("nan")), "beta must be a finite number"),
-    "elsewhere": (dict(name="../x.png"), "x.png is none of the photos that came through this page"),
+    "elsewhere": (dict(name="../x.png"), "x.png is not a photo that came through this page"),
 }
 
 
@@ -141,7 +147,7 @@ BAD = {
 def test_errors_are_messages(respond, changed, expected, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
     photo.save(tmp_path.parent / "x.png")
-    assert expected in error(respond(**changed))
+    assert expected in error(respond, **changed)
 
 
 def test_unexpected_errors_are_in_the_terminal(
@@ -149,21 +155,21 @@ def test_unexpected_errors_are_in_the_terminal(
 ):
     photo.save(tmp_path / "photo.png")
     for problem, expected in (
-        (RuntimeError("secret"), "Something went wrong; the terminal says what."),
+        (RuntimeError("secret"), "Something went wrong; the terminal has the details."),
         (torch.OutOfMemoryError("CUDA"), "Out of memory; try a smaller photo or fewer classes."),
     ):
         monkeypatch.setattr(
             explorer, "explore", lambda *_, problem=problem: (_ for _ in ()).throw(problem)
         )
-        assert error(respond()) == expected
+        assert error(respond) == expected
     assert capsys.readouterr().err.count("RuntimeError: secret") == 1
 
 
 def test_names_are_no_html(respond, photo, tmp_path):
     photo.save(tmp_path / "photo.png")
-    html = respond(classes='<img src=x onerror="alert(1)">')
-    assert "<img src=x" not in html
-    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; <span>100.0 %" in html
+    name = '<img src=x onerror="alert(1)">'
+    text = error(respond, classes=f"{name}, {name}")
+    assert "&lt;img src=x onerror=&quot;alert(1)&quot;&gt; more than once" in text
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Gradio's socket
@@ -197,8 +203,8 @@ def test_error_is_one_line(words, message):
 
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "scclip_fast.cli.app_page")
-    monkeypatch.delattr(cli, "app_page")
+    monkeypatch.delitem(sys.modules, "scclip_fast.app.page")
+    monkeypatch.delattr(app, "page")
     code, _, stderr = run("app")
     assert (code, stderr.count("\n")) == (2, 1)
     assert 'needs the package gradio: pip install "scclip_fast[app]"' in stderr

@@ -1,4 +1,4 @@
-"""Time and peak extra memory of a call, on CPU and GPU."""
+"""The time and the peak memory of a call, on a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
-
-T = TypeVar("T")
 
 
 class Measurement(NamedTuple):
     result: object
     seconds: float
     peak_bytes: int | None
-    """Most memory held at once beyond what was held before, the result included; None where the
-    system can't tell.
+    """The peak of memory during the call, less the memory held before; the result counts. None
+    where the system does not report it.
     """
 
 
-def measure(call: Callable[[], T], device: torch.device | str = "cpu") -> Measurement:
-    """Run `call` once and measure it.
+def measure(call: Callable[[], object], device: torch.device | str = "cpu") -> Measurement:
+    """Runs `call` once and measures it.
 
     On a GPU the peak is that of torch's allocator. On the CPU it is the growth of the resident set,
-    which Linux lets a process reset; it holds the scratch of the matrix libraries too.
+    whose peak Linux lets a process reset; it includes the workspace of the matrix libraries.
     """
     device = torch.device(device)
     before: int | None
@@ -51,19 +49,22 @@ def measure(call: Callable[[], T], device: torch.device | str = "cpu") -> Measur
 
 
 def _reset_peak() -> bool:
-    """Give free memory back to the system, or a call would reuse it unseen, and restart VmHWM."""
+    """Resets the peak of the resident set; returns False where the system has no such reset.
+
+    Free memory first goes back to the system: a call that reuses it would not raise the peak.
+    """
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
-    except (OSError, AttributeError):  # not Linux with glibc
+    except (OSError, AttributeError, TypeError):  # not Linux with glibc
         return False
     return True
 
 
 def _resident(field: str) -> int:
-    """VmRSS, now, or VmHWM, the most since the reset, in bytes."""
+    """Returns VmRSS, the resident set, or VmHWM, its peak since the reset, in bytes."""
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What the page of `scclip-fast app` shows: classes, outliers, and what each stage changes."""
+"""The results of `scclip-fast app`: classes, outliers, and the effect of each stage."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from torch import Tensor
 
 from ..calibration import find_outliers
 from ..clip import SCCLIP, SCCLIPConfig
+from ..clip.config import STAGES
+from ..plots.outliers import pca_colours
 from ..segment import Segmenter
-from .lof_picture import pca_colours
-from .models import SWITCHES
 
-LONG_SIDE = 1024  # pixels; larger photos are made smaller first: a page shows no more
+LONG_SIDE = 1024  # pixels; larger photos are made smaller first, as the page shows no more
 _CLASS_LISTS = 8  # whose text features are kept
 
 
 class Variant(NamedTuple):
-    """SC-CLIP as it is set, or with one thing changed."""
+    """The result of SC-CLIP with the settings of the page, or with one change to them."""
 
     name: str
     labels: np.ndarray  # (H, W), uint8, of the photo's size
     colours: np.ndarray  # (h, w, 3), uint8: the features of the patches, see `pca_colours`
-    changed: float  # share of the pixels of another class than in SC-CLIP as it is set
+    changed: float  # share of the pixels whose class differs from that of the first variant
 
 
 class Result(NamedTuple):
-    """All that is to be seen of a photo."""
+    """All results for one photo."""
 
     photo: Image.Image
     names: list[str]  # of the classes
-    variants: list[Variant]  # SC-CLIP as it is set comes first
+    variants: list[Variant]  # SC-CLIP with the settings of the page comes first
     scores: Tensor | None  # (h, w); None where there are too few patches for so many neighbours
     outliers: Tensor | None  # bool (h, w)
 
 
 class _Encoder(SCCLIP):
-    """Remembers what its blocks made of the last image, and its features.
+    """A model that keeps the block outputs of the last image, and its features.
 
-    The variants differ in the last block alone, so that they, and whoever moves a slider, wait for
-    one pass through the other blocks and no more.
+    The variants differ in the last block alone. Thus all variants, and all settings of the sliders,
+    share one pass through the other blocks.
     """
 
     images: Tensor | None = None
@@ -62,13 +62,13 @@ class _Encoder(SCCLIP):
 
 
 class Explorer:
-    """Photos, class names and settings to results, one at a time.
+    """Computes the results for photos, class names and settings, one photo at a time.
 
     Args:
-        encoder: the model; what it is set to does not matter.
-        tokenizer: its tokenizer.
-        short_side: pixels that the model sees of a photo's shorter side. It sees all of it at once,
-            not in windows: the outliers are then those of one picture.
+        encoder: the model; its method and config are ignored.
+        tokenizer: the tokenizer of the model.
+        short_side: pixels of the shorter side of a photo, as the model input. The model encodes the
+            photo as a whole, not in windows, so that the outliers are those of one picture.
     """
 
     def __init__(self, encoder: SCCLIP, tokenizer: Callable, short_side: int) -> None:
@@ -80,33 +80,33 @@ class Explorer:
 
     @property
     def config(self) -> SCCLIPConfig:
-        """The settings published for the model's depth, to start from."""
+        """The settings published for the model's depth."""
         return SCCLIPConfig.for_depth(len(self._encoder.tower.blocks))
 
     @torch.inference_mode()
     def explore(self, photo: Image.Image, classes: list[str], config: SCCLIPConfig) -> Result:
-        """Segment a photo by SC-CLIP as `config` says, by plain CLIP, and with each stage switched.
+        """Segments a photo by SC-CLIP, by plain CLIP, and by SC-CLIP with each stage switched.
 
         Args:
             photo: RGB.
             classes: see `Segmenter`.
-            config: for this model.
+            config: the settings of SC-CLIP for this model.
 
         Raises:
-            ValueError: a setting out of its range.
+            ValueError: a setting is out of its range.
         """
         config.check(len(self._encoder.tower.blocks))
         photo = photo.copy()
         photo.thumbnail((LONG_SIDE, LONG_SIDE), Image.Resampling.LANCZOS)
         with self._lock:
             segmenter = self._segmenter(tuple(classes))
-            found = [
+            results = [
                 (name, *self._segment(segmenter, photo, method, changed))
                 for name, method, changed in _variants(config)
             ]
             scores, outliers = self._outliers(config)
-        _, first, features = found[0]
-        tokens = [features.flatten(0, 1) for _, _, features in found]
+        _, first, features = results[0]
+        tokens = [features.flatten(0, 1) for _, _, features in results]
         variants = [
             Variant(
                 name,
@@ -115,7 +115,7 @@ class Explorer:
                 (labels != first).mean().item(),
             )
             for (name, labels, _), colours in zip(
-                found, pca_colours(tokens, tokens[0]), strict=True
+                results, pca_colours(tokens, tokens[0]), strict=True
             )
         ]
         return Result(photo, segmenter.classes, variants, scores, outliers)
@@ -123,27 +123,27 @@ class Explorer:
     def _segment(
         self, segmenter: Segmenter, photo: Image.Image, method: str, config: SCCLIPConfig
     ) -> tuple[np.ndarray, Tensor]:
-        """Labels (H, W), uint8, and features (h, w, E), float32."""
+        """Returns labels (H, W), uint8, and features (h, w, E), float32."""
         self._encoder.method, self._encoder.config = method, config
         labels = segmenter(photo).to(torch.uint8).numpy()
         return labels, self._encoder.features[0].float()
 
     def _outliers(self, config: SCCLIPConfig) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Scores and outliers (h, w) of the last photo, as SC-CLIP finds them."""
+        """Returns scores and outliers (h, w) of the last photo, by the rule of SC-CLIP."""
         layers, grid = self._encoder.last
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
-        found = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
-        if found is None:
+        scores_and_mask = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
+        if scores_and_mask is None:
             return None, None
-        scores, mask = (each[0].unflatten(0, grid).cpu() for each in found)
+        scores, mask = (each[0].unflatten(0, grid).cpu() for each in scores_and_mask)
         return scores.float(), mask
 
 
 def _variants(config: SCCLIPConfig) -> Iterator[tuple[str, str, SCCLIPConfig]]:
-    """Name, method and configuration."""
+    """Yields the name, the method and the settings of each variant."""
     yield "SC-CLIP", "scclip", config
     yield "plain CLIP", "clip", config
-    for stage in SWITCHES:
+    for stage in STAGES:
         on = getattr(config, stage)
         name = f"{'without' if on else 'with'} {stage.replace('_', ' ')}"
         yield name, "scclip", replace(config, **{stage: not on})

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
-import os
-import signal
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from PIL import Image
 
+from ..cli import classes as class_lists
+from ..cli.files import read_photo
+from ..cli.options import CommandError, out_of_memory
+from ..cli.segment_images import EXAMPLE
 from ..clip import SCCLIPConfig
+from ..clip.config import STAGES
 from ..scenes.draw import scene
-from . import app_html
-from . import classes as class_lists
-from .app_result import Explorer
-from .files import read_photo
-from .models import SWITCHES
-from .options import CommandError, out_of_memory
-from .segment_images import EXAMPLE
+from . import pictures
+from .explore import Explorer
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded
-_MOST_NAMES = 256  # synonyms included: others wait while their prompts are encoded
+_MOST_NAMES = 256  # with synonyms; other visitors wait while the prompts are encoded
 _EXAMPLE_CLASSES = "brick, sand, red circle, purple star, grass, water, wood, stone"
 _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "outlier_n_neighbors": ("k · LOF neighbours", 1, 100, 1),
@@ -35,59 +33,40 @@ _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "gamma": ("γ · content sharpness", 0, 20, 0.1),
     "alpha": ("α · content share", 0, 1, 0.01),
 }
-# The system's, which nothing has to fetch.
-_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Arial", "sans-serif"]
-_MONO = ["ui-monospace", "Menlo", "Consolas", "monospace"]
 _HINT = "Drop a photo, type what may be in it, and press Segment."
-_STYLE = """
+_STAGES_TEXT = """### What each stage changes
+First the classes, then the features (principal components as colours). Changed: pixels that get
+another class."""
+
+# Fonts of the system, so that the browser fetches none.
+THEME = gr.themes.Default(
+    primary_hue="blue",
+    font=["system-ui", "-apple-system", "Segoe UI", "Roboto", "Arial", "sans-serif"],
+    font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+)
+# Gradio lays captions over the pictures and cuts them after a few letters.
+STYLE = """
 .gradio-container { max-width: 1400px !important; margin: auto; }
-.sc-title h1 { font-size: 1.4rem; margin: 0; }
-.sc-title p { margin: 0; opacity: 0.65; }
+#variants .thumbnail-item { aspect-ratio: auto; height: auto; }
+#variants .thumbnail-item .caption-label { position: static; max-width: none; white-space: normal; }
+#variants .grid-container { grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); }
 """
 
 
-def serve(explorer: Explorer, args: argparse.Namespace) -> None:
-    """Serve the page until Ctrl+C; photos are kept in a temporary folder that ends with it.
-
-    Raises:
-        CommandError: nothing can listen at --host and --port.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # or the folder would stay
-    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks its own page whether it is there
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), "localhost", args.host]))
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build(explorer, args.model, Path(folder))
-        try:
-            page.launch(
-                server_name=args.host,
-                server_port=args.port,
-                max_file_size=args.max_upload * 2**20,
-                share=False,
-                inbrowser=False,
-                run_history=False,
-                footer_links=[],
-                prevent_thread_lock=True,
-                quiet=True,
-                theme=gr.themes.Default(primary_hue="blue", font=_FONT, font_mono=_MONO),
-                css=_STYLE + app_html.STYLE,
-            )
-        except OSError:  # whose message is about Gradio's own settings
-            raise CommandError(
-                f"cannot listen at {args.host}:{args.port}: in use by another, or no address of "
-                "this machine; choose another --port or --host"
-            ) from None
-        print(f"{page.local_url}  (Ctrl+C ends it)", flush=True)
-        page.block_thread()
-
-
 def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
-    """The page, whose photos are in `folder`; with --model scenes it starts with a drawn one."""
+    """Builds the page. With the model "scenes" the page starts with a drawn photo.
+
+    Args:
+        explorer: the model of the page.
+        model: the name of the model.
+        folder: the folder of uploaded photos.
+    """
     config, scenes = explorer.config, model == "scenes"
-    on = [stage for stage in SWITCHES if not (scenes and stage == "multi_level")]
+    on = [stage for stage in STAGES if not (scenes and stage == "multi_level")]
     example = Image.fromarray(scene(*EXAMPLE).image) if scenes else None
+    shown = dict(format="png", buttons=["fullscreen"])
     with gr.Blocks(title="scclip_fast", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        gr.Markdown(_heading(model), elem_classes="sc-title")
+        gr.Markdown(_heading(model))
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
                 photo = gr.Image(
@@ -98,7 +77,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
                     height=240,
                     buttons=[],
                 )
-                # A path, which `respond` opens with limits: Gradio itself would decode anything.
+                # A path, which `respond` opens with limits: Gradio itself would decode any file.
                 photo.preprocess = lambda data: None if data is None else data.path
                 classes = gr.Textbox(
                     _EXAMPLE_CLASSES if scenes else "",
@@ -115,12 +94,33 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
                     for name, (label, low, high, step) in _SLIDERS.items()
                 ]
                 stages = gr.CheckboxGroup(
-                    [(stage.replace("_", " "), stage) for stage in SWITCHES],
+                    [(stage.replace("_", " "), stage) for stage in STAGES],
                     value=on,
                     label="Stages",
                 )
             with gr.Column(scale=3, min_width=320):
-                result = gr.HTML("" if scenes else _HINT, elem_id="result")
+                with gr.Row():
+                    segmentation = gr.Image(
+                        label="Segmentation",
+                        alt_text="segmentation",
+                        interactive=False,
+                        elem_id="segmentation",
+                        **shown,
+                    )
+                    with gr.Column():
+                        scores = gr.Plot(
+                            label="Local Outlier Factor", format="png", elem_id="scores"
+                        )
+                        outliers = gr.Markdown("" if scenes else _HINT, elem_id="outliers")
+                gr.Markdown(_STAGES_TEXT)
+                variants = gr.Gallery(
+                    label="Variants",
+                    show_label=False,
+                    columns=2 + len(STAGES),
+                    height="max-content",
+                    elem_id="variants",
+                    **shown,
+                )
         triggers = [
             button.click,
             classes.submit,
@@ -131,7 +131,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
             [*triggers, page.load] if scenes else triggers,
             responder(explorer, folder),
             [photo, classes, stages, *sliders],
-            result,
+            [segmentation, scores, outliers, variants],
             api_name=False,
             concurrency_limit=1,
             trigger_mode="always_last",
@@ -143,30 +143,43 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
 def _heading(model: str) -> str:
     about = f"SC-CLIP repairs the dense features of a frozen CLIP, without training. Here: {model}"
     if model == "scenes":
-        about += ", a small one that knows drawn scenes only and does better without multi level"
+        about += (
+            ", a small model that was trained on drawn scenes only and does better without multi "
+            "level"
+        )
     return f"# scclip_fast\n{about}."
 
 
-def responder(explorer: Explorer, folder: Path) -> Callable[..., str]:
-    """What the page calls: a photo's path, in `folder`, and the state of the controls to HTML."""
+def responder(explorer: Explorer, folder: Path) -> Callable[..., tuple[Any, ...]]:
+    """Returns the function that the page calls with a photo and the state of the controls.
 
-    def respond(photo: str | None, classes: str, stages: list[str], *values: float) -> str:
+    The function takes the path of a photo in `folder`, the list of classes, the stages that are on
+    and the values of the sliders. It returns the segmentation, the heat map of the scores, a
+    sentence on the outliers, and the pictures of the variants with their captions.
+    """
+
+    def respond(photo: str | None, classes: str, stages: list[str], *values: float) -> tuple:
         try:
             if photo is None:
                 raise CommandError("Drop a photo first.")
             entries = _classes(classes)
             picture = _picture(Path(photo), folder)
             result = explorer.explore(picture, entries, _config(explorer, stages, values))
-            return app_html.page(result)
+            return pictures.classes(result), *pictures.outliers(result), pictures.variants(result)
         except (CommandError, ValueError) as error:
-            return app_html.message(str(error))
+            raise _shown(str(error)) from None
         except Exception as error:
             if isinstance(error, MemoryError) or out_of_memory(error):
-                return app_html.message("Out of memory; try a smaller photo or fewer classes.")
+                raise _shown("Out of memory; try a smaller photo or fewer classes.") from None
             traceback.print_exc(file=sys.stderr)
-            return app_html.message("Something went wrong; the terminal says what.")
+            raise _shown("Something went wrong; the terminal has the details.") from None
 
     return respond
+
+
+def _shown(message: str) -> gr.Error:
+    """Returns an error that the page shows; Gradio takes its message for HTML."""
+    return gr.Error(escape(message), print_exception=False)
 
 
 def _classes(text: str) -> list[str]:
@@ -178,9 +191,9 @@ def _classes(text: str) -> list[str]:
 
 
 def _picture(path: Path, folder: Path) -> Image.Image:
-    # Gradio passes on a path that a forged request names.
+    # Gradio passes on any path that a forged request names.
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise CommandError(f"{path.name} is none of the photos that came through this page")
+        raise CommandError(f"{path.name} is not a photo that came through this page")
     try:
         return read_photo(path, MAX_PIXELS)
     except CommandError as error:
@@ -189,6 +202,6 @@ def _picture(path: Path, folder: Path) -> Image.Image:
 
 def _config(explorer: Explorer, stages: list[str], values: tuple[float, ...]) -> SCCLIPConfig:
     settings = dict(zip(_SLIDERS, values, strict=True))
-    settings |= {stage: stage in stages for stage in SWITCHES}
+    settings |= {stage: stage in stages for stage in STAGES}
     settings["outlier_n_neighbors"] = int(settings["outlier_n_neighbors"])
     return replace(explorer.config, **settings)

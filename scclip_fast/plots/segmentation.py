@@ -1,10 +1,9 @@
-"""The pictures of `scclip-fast segment`: photos in the colours of their classes, with a legend."""
+"""Photos in the colours of their classes, with a legend of names and shares."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,59 +11,29 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from . import fonts
+from .palette import MAX_CLASSES, palette
 
 LONG_SIDE = 2048  # pixels; larger photos are drawn smaller
-MAX_CLASSES = 256  # of a palette
-_OPACITY = 0.6  # of the colours
-_COLOR_OF_PHOTO = 0.2  # what is left of the photo's own, which would mix with those of the classes
+_OPACITY = 0.6  # of the class colours
+_SATURATION = 0.2  # of the photo, whose own colours would mix with those of the classes
 _LINE = 0.8  # opacity of the outlines
 _OUTLIER = (213, 94, 0)
 _INK, _GREY = (34, 34, 34), (110, 110, 110)
-
-# Okabe and Ito's, which the colour-blind can tell apart, then Paul Tol's indigo and wine, and grey.
-_FIRST_COLORS = (
-    (0, 114, 178),
-    (230, 159, 0),
-    (0, 158, 115),
-    (204, 121, 167),
-    (86, 180, 233),
-    (213, 94, 0),
-    (240, 228, 66),
-    (51, 34, 136),
-    (136, 34, 85),
-    (153, 153, 153),
-)
-
-
-@cache
-def palette() -> np.ndarray:
-    """Colours (256, 3), uint8, of class 0, 1, ...; each is as far from all before as can be."""
-    steps = np.linspace(0, 255, 17).round()
-    candidates = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), axis=-1).reshape(-1, 3)
-    lab = _oklab(candidates)
-    chroma = np.hypot(lab[:, 1], lab[:, 2])
-    vivid = (chroma > 0.06) & (lab[:, 0] > 0.35) & (lab[:, 0] < 0.93)  # white is for the outlines
-    candidates, lab = candidates[vivid], lab[vivid]
-    colors = [np.array(color, float) for color in _FIRST_COLORS]
-    taken = _oklab(np.array(colors))
-    distance = np.linalg.norm(lab[:, None] - taken, axis=2).min(axis=1)
-    while len(colors) < MAX_CLASSES:
-        farthest = distance.argmax()
-        colors.append(candidates[farthest])
-        distance = np.minimum(distance, np.linalg.norm(lab - lab[farthest], axis=1))
-    return np.array(colors).astype(np.uint8)
 
 
 def draw(
     photo: Image.Image, labels: np.ndarray, names: list[str], font: Path | None = None
 ) -> Image.Image:
-    """The photo in the colours of its classes, and beside or below it a legend with their shares.
+    """Draws the photo in the colours of its classes, and a legend beside or below the photo.
+
+    The legend has the name of each class and its share of the pixels. A name that no font can draw
+    is replaced by the number of its class.
 
     Args:
-        photo: RGB.
-        labels: (H, W), uint8, indices into names; of the photo's size.
-        names: of the classes; one that no font can draw is given by its number.
-        font: a file to draw names with, as far as it has their characters; see `fonts.faces`.
+        photo: RGB, (W, H).
+        labels: (H, W), uint8, indices into names.
+        names: one name a class.
+        font: a font file for the names whose characters it has, see `fonts.faces`.
     """
     small = _fitted(photo, LONG_SIDE)
     blended = blend(small, _resized(labels, small.size))
@@ -79,13 +48,15 @@ def compare(
     names: list[str],
     font: Path | None = None,
 ) -> Image.Image:
-    """The photo with its outlier tokens, then as `draw` has it frozen and calibrated.
+    """Draws three panels: the outlier tokens, then the labels of the frozen and calibrated model.
 
     Args:
-        photo: RGB.
-        outliers: (h, w), bool, of a grid of tokens over the photo; None where none were sought.
-        before, after: as labels of `draw`.
-        names, font: as of `draw`.
+        photo: RGB, (W, H).
+        outliers: (h, w), bool, over a grid of tokens; None leaves the first panel out.
+        before: (H, W), uint8, the labels of the frozen model.
+        after: (H, W), uint8, the labels of the calibrated model.
+        names: see `draw`.
+        font: see `draw`.
     """
     small = _fitted(photo, LONG_SIDE // 2)
     masks = {"frozen": before, "calibrated": after}
@@ -108,48 +79,51 @@ def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _em(photo: Image.Image) -> int:
-    """The size of letters in pixels."""
+    """Returns the size of the letters in pixels."""
     return min(max(round(0.026 * math.sqrt(photo.width * photo.height)), 13), 40)
 
 
 def _with_legend(
     picture: Image.Image, em: int, names: list[str], font: Path | None, *labels: np.ndarray
 ) -> Image.Image:
-    """The legend tells the share of each class in each of the labels."""
-    found = ranked(*labels)
-    shares = [" → ".join(map(percent, each)) for each in found.values()]
-    legend = _Legend(em, _texts(found, names, font, em), shares)
+    """Adds a legend with the share of each class in each of the label maps."""
+    classes = ranked(*labels)
+    shares = [" → ".join(map(percent, each)) for each in classes.values()]
+    legend = _Legend(em, _entries(classes, names, font, em), shares)
     place = legend.place(picture.size)
     canvas = Image.new("RGB", place.canvas, "white")
     canvas.paste(picture, (em, em))
-    legend.draw(canvas, place, [tuple(color) for color in palette()[[*found]].tolist()])
+    legend.draw(canvas, place, [tuple(color) for color in palette()[[*classes]].tolist()])
     return canvas
 
 
-def _texts(
-    found: Iterable[int], names: list[str], file: Path | None, em: int
+def _entries(
+    classes: Iterable[int], names: list[str], file: Path | None, em: int
 ) -> list[tuple[str, ImageFont.FreeTypeFont]]:
-    """What the legend has for each class that was found, and the font to draw it with."""
-    chosen = [(index, names[index]) for index in found]
-    texts = []
-    for (index, name), face in zip(
-        chosen, fonts.faces([name for _, name in chosen], file), strict=True
+    """Returns the text of each class in the legend, and the font of that text."""
+    classes = list(classes)
+    entries = []
+    for index, face in zip(
+        classes, fonts.faces([names[index] for index in classes], file), strict=True
     ):
-        text = f"class {index} (no font has its name)" if face is None else name
-        texts.append((text, (face or fonts.DEFAULT).sized(em)))
-    return texts
+        text = f"class {index} (no font has its name)" if face is None else names[index]
+        entries.append((text, (face or fonts.DEFAULT).sized(em)))
+    return entries
 
 
 def ranked(*labels: np.ndarray) -> dict[int, list[float]]:
-    """The classes in all labels (H, W), uint8, the largest first, and the share in each of them."""
+    """Returns the classes by size, the largest first, and their shares of each label map.
+
+    The label maps are uint8 of shape (H, W); classes without a pixel are left out.
+    """
     counts = np.array([np.bincount(mask.ravel(), minlength=MAX_CLASSES) for mask in labels])
     total = counts.sum(axis=0)
-    found = (int(index) for index in np.argsort(-total, kind="stable") if total[index])
-    return {index: (counts[:, index] / labels[0].size).tolist() for index in found}
+    order = (int(index) for index in np.argsort(-total, kind="stable") if total[index])
+    return {index: (counts[:, index] / labels[0].size).tolist() for index in order}
 
 
 def _row(panels: dict[str, Image.Image], font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Panels of one size beside each other, each under its title."""
+    """Draws panels of one size beside each other, each under its title."""
     (width, height), em = next(iter(panels.values())).size, font.size
     row = Image.new("RGB", (len(panels) * (width + em) - em, height + 2 * em), "white")
     pen = ImageDraw.Draw(row)
@@ -161,17 +135,21 @@ def _row(panels: dict[str, Image.Image], font: ImageFont.FreeTypeFont) -> Image.
 
 
 def _marked(photo: Image.Image, outliers: np.ndarray) -> Image.Image:
+    """Paints the outlier tokens (H, W) over the photo."""
     marked = _muted(photo)
     marked.paste(_OUTLIER, mask=Image.fromarray((255 * _LINE * outliers).astype(np.uint8)))
     return marked
 
 
 def _muted(photo: Image.Image) -> Image.Image:
-    return Image.blend(photo.convert("L").convert("RGB"), photo, _COLOR_OF_PHOTO)
+    return Image.blend(photo.convert("L").convert("RGB"), photo, _SATURATION)
 
 
 def blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
-    """The photo, RGB, in the colours of labels (H, W), uint8, with white lines between them."""
+    """Blends an RGB photo with the colours of its labels, and draws white lines between classes.
+
+    The labels are uint8 of shape (H, W).
+    """
     colored = Image.blend(_muted(photo), Image.fromarray(palette()[labels]), _OPACITY)
     width = max(1, round(math.sqrt(labels.size) / 450))
     colored.paste((255, 255, 255), mask=_outlines(labels, width))
@@ -179,11 +157,11 @@ def blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
 
 
 def _outlines(labels: np.ndarray, width: int) -> Image.Image:
-    """Opacity of the lines between classes, that many pixels wide, with soft sides."""
+    """Returns the opacity of lines between classes, `width` pixels wide with blurred sides."""
     lines = np.zeros(labels.shape, bool)
     lines[1:] |= labels[1:] != labels[:-1]
     lines[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    for step in range(width - 1):  # to the left and up, then to the right and down
+    for step in range(width - 1):  # alternately to the upper left and the lower right
         here, there = (slice(None, -1), slice(1, None))[:: 1 if step % 2 == 0 else -1]
         before = lines.copy()
         lines[here] |= before[there]
@@ -193,15 +171,15 @@ def _outlines(labels: np.ndarray, width: int) -> Image.Image:
 
 
 class _Place(NamedTuple):
-    """A layout; sizes and corners in pixels, (x, y)."""
+    """The layout of photo and legend; sizes and corners are (x, y) in pixels."""
 
     canvas: tuple[int, int]
     corner: tuple[int, int]  # of the legend
-    rows: int  # of a column
+    rows: int  # entries in a column of the legend
 
 
 class _Legend:
-    """A swatch, a name in its font and a share for each class, in columns."""
+    """Columns of entries: a colour, a name in its font, and a share."""
 
     def __init__(
         self, em: int, names: list[tuple[str, ImageFont.FreeTypeFont]], shares: list[str]
@@ -216,7 +194,7 @@ class _Legend:
         self.column = round(1.6 * self.em) + self.name_width + self.em + self.share_width
 
     def place(self, photo: tuple[int, int]) -> _Place:
-        """Beside or below the photo, in as many columns as make all small and no narrow strip."""
+        """Chooses the number of columns, and beside or below the photo, by the lowest `_cost`."""
         width, height = photo
         em, places = self.em, []
         for columns in range(1, len(self.names) + 1):
@@ -243,6 +221,7 @@ class _Legend:
 
 
 def _cost(width: int, height: int) -> float:
+    """Returns the area of a canvas, raised for those longer than 1.6 times their shorter side."""
     return width * height * max(max(width, height) / min(width, height), 1.6)
 
 
@@ -255,25 +234,5 @@ def _shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def percent(share: float) -> str:
-    """12.3 %."""
+    """Formats a share in [0, 1], such as 12.3 %."""
     return "< 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.1f} %"
-
-
-def _oklab(rgb: np.ndarray) -> np.ndarray:
-    """OKLab (Ottosson, 2020), where distances are about what eyes see, of sRGB (N, 3) to 255."""
-    srgb = rgb / 255
-    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-    cones = linear @ np.array(
-        [
-            [0.4122214708, 0.2119034982, 0.0883024619],
-            [0.5363325363, 0.6806995451, 0.2817188376],
-            [0.0514459929, 0.1073969566, 0.6299787005],
-        ]
-    )
-    return np.cbrt(cones) @ np.array(
-        [
-            [0.2104542553, 1.9779984951, 0.0259040371],
-            [0.7936177850, -2.4285922050, 0.7827717662],
-            [-0.0040720468, 0.4505937099, -0.8086757660],
-        ]
-    )

@@ -1,0 +1,1 @@
+"""Pictures of results: segmentations with a legend, and outliers."""
