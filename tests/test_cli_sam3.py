@@ -9,9 +9,8 @@ import torch
 from cli_runs import run, written
 from PIL import Image
 from tiny_sam3 import ALL, GRID, LAYERS, NONE, save_tiny_sam3, tiny_processor, tiny_sam3
-from transformers import Sam3Processor
 
-from scclip_fast.cli import segment
+from scclip_fast.cli import segment, segment_sam3
 from scclip_fast.plots import segmentation as overlay
 from scclip_fast.sam3 import Sam3CalibrationConfig, calibrate
 from scclip_fast.sam3.config import STAGES, TRUNK_STAGES
@@ -67,13 +66,16 @@ def test_files_of_an_image(command, folder, tmp_path):
         precision="fp32",
         sam3_preset="depth",
         sam3_stages=list(TRUNK_STAGES),
+        heads="both",
+        preview=None,
     )
 
 
 def test_stages_and_presets(folder):
     def config(**changed):
         options = dict(sam3_preset="depth", sam3_stages=None, device="cpu", precision="fp32")
-        args = Namespace(model=str(folder), **options | changed)
+        prompts = dict(heads="both", preview=None, prompts_per_pass=None)
+        args = Namespace(model=str(folder), **prompts | options | changed)
         return segment._segmenter(args, ["sky"]).config
 
     assert config() == Sam3CalibrationConfig.for_depth(LAYERS)
@@ -106,29 +108,52 @@ def test_another_choice_of_stages_is_noticed(command, tmp_path):
 
 def test_compare(command, photo, tmp_path, monkeypatch):
     """--compare draws the masks of the frozen and the calibrated model, which differ here."""
-
-    def instances(processor, output, target_sizes):
-        mask = torch.zeros(1, *SIZE)
-        mask[:, :, : 20 if output.pred_masks.sum() == total["frozen"] else 40] = 1
-        return [dict(scores=torch.tensor([0.6]), masks=mask)]
-
-    model, processor, total = tiny_sam3(), tiny_processor(), {}
-    segmenter = Sam3Segmenter(model, processor, ["sky"], ALL)
+    model, processor = tiny_sam3(), tiny_processor()
+    segmenter = Sam3Segmenter(model, processor, ["sky"], ALL, prob_thd=0.22)
     monkeypatch.setattr(segment, "_segmenter", lambda *_: segmenter)
-    with torch.inference_mode():
-        inputs = processor(images=Image.open(photo), text="sky", return_tensors="pt")
-        total["frozen"] = model(**inputs).pred_masks.sum()
-        with calibrate(model, ALL):
-            outliers = model(**inputs).outlier_mask[0].numpy()
-    monkeypatch.setattr(Sam3Processor, "post_process_instance_segmentation", instances)
     assert command("--compare")[0] == 0
     out = tmp_path / "out"
     assert written(out) == ["photo_compare.png", "photo_labels.png", "photo_overlay.png"]
-    before, after = np.zeros((2, *SIZE), np.uint8)
-    before[:, :20], after[:, :40] = 1, 1
+    frozen = Sam3Segmenter(model, processor, ["sky"], prob_thd=0.22)
+    before = frozen(Image.open(photo)).numpy().astype(np.uint8)
+    with calibrate(model, ALL), torch.inference_mode():
+        after = frozen(Image.open(photo)).numpy().astype(np.uint8)
+        inputs = processor(images=Image.open(photo), text="sky", return_tensors="pt")
+        outliers = model(**inputs).outlier_mask[0].numpy()
+    assert (before != after).any() and before.any() and after.any()
     np.testing.assert_array_equal(np.asarray(Image.open(out / "photo_labels.png")), after)
-    names = ["background", "sky"]
-    expected = overlay.compare(Image.open(photo), outliers, before, after, names)
+    expected = overlay.compare(Image.open(photo), outliers, before, after, ["background", "sky"])
     picture = Image.open(out / "photo_compare.png")
     np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
     assert outliers.shape == (GRID, GRID) and stored(out / "photo_compare.png")["sam3_stages"]
+
+
+def test_heads_and_batches(command, folder, photo, tmp_path, monkeypatch):
+    """The options reach the segmenter, and the JSON has the segmenter's probabilities."""
+    made, segmenter = [], segment_sam3.segmenter
+
+    def kept(*args):
+        made.append(segmenter(*args))
+        return made[-1]
+
+    monkeypatch.setattr(segment_sam3, "segmenter", kept)
+    words = ("--json", "--heads", "semantic", "--prompts-per-pass", "2", "--sam3-stages", "none")
+    assert command(*words)[0] == 0
+    assert (made[0].heads, made[0].prompts_per_pass) == (("semantic",), 2)
+    assert made[0].preview is None and made[0].presence
+    report = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert report["settings"]["heads"] == "semantic" and "left_out" not in report
+    chosen = dict(heads=("semantic",))
+    expected = Sam3Segmenter(tiny_sam3(), tiny_processor(), ["sky", "tree, bush"], NONE, **chosen)
+    mean = expected.probabilities(Image.open(photo))[0].mean().item()
+    assert report["classes"][0]["share"] == 1
+    assert report["classes"][0]["mean_probability"] == pytest.approx(mean, abs=1e-5)
+
+
+def test_preview(command, tmp_path):
+    """The report names the classes that were left out."""
+    assert command("--json", "--preview", "0.5")[0] == 0
+    report = json.loads((tmp_path / "out" / "photo.json").read_text())
+    assert report["settings"]["preview"] == 0.5
+    assert len(report["left_out"]) == 1 and report["left_out"][0] in ("sky", "tree")
+    assert "made with another preview" in command("--json", "--preview", "1")[2]

@@ -60,7 +60,14 @@ OF_CLIP = [  # some values are the defaults, which are refused too
     ("--background", "sky"),
     ("--pamr-steps", "0"),
 ]
-OF_SAM3 = [("--sam3-stages", "none"), ("--sam3-preset", "depth"), ("--compare",)]
+OF_SAM3 = [
+    ("--sam3-stages", "none"),
+    ("--sam3-preset", "depth"),
+    ("--compare",),
+    ("--heads", "both"),
+    ("--preview", "0.5"),
+    ("--prompts-per-pass", "4"),
+]
 
 
 @pytest.mark.parametrize("option", OF_CLIP + OF_SAM3, ids=lambda option: option[0])
@@ -85,6 +92,10 @@ WRONG = {
     "stage": ("--sam3-stages", "trunk_repair,magic", "some of trunk_repair, .*; got 'magic'"),
     "empty": ("--sam3-stages", "", "got ''"),
     "none of them": ("--sam3-stages", "none,trunk_repair", "got 'none'"),
+    "heads": ("--heads", "mask", "argument --heads: invalid choice: 'mask'"),
+    "no preview": ("--preview", "0", "--preview: must be above 0 and at most 1, got '0'"),
+    "preview": ("--preview", "much", "--preview: must be above 0 and at most 1, got 'much'"),
+    "prompts": ("--prompts-per-pass", "0", "must be a whole number above 0, got '0'"),
     "device": ("--device", "tpu", "--device must be cpu, cuda or cuda:INDEX, got 'tpu'"),
     "precision": ("--precision", "fp8", "argument --precision: invalid choice: 'fp8'"),
     "preset": ("--sam3-preset", "magic", "invalid choice: 'magic'"),

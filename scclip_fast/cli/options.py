@@ -147,6 +147,14 @@ def share(text: str) -> float:
     return value
 
 
+def positive_share(text: str) -> float:
+    """Parses a number above 0 and at most 1."""
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text!r}")
+    return value
+
+
 def scale(text: str) -> float:
     """Parses a number above 0."""
     value = _number(text)

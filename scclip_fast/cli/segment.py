@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..sam3.config import STAGES, Sam3CalibrationConfig
 from . import classes as class_lists
-from . import files, models, options
+from . import files, models, options, segment_sam3
 from .models import CLIP, SAM3
 from .options import CommandError
 
 if TYPE_CHECKING:  # these need packages of the extras
-    from transformers import Sam3Model
-
     from ..segment import ImageSegmenter
 
 
@@ -33,7 +29,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     _add_files(parser)
     _add_clip(parser)
-    _add_sam3(parser)
+    segment_sam3.add_options(parser)
     models.add_model(parser)
     models.add_method(parser)
 
@@ -137,27 +133,6 @@ def _add_clip(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_sam3(parser: argparse.ArgumentParser) -> None:
-    """Adds the calibration of a SAM3."""
-    add = parser.add_argument
-    add(
-        "--sam3-stages",
-        metavar="NAMES",
-        help="the stages that calibrate a SAM3, with commas between them: trunk_repair, "
-        "trunk_aggregate, trunk_attention, trunk_fusion, which are the default; cross_attention, "
-        "decoder_calibration, mask_repair, mask_threshold; or none, for the frozen model",
-        **SAM3,
-    )
-    add(
-        "--sam3-preset",
-        choices=("depth", "seed"),
-        default="depth",
-        help="the layers that the stages read: SC-CLIP's fractions of the depth, or 2 to 7, as in "
-        "the design document of this package",
-        **SAM3,
-    )
-
-
 def run(args: argparse.Namespace) -> None:
     """Makes the results that are missing."""
     classes = class_lists.from_options(args)
@@ -202,14 +177,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
         raise CommandError("name an IMAGE: a file, a folder or a glob")
     models.check_kind(args)
     if models.is_sam3(args.model):
-        args.extra, args.smaller = "demo,sam3", "--precision bf16, or smaller images"
-        return {
-            "classes": classes,
-            "model": args.model,
-            "precision": args.precision,
-            "sam3_preset": args.sam3_preset,
-            "sam3_stages": _stages(args.sam3_stages),
-        }
+        return segment_sam3.settings(args, classes)
     names = list(map(class_lists.first_name, classes))
     if args.background is not None and args.background not in names:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")
@@ -233,17 +201,6 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     return settings | ({"pretrained": None} if models.brings_weights(args.model) else {})
 
 
-def _stages(text: str | None) -> list[str]:
-    """Returns the stages of --sam3-stages in the order of `STAGES`; None for its default."""
-    if text is None:
-        return [name for name in STAGES if getattr(Sam3CalibrationConfig, name)]
-    names = [] if text == "none" else [name.strip() for name in text.split(",")]
-    if unknown := [name for name in names if name not in STAGES]:
-        allowed = ", ".join(STAGES)
-        raise CommandError(f"--sam3-stages must be none or some of {allowed}; got {unknown[0]!r}")
-    return [name for name in STAGES if name in names]
-
-
 def _smaller(args: argparse.Namespace) -> str:
     """Returns the advice for the case that memory runs out, which depends on the options."""
     ways = ["--pamr-steps 0"] if args.pamr_steps else []
@@ -256,7 +213,8 @@ def _smaller(args: argparse.Namespace) -> str:
 def _segmenter(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
     """Loads the model of --model and returns its segmenter, or raises CommandError."""
     try:
-        return (_sam3 if models.is_sam3(args.model) else _clip)(args, classes)
+        make = segment_sam3.segmenter if models.is_sam3(args.model) else _clip
+        return make(args, classes)
     except ValueError as error:  # from the names: one is too long, or two are the same
         raise CommandError(str(error)) from None
 
@@ -279,26 +237,6 @@ def _clip(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
         short_side=args.short_side or None,
         pamr_steps=args.pamr_steps,
     )
-
-
-def _sam3(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
-    model, processor = models.load_sam3(args)
-    from ..segment import Sam3Segmenter
-
-    return Sam3Segmenter(model, processor, classes, _calibration(args, model))
-
-
-def _calibration(args: argparse.Namespace, model: Sam3Model) -> Sam3CalibrationConfig:
-    """Returns the calibration of --sam3-preset and --sam3-stages, or raises CommandError."""
-    layers, stages = len(model.vision_encoder.backbone.layers), _stages(args.sam3_stages)
-    try:
-        seed = args.sam3_preset == "seed"
-        preset = Sam3CalibrationConfig.seed() if seed else Sam3CalibrationConfig.for_depth(layers)
-        config = replace(preset, **{name: name in stages for name in STAGES})
-        config.check(layers, len(model.detr_decoder.layers))
-    except ValueError as error:
-        raise CommandError(f"--sam3-preset {args.sam3_preset} does not fit: {error}") from None
-    return config
 
 
 def _images(count: int) -> str:

@@ -59,6 +59,7 @@ def _segment_one(
     segmenter: ImageSegmenter, photo: Image.Image, job: Job, font: Path | None = None
 ) -> None:
     labels, means = _labels(segmenter, photo)
+    left_out = getattr(segmenter, "left_out", [])  # a SAM3's alone
     if "labels" in job.files:
         mask = Image.fromarray(labels)
         mask.putpalette(overlay.palette()[: len(segmenter.classes)].tobytes())
@@ -73,6 +74,8 @@ def _segment_one(
         files.write(job.files["compare"], files.encode_png(picture, job.settings))
     if "json" in job.files:
         report = _report(segmenter.classes, labels, means, job)
+        if left_out:
+            report["left_out"] = left_out
         files.write(job.files["json"], files.encode_json(report))
 
 

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib import import_module
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import progress
 from ..clip.prompts import class_names
-from ..extras import needs
 from ..ops import _check
-from ..sam3 import Sam3CalibrationConfig, calibrate
-from ..sam3.calibrate import adapter
+from ..sam3 import Sam3CalibrationConfig
 from . import sam3_details
-from .base import ImageSegmenter
 from .image import ImageLike, to_tensor, upsampled
 from .sam3_details import ClassDetails
-from .sam3_heads import HEADS, Heads, Preview, check_heads, prompts_in_memory
-
-with needs("clip"):
-    import numpy as np
-    from tqdm import tqdm
+from .sam3_heads import HEADS, Preview, check_heads
+from .sam3_prompts import PromptedSam3
 
 if TYPE_CHECKING:  # of the extra sam3
     from torch import nn
@@ -33,10 +24,9 @@ if TYPE_CHECKING:  # of the extra sam3
 
 BACKGROUND = "background"
 MAX_CLASSES = 1203  # those of LVIS; at full size their maps take 400 MB
-_TEXTS = 64  # names whose text features are computed in one batch
 
 
-class Sam3Segmenter(ImageSegmenter):
+class Sam3Segmenter(PromptedSam3):
     """Open-vocabulary segmentation with a frozen SAM3, calibrated or not.
 
     Every name is a prompt. The trunk runs once an image, the text encoder once a vocabulary, and
@@ -91,8 +81,7 @@ class Sam3Segmenter(ImageSegmenter):
             range; or the calibration does not fit the model (see `calibrate`).
     """
 
-    text_features: Tensor
-    text_mask: Tensor
+    left_out: list[str]
 
     def __init__(
         self,
@@ -108,28 +97,18 @@ class Sam3Segmenter(ImageSegmenter):
         prompts_per_pass: int | None = None,
         preview: Preview | None = None,
     ) -> None:
-        super().__init__()
         names = _class_names(classes)
+        super().__init__(model, processor, config, names, prompts_per_pass)
         self.heads = check_heads(heads)
         _check.switch("presence", presence)
         self.presence = presence
         self.prob_thd = _check.number("prob_thd", prob_thd, 0, 1)
         self.margin_thd = _check.number("margin_thd", margin_thd, 0, 1)
-        if prompts_per_pass is not None:
-            _check.integer("prompts_per_pass", prompts_per_pass, 1)
         if preview is not None and not isinstance(preview, Preview):
             raise TypeError(f"preview must be a Preview or None, got {type(preview).__name__}")
-        self.prompts_per_pass, self.preview = prompts_per_pass, preview
+        self.preview, self.left_out = preview, []
         self.classes = [BACKGROUND, *(synonyms[0] for synonyms in names)]
-        self.model, self.processor, self.config = model, processor, config
-        self.outliers: np.ndarray | None = None
-        self.left_out: list[str] = []
-        # The index of the class of each prompt; the background has none.
-        self._owners = [index for index, synonyms in enumerate(names) for _ in synonyms]
-        self._runner = _runner(model)(model, processor)
         self._runner.check(self.heads, presence or preview is not None)
-        if config is not None:
-            calibrate(model, config).remove()  # raises if the calibration does not fit
         self._encode_text([name for synonyms in names for name in synonyms])
 
     def frozen(self) -> Sam3Segmenter:
@@ -155,8 +134,8 @@ class Sam3Segmenter(ImageSegmenter):
         found: dict[int, list] = {}
         with self._calibrated():
             vision = self._encode_image(pixels)
-            presences = self._previewed(vision)
-            for owners, heads in self._passes(vision, presences):
+            chosen, presences = self._chosen(vision)
+            for owners, heads in self._decoded(vision, chosen, "prompts"):
                 for prompt, owner in enumerate(owners):
                     each = sam3_details.instances(heads, prompt, min_score, self.presence)
                     found.setdefault(owner, []).append(each)
@@ -193,78 +172,30 @@ class Sam3Segmenter(ImageSegmenter):
             finest = self._runner.finest(vision)
             shape = (len(self.classes) - 1, *finest.shape[-2:])
             maps = torch.zeros(shape, device=finest.device)
-            for owners, heads in self._passes(vision, self._previewed(vision)):
+            chosen, _ = self._chosen(vision)
+            for owners, heads in self._decoded(vision, chosen, "prompts"):
                 for owner, score in zip(owners, heads.maps(self.heads, self.presence), strict=True):
                     maps[owner] = torch.maximum(maps[owner], score)
         return maps
 
-    @torch.no_grad()
-    def _encode_text(self, names: Sequence[str]) -> None:
-        """Registers the text features of all names as buffers, which follow the model's device."""
-        chunks = []
-        for start in range(0, len(names), _TEXTS):
-            tokens = self._runner.tokens(names[start : start + _TEXTS])
-            chunks.append(self._runner.encode_text(tokens))
-        features, masks = map(torch.cat, zip(*chunks, strict=True))
-        self.register_buffer("text_features", features, persistent=False)
-        self.register_buffer("text_mask", masks, persistent=False)
+    def _chosen(self, vision: Any) -> tuple[Sequence[int], list[float]]:
+        """Returns the indices of the classes to decode, and the presence of each in the preview.
 
-    @contextmanager
-    def _calibrated(self) -> Iterator[None]:
-        """Installs the calibration, if there is one, and shows long searches for outliers."""
-        if self.model.training:
-            raise ValueError("model must be in evaluation mode, got one in training; call eval()")
-        calibration = nullcontext() if self.config is None else calibrate(self.model, self.config)
-        with calibration, progress.shown_by(_search_bar):
-            yield
-
-    def _encode_image(self, image: Tensor) -> Any:
-        """Returns the vision encoder's results for an image (3, H, W), uint8."""
-        vision = self._runner.encode_image(image)
-        mask = self._runner.outlier_mask(vision)
-        self.outliers = None if mask is None else mask[0].cpu().numpy()
-        return vision
-
-    def _previewed(self, vision: Any) -> list[float] | None:
-        """Returns the presence of each class in the preview, or None without a preview."""
+        Without a preview these are all classes, and there are no presences.
+        """
         if self.preview is None:
-            return None
+            self.left_out = []
+            return range(len(self.classes) - 1), []
         presences = [0.0] * (len(self.classes) - 1)
         coarse = self._runner.coarser(vision, self.preview.scale)
-        for owners, heads in self._decoded(coarse, range(len(self._owners)), "preview"):
+        for owners, heads in self._decoded(coarse, range(len(presences)), "preview"):
+            assert heads.presence is not None  # the constructor checks it
             for owner, presence in zip(owners, heads.presence.tolist(), strict=True):
                 presences[owner] = max(presences[owner], presence)
-        return presences
-
-    def _passes(
-        self, vision: Any, presences: list[float] | None
-    ) -> Iterator[tuple[list[int], Heads]]:
-        """Yields the results of each batch of prompts, with the index of the class of each prompt.
-
-        Args:
-            vision: the result of `_encode_image`.
-            presences: the result of `_previewed`, by which classes are left out.
-        """
-        names = self.classes[1:]
-        chosen = range(len(names)) if presences is None else self.preview.best(presences)
-        self.left_out = [name for index, name in enumerate(names) if index not in chosen]
-        prompts = [prompt for prompt, owner in enumerate(self._owners) if owner in chosen]
-        yield from self._decoded(vision, prompts, "prompts")
-
-    def _decoded(
-        self, vision: Any, prompts: Sequence[int], title: str
-    ) -> Iterator[tuple[list[int], Heads]]:
-        """Yields as `_passes` does, for prompts by their index, with a progress bar."""
-        runner, step = self._runner, self.prompts_per_pass
-        step = step or prompts_in_memory(runner.finest(vision), runner.queries)
-        with tqdm(
-            total=len(prompts), desc=title, unit="prompt", leave=False, disable=None
-        ) as bar:
-            for start in range(0, len(prompts), step):
-                batch = list(prompts[start : start + step])
-                heads = runner.decode(vision, self.text_features[batch], self.text_mask[batch])
-                yield [self._owners[prompt] for prompt in batch], heads
-                bar.update(len(batch))
+        chosen = self.preview.best(presences)
+        names = enumerate(self.classes[1:])
+        self.left_out = [name for index, name in names if index not in set(chosen)]
+        return chosen, presences
 
 
 def _class_names(classes: Sequence[str]) -> list[list[str]]:
@@ -275,19 +206,3 @@ def _class_names(classes: Sequence[str]) -> list[list[str]]:
     if BACKGROUND in (synonyms[0] for synonyms in names):
         raise ValueError(f"classes must not name the {BACKGROUND}, which every SAM3 adds")
     return names
-
-
-def _runner(model: nn.Module) -> type:
-    """Returns the class that runs the model of its package. Only that package is imported."""
-    package = adapter(model).__name__.rpartition(".")[2]
-    return import_module(f"{__package__}.sam3_{package}").Runner
-
-
-def _search_bar(steps: list) -> Iterable:
-    """Wraps the steps of a search for outliers in a progress bar, if there are several.
-
-    The search among the mask head's 82,944 pixels takes long on a CPU.
-    """
-    if len(steps) == 1:
-        return steps
-    return tqdm(steps, desc="outliers of pixels", unit="tile", leave=False, disable=None)

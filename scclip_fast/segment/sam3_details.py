@@ -68,7 +68,10 @@ def instances(heads: Heads, prompt: int, min_score: float, presence: bool) -> In
 
     The boxes are shares of the width and height.
     """
-    scores = heads.scores[prompt] * (heads.presence[prompt] if presence else 1)
+    scores = heads.scores[prompt]
+    if presence:
+        assert heads.presence is not None  # the segmenter's constructor checks it
+        scores = scores * heads.presence[prompt]
     chosen = (scores >= min_score).nonzero()[:, 0]
     masks = heads.mask(prompt, chosen) > MASK_THRESHOLD
     return Instances(

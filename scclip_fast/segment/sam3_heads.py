@@ -120,9 +120,13 @@ class Heads:
                 weighted = self.mask(prompt).mul_(self.scores[prompt, :, None, None])
                 maps.append(weighted.amax(dim=0))
             if "semantic" in heads:
+                assert self.semantic is not None  # the segmenter's constructor checks it
                 maps.append(self.semantic[prompt])
             score = maps[0] if len(maps) == 1 else torch.maximum(*maps)
-            yield score * self.presence[prompt] if presence else score
+            if presence:
+                assert self.presence is not None  # the same
+                score = score * self.presence[prompt]
+            yield score
 
 
 def check_heads(heads: Sequence[str]) -> tuple[str, ...]:

@@ -71,14 +71,14 @@ class Runner:
 
     def encode_text(self, tokens: list[str]) -> tuple[Tensor, Tensor]:
         """Returns text features (P, length, C) and their mask (P, length), True for padding."""
-        with _mixed_precision(self.model):
+        with _any_dtype(self.model):
             out = self.model.backbone.forward_text(tokens, device=self.model.device)
         return out["language_features"].transpose(0, 1), out["language_mask"]
 
     def encode_image(self, image: Tensor) -> dict[str, Any]:
         """Returns the features of an image (3, H, W), uint8."""
         pixels = self.processor.transform(image.to(self.model.device))[None]
-        with _mixed_precision(self.model):
+        with _any_dtype(self.model):
             return self.model.backbone.forward_image(pixels)
 
     def finest(self, vision: dict[str, Any]) -> Tensor:
@@ -108,7 +108,7 @@ class Runner:
         stage = FindStage(image_ids, torch.arange(count, device=device), *[None] * 5)
         text = {"language_features": features.transpose(0, 1), "language_mask": mask}
         no_geometry = self.model._get_dummy_prompt(count)
-        with _mixed_precision(self.model):
+        with _any_dtype(self.model):
             out = self.model.forward_grounding(vision | text, stage, None, no_geometry)
         return Heads.of_logits(
             out.get("presence_logit_dec"),
@@ -120,18 +120,17 @@ class Runner:
 
 
 @contextmanager
-def _mixed_precision(model: Sam3Image) -> Iterator[None]:
-    """Lets a model run whose weights were cast to float16 or bfloat16.
+def _any_dtype(model: Sam3Image) -> Iterator[None]:
+    """Lets a model run after a cast of its weights, to float16 or bfloat16 above all.
 
-    Meta's positions and boxes are float32, so the layers run under autocast, and norms, which
-    take one dtype on a CPU, hold float32 weights inside the block. A cast of the model drops the
-    imaginary part of the rotary embedding without an error; it is computed again, once.
+    Meta's positions and boxes are float32, so the layers of a cast model run under autocast. The
+    norms, which take one dtype on a CPU, have float32 weights inside the block.
     """
+    _restore_rotations(model)
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float16, torch.bfloat16):
         yield
         return
-    _restore_rotations(model)
     norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     weights = [(weight, weight.data) for norm in norms for weight in norm.parameters()]
     try:
@@ -145,7 +144,11 @@ def _mixed_precision(model: Sam3Image) -> Iterator[None]:
 
 
 def _restore_rotations(model: Sam3Image) -> None:
-    """Computes the complex rotary embedding again where a cast of the model has made it real."""
+    """Computes the complex rotary embedding again where a cast of the model has made it real.
+
+    `model.to(dtype)` drops the imaginary part, also for float32, and the trunk would then run on
+    without an error. `half()`, `bfloat16()` and `float()` keep it.
+    """
     for block in model.backbone.vision_backbone.trunk.blocks:
         attention = block.attn
         if attention.use_rope and not attention.freqs_cis.is_complex():
