@@ -118,6 +118,9 @@ def test_equal_presences_decode_the_class_named_first(package):
         segmenter = package.segmenter(order, preview=preview, prompts_per_pass=1)
         segmenter(photo())
         assert segmenter.left_out == [order[1]]
+        segmenter.preview = None
+        segmenter(photo())
+        assert segmenter.left_out == []
 
 
 CASES = [

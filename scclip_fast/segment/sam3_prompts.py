@@ -99,11 +99,14 @@ class PromptedSam3(ImageSegmenter):
         chosen = set(classes)
         prompts = [prompt for prompt, owner in enumerate(self._owners) if owner in chosen]
         runner, step = self._runner, self.prompts_per_pass
+        device = runner.finest(vision).device
         step = step or prompts_in_memory(runner.finest(vision), runner.queries)
         with tqdm(total=len(prompts), desc=title, unit="prompt", leave=False, disable=None) as bar:
             for start in range(0, len(prompts), step):
                 batch = prompts[start : start + step]
-                heads = runner.decode(vision, self.text_features[batch], self.text_mask[batch])
+                # The buffers are elsewhere if the model alone was moved.
+                text = (t[batch].to(device) for t in (self.text_features, self.text_mask))
+                heads = runner.decode(vision, *text)
                 yield [self._owners[prompt] for prompt in batch], heads
                 bar.update(len(batch))
 
