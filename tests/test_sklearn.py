@@ -138,11 +138,16 @@ def test_more_queries_than_one_tile_holds(monkeypatch):
 def test_rows_of_zeros_by_cosine():
     x = rows(30, 3)
     x[4] = 0
-    model = LocalOutlierFactor(5, metric="cosine", novelty=True).fit(x)
-    np.testing.assert_allclose(model.kneighbors()[0][4], 1)
-    np.testing.assert_allclose(model.kneighbors(np.zeros((1, 3)), 5)[0], [[0, 1, 1, 1, 1]])
-    without = LocalOutlierFactor(5, metric="cosine", novelty=True).fit(np.delete(x, 4, axis=0))
-    np.testing.assert_allclose(without.kneighbors(np.zeros((1, 3)), 5)[0], np.ones((1, 5)))
+    x[9] = 0
+    new = np.concatenate([np.zeros((1, 3)), rows(7, 3, seed=1)])
+    ours, theirs = (
+        kind(5, metric="cosine", novelty=True).fit(x) for kind in (LocalOutlierFactor, Theirs)
+    )
+    np.testing.assert_allclose(ours.kneighbors()[0], theirs.kneighbors()[0], atol=1e-9)
+    found, expected = ours.kneighbors(new), theirs.kneighbors(new)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-9)
+    assert np.array_equal(found[1][1:], expected[1][1:])
+    np.testing.assert_allclose(ours.score_samples(new), theirs.score_samples(new), rtol=1e-7)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

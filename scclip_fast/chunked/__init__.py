@@ -7,8 +7,8 @@ floats (norms, sums). `repair` alone has no tiles: it takes a few times the memo
 
 from .aggregate import aggregate, aggregate_backward, inverse_norms
 from .attention import attention, attention_backward
+from .metrics import nearest, settle_by_cosine, unit_tokens
 from .repair import repair, repair_backward
-from .search import nearest
 from .tiles import compute_dtype
 
 __all__ = [
@@ -21,4 +21,6 @@ __all__ = [
     "nearest",
     "repair",
     "repair_backward",
+    "settle_by_cosine",
+    "unit_tokens",
 ]
