@@ -43,7 +43,8 @@ def nearest(
         values, indices = reference.knn(x.double(), k, exact, metric)
         values = values if measure_all else values[..., -1:]
         return values.to(chunked.compute_dtype(x)), indices.contiguous()
-    return chunked.nearest(x, k, queries, metric, measure_all)
+    values, indices = chunked.nearest(x, k, queries, metric, measure_all)
+    return values.contiguous(), indices.contiguous()  # the strides that the fake implementation has
 
 
 @nearest.register_fake

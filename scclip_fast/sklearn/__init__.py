@@ -58,9 +58,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     Rows are an array, anything that scikit-learn makes one of, or a dense tensor on any device.
     Results are of the same kind: numpy arrays, or tensors on that device, which computes them.
     float32 is kept, float16 and bfloat16 tensors become float32, everything else float64. Results
-    and distances have the dtype that was fitted; those by cosine are measured in float64. `knn`
-    finds the neighbours of fitted and of new rows, by the kernels or by the torch path on the device
-    of the tensors. No N x N matrix is ever held.
+    have the dtype that was fitted; distances are measured in float64. `knn` finds the neighbours of
+    fitted and of new rows, on the device of the tensors. No N x N matrix is ever held.
 
     Args:
         n_neighbors: k, at least 1. If there are fewer other rows, all of them are neighbours.
