@@ -2,9 +2,13 @@
 
 Each clause that makes a result exact was broken by hand, and these tests failed:
 
-- `product_margin` 0: test_products_that_float32_cannot_rank
-- without sqrt(D t): test_squares_that_underflow
-- tokens whose norm overflows taken for tokens that are not finite: test_magnitudes
+- `product_margin` 0: test_products_that_float32_cannot_rank; halved, or without sqrt(D t):
+  test_margin
+- tokens whose norm overflows taken for tokens that are not finite: test_magnitudes; and the other
+  way round: test_many_tokens_that_are_not_finite
+- rows not scaled before their norm: test_long_queries_are_decided
+- tokens that are not finite measured as infinite products:
+  test_while_a_graph_is_captured_infinite_tokens_come_last
 - the largest norm for the norm of each token: test_one_huge_token_leaves_the_others_decided
 - no float64 pass, no measured pass: test_products_that_float32_cannot_rank, test_ties
 - the slack of m_k: test_slack_of_the_last_product
@@ -22,7 +26,7 @@ from tolerance import TIE
 import scclip_fast as sf
 from scclip_fast import reference
 from scclip_fast.chunked import search
-from scclip_fast.chunked.certificate import undecided_products
+from scclip_fast.chunked.certificate import product_margin, undecided_products
 
 METRICS = ("euclidean", "cosine", "inner_product")
 ON_TORCH = [run for run in RUNS if run.values[1] == "torch"]
@@ -152,7 +156,9 @@ def test_tokens_that_are_not_finite_come_last(device, backend, metric):
 def test_tokens_of_zeros(device, backend):
     x, queries = torch.randn(1, 60, 4), torch.randn(1, 7, 4)
     x[0, [3, 8, 9]], queries[0, 2] = 0, 0
-    assert_nearest(sf.knn(x.to(device), 59, metric="cosine", backend=backend), x, 59, None, "cosine")
+    assert_nearest(
+        sf.knn(x.to(device), 59, metric="cosine", backend=backend), x, 59, None, "cosine"
+    )
     _, indices = sf.knn(x.to(device), 5, metric="cosine", backend=backend)
     assert indices[0, 3].tolist() == [0, 1, 2, 4, 5] and indices[0, 8].tolist() == [0, 1, 2, 3, 4]
     if backend == "triton":
@@ -265,14 +271,40 @@ def assert_cosines(found, x, k, queries=None):
     assert torch.allclose(found[0].cpu().double(), right[0], rtol=1e-6, atol=1e-31)
 
 
-def test_values_that_round_to_ties():
+@pytest.mark.parametrize("metric", METRICS[1:])
+def test_values_that_round_to_ties(metric):
     """Values that differ in float64 and not in float32 come by lower index."""
-    x = (1 + 1e-9 * torch.randperm(200).double())[:, None].expand(200, 2) * 2.0**-3
-    x = torch.stack([x[:, 0].float(), torch.arange(200.0).flip(0) * 2.0**-30], dim=1)
-    x[:, 0] = 1
-    values, indices = sf.knn(x, 150, torch.ones(1, 2), "inner_product")
+    x = torch.ones(200, 2)
+    x[:, 1] = torch.randperm(200) * 2.0**-31
+    query = torch.tensor([[1.0, 1.0]])
+    values, indices = sf.knn(x, 150, query, metric)
     ties = values.diff(dim=-1) == 0
     assert ties.sum() > 50 and (indices.diff(dim=-1)[ties] > 0).all()
+
+
+def test_margin():
+    """Twice the bound of one product, and no less than that for norms that underflow to 0."""
+    gamma = (24 + 16) * 2.0**-24
+    norms = torch.tensor([0.0, 1.0, 100.0])
+    underflow = (24 * torch.finfo(torch.float32).tiny) ** 0.5
+    right = 2 * gamma * (norms.double() + underflow)
+    assert torch.allclose(product_margin(norms, 24).double(), right, rtol=1e-6, atol=0)
+
+
+def test_many_tokens_that_are_not_finite():
+    x, queries = torch.randn(200, 8), torch.randn(40, 8)
+    x[:100:2], x[1:100:2] = torch.nan, torch.inf
+    search.counts.clear()
+    values, indices = sf.knn(x, 9, queries, "inner_product")
+    assert values.isfinite().all() and (indices >= 100).all()
+    assert search.counts["float64"] <= 2
+
+
+def test_long_queries_are_decided():
+    x, queries = torch.randn(500, 32), 1e25 * torch.randn(40, 32)
+    search.counts.clear()
+    assert_nearest(sf.knn(x, 9, queries, "inner_product"), x, 9, queries, "inner_product")
+    assert search.counts["float64"] <= 2
 
 
 def test_slack_of_the_last_product():
@@ -297,6 +329,15 @@ def test_while_a_graph_is_captured_no_row_is_listed(monkeypatch, metric):
     monkeypatch.setattr(search, "undecided_products", None)
     found = sf.knn(x, 20, queries, metric)
     assert torch.equal(found[1], expected[1]) and torch.allclose(found[0], expected[0])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_while_a_graph_is_captured_infinite_tokens_come_last(monkeypatch, metric):
+    x, queries = torch.rand(60, 8), torch.rand(9, 8)
+    x[:30] = torch.inf
+    monkeypatch.setattr(search, "_is_captured", lambda x: True)
+    values, indices = sf.knn(x, 20, queries, metric)
+    assert values.isfinite().all() and (indices >= 30).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -88,7 +88,7 @@ def unit_tokens(x: Tensor, zero: float = 1, dtype: torch.dtype | None = None) ->
 
 
 def _unit_images(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields a few images and their unit tokens, which fit a part of the workspace, or one image."""
+    """Yields unit tokens image by image, or of as many images as fit a part of the workspace."""
     for images in spans(len(x), max(1, _tokens_per_step(x) // x.shape[1])):
         yield images, unit_tokens(x[images])
 
