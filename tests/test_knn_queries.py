@@ -6,7 +6,7 @@ Each clause that makes a result exact was broken by hand, and these tests failed
   test_margin
 - tokens whose norm overflows taken for tokens that are not finite: test_magnitudes; and the other
   way round: test_many_tokens_that_are_not_finite
-- rows not scaled before their norm: test_long_queries_are_decided
+- rows not scaled before their norm: test_products_that_float32_cannot_rank of long and short rows
 - tokens that are not finite measured as infinite products:
   test_while_a_graph_is_captured_infinite_tokens_come_last
 - the largest norm for the norm of each token: test_one_huge_token_leaves_the_others_decided
@@ -189,9 +189,10 @@ def test_magnitudes(metric, dtype, size):
         assert_values(sf.knn(x[some], 20, queries, metric), x[some], queries, metric)
 
 
-def test_products_that_float32_cannot_rank():
+@pytest.mark.parametrize("size", [1, 1e25, 1e-25])
+def test_products_that_float32_cannot_rank(size):
     """Tokens far from the origin, whose products differ by less than float32 rounds."""
-    x, queries = 1000 + 0.01 * torch.randn(400, 32), 1 + torch.rand(40, 32)
+    x, queries = 1000 + 0.01 * torch.randn(400, 32), size * (1 + torch.rand(40, 32))
     search.counts.clear()
     assert_nearest(sf.knn(x, 9, queries, "inner_product"), x, 9, queries, "inner_product")
     assert search.counts["float64"] == 40 and search.counts["differences"] == 0

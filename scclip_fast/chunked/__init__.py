@@ -2,7 +2,8 @@
 
 It runs on the CPU, and on a GPU where the kernels do not. Beyond the tensors that it returns, a
 call holds at most about `tiles.WORKSPACE_BYTES`, whatever N, D and the batch are, plus O(B N)
-floats (norms, sums). `repair` alone has no tiles: it takes a few times the memory of its tokens.
+floats (norms, sums). Two ops hold more: the neighbours by cosine the unit vectors of one image in
+float64, and `repair`, which has no tiles, a few times the memory of its tokens.
 """
 
 from .aggregate import aggregate, aggregate_backward, inverse_norms
