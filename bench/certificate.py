@@ -34,7 +34,7 @@ from scclip_fast.kernels.knn_details.table import positions
 from scclip_fast.scenes.draw import scene
 
 K = 30
-PASSES = ("float64", "differences")  # of the torch path, beyond the products
+PASSES = ("candidates", "float64", "differences")  # of the torch path, beyond the first look
 HEADER = (
     "| features | candidates p50 / p99 / max | measured p50 / p99 | undecided | searched | wrong |",
     "|---|--:|--:|--:|--:|--:|",
@@ -153,8 +153,8 @@ def line(row: dict) -> str:
 
 
 def torch_path(n: int, d: int) -> None:
-    """Prints how many rows of each kind the torch path searches in float64 and by differences."""
-    print("| features | float64 | differences |", "|---|--:|--:|", sep="\n")
+    """Prints how many rows of each kind the passes of the torch path leave to the next one."""
+    print("| features | candidates | float64 | differences |", "|---|--:|--:|--:|", sep="\n")
     for kind in KINDS:
         torch.manual_seed(0)
         x = kind(n, d)

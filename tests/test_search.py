@@ -12,6 +12,17 @@ Each clause was broken by hand, and these tests failed:
 - no second pass: test_every_neighbour, test_clusters_as_scikit_learn_finds_them
 - no third pass: test_every_neighbour of quanta, test_ties_beyond_the_candidates
 - the mean for the remedian: test_one_far_token_leaves_the_others_decided
+
+Of `chunked/symmetric.py`:
+
+- no row of `_k_distances` left undecided: test_every_neighbour
+- the k-th candidate as the last of the list, and not the next one: test_every_neighbour
+- the error of products in float64 left out: test_knn's duplicates at distance zero
+- equal distances left in any order: test_k_distances_of_duplicates_are_searched_once
+- distances of 0 left in any order: test_float64
+- no flipped tiles: test_ties_beyond_the_candidates
+- infinite distances taken for decided: test_two_tokens_one_of_them_not_finite
+- products of all channels at once: test_products_are_summed_over_pieces_of_the_channels
 """
 
 import pytest
@@ -22,43 +33,43 @@ from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.chunked import search, symmetric
+from scclip_fast.chunked import gram, search, symmetric
 from scclip_fast.chunked.certificate import undecided
 
 
-def far_clusters(gap):
-    x = torch.randn(400, 2) * 5
-    x[200:, 0] += gap
+def far_clusters(gap, n=200):
+    x = torch.randn(n, 2) * 5
+    x[n // 2 :, 0] += gap
     return x
 
 
 def sentinels():
-    x = torch.randn(500, 6)
-    x[::100, 3] = -999_999
+    x = torch.randn(250, 6)
+    x[::50, 3] = -999_999
     return x
 
 
 def fill_values():
-    x = torch.randn(300, 12)
-    x[torch.arange(0, 300, 3)] = -9999 + 1e-2 * torch.randn(100, 12)
+    x = torch.randn(160, 12)
+    x[::3] = -9999 + 1e-2 * torch.randn(54, 12)
     return x
 
 
 def one_far(value):
-    x = torch.randn(300, 5)
+    x = torch.randn(160, 5)
     x[7] = value
     return x
 
 
 def magnitudes():
-    x = torch.randn(300, 8)
+    x = torch.randn(160, 8)
     x[::2] += 1e15
     return x
 
 
 def quanta():
     """Half of the tokens differ by a few units of float32's last place, most at equal distances."""
-    x = torch.randint(6, (300, 8)) / 8.0
+    x = torch.randint(6, (160, 8)) / 8.0
     x[::2] += 2.0**20
     return x
 
@@ -75,10 +86,10 @@ EXTREMES = {
     "one at 1e20": lambda: one_far(1e20),
     "one at 1e37": lambda: one_far(1e37),
     "fifteen orders of magnitude": magnitudes,
-    "offset": lambda: torch.randn(300, 16) + 1e6,
-    "small spread": lambda: 1 + 1e-6 * torch.randn(300, 16),
-    "small numbers": lambda: 1e-12 * torch.randn(300, 16),
-    "lines": lambda: torch.arange(300.0)[:, None] * torch.tensor([1e-3, 1e4]),
+    "offset": lambda: torch.randn(160, 16) + 1e6,
+    "small spread": lambda: 1 + 1e-6 * torch.randn(160, 16),
+    "small numbers": lambda: 1e-12 * torch.randn(160, 16),
+    "lines": lambda: torch.arange(160.0)[:, None] * torch.tensor([1e-3, 1e4]),
 }
 
 
@@ -112,7 +123,7 @@ def test_float64(kind):
 @pytest.mark.parametrize("device, backend", RUNS)
 def test_clusters_as_scikit_learn_finds_them(device, backend):
     """Two clusters far apart, of which every neighbour was wrong and 34 of 50 outliers agreed."""
-    x = far_clusters(50_000)
+    x = far_clusters(50_000, 400)
     theirs = Theirs(20).fit(x.numpy())
     _, indices = sf.knn(x.to(device), 20, backend=backend)
     found, expected = indices.cpu().sort(dim=-1).values, theirs.kneighbors()[1]
@@ -188,7 +199,7 @@ def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
     expected = search.nearest(x, 9, measure_all=every)
     again = []
 
-    def all_of_them(scores, *_):
+    def all_of_them(scores, *_, **__):
         again.append(scores.dtype)
         return torch.ones(scores.shape[:-1], dtype=torch.bool)
 
@@ -228,6 +239,28 @@ def test_k_distances_of_duplicates_are_searched_once():
     distances, indices = search.nearest(x[None], 9, measure_all=False)
     assert (distances[0, :100] == 0).all() and (indices[0, :100] < 100).all()
     assert search.counts["float64"] == 0
+
+
+def test_two_tokens_one_of_them_not_finite():
+    scores = sf.lof_scores(
+        torch.tensor([[0.0], [torch.nan]]), 1, variant="breunig", backend="torch"
+    )
+    assert scores.isnan().all()
+
+
+@pytest.mark.parametrize("width", [5, symmetric.DEPTH, 700])
+def test_products_are_summed_over_pieces_of_the_channels(width):
+    """The certificate counts the roundings of one piece and of the sums of pieces."""
+    y = torch.randn(1, 300, width)
+    tile = gram.gram(y, y, torch.empty(1, 300, 300), symmetric.DEPTH)
+    pieces = y.split(symmetric.DEPTH, dim=-1)
+    assert gram.roundings(width, symmetric.DEPTH) == min(width, symmetric.DEPTH) + len(pieces) - 1
+    rows = slice(0, gram.ROWS)
+    expected = pieces[0][:, rows] @ pieces[0].mT
+    for piece in pieces[1:]:
+        expected += piece[:, rows] @ piece.mT
+    assert torch.equal(tile[:, rows], expected)
+    assert torch.equal(tile, tile.mT)
 
 
 class TestCertificate:

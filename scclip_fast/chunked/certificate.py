@@ -11,8 +11,9 @@ and x_j, u half the unit of the products' dtype, and ||y_j|| <= a + d:
     |c_ij - (d^2 - a^2)| <= gamma (||y_j||^2 + 2 a ||y_j||) <= g(d)
     g(d) = gamma ((a + d)^2 + 2 a (a + d)),    gamma = (D + 16) u
 
-where D u bounds the sum of D products in any order, and 16 u the norms, the rounding of x - m, and
-that of the bounds themselves.
+where D u bounds the sum of D products in any order, and 16 u the rounding of x - m and that of the
+bounds themselves. Sums over pieces of the channels, products and norms alike, round fewer times
+than D (`gram.roundings`).
 
 Let r be the measured distance of the k-th neighbour, whose own rounding is at most a share rho =
 (D + 16) u' of it, with the u' of the measured distances. A row is decided if both of these hold:
@@ -42,10 +43,16 @@ huge token would spoil.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+#: Rows searched so far in this process: "product" counts the rows of the first pass, "candidates"
+#: those of it that a first look leaves undecided on a CPU (`symmetric.py`), "float64" and
+#: "differences" the rows that the pass before left undecided.
+counts: Counter[str] = Counter()
 
 
 class Found(NamedTuple):
@@ -56,9 +63,9 @@ class Found(NamedTuple):
     undecided: Tensor  # (...) bool, rows whose neighbours may be others
 
 
-def error_bound(norm: Tensor, distance: Tensor, width: int) -> Tensor:
+def error_bound(norm: Tensor, distance: Tensor, roundings: int) -> Tensor:
     """g(d) of rows with the norms a, in the dtype of the products."""
-    gamma = (width + 16) * torch.finfo(norm.dtype).eps / 2
+    gamma = (roundings + 16) * torch.finfo(norm.dtype).eps / 2
     reach = norm + distance
     return reach.mul(gamma).mul_(reach.add_(norm, alpha=2))
 
@@ -70,6 +77,7 @@ def undecided(
     n_measured: int,
     width: int,
     complete: bool,
+    roundings: int | None = None,
 ) -> Tensor:
     """The rows (B, M) bool for which the conditions of this module do not hold.
 
@@ -80,14 +88,17 @@ def undecided(
         n_measured: number of these n candidates that were measured, the last ones.
         width: D.
         complete: True if the candidates are all tokens there are.
+        roundings: the number of roundings in a product; by default D.
     """
-    gamma, rho = ((width + 16) * torch.finfo(t.dtype).eps / 2 for t in (scores, k_distance))
+    roundings = width if roundings is None else roundings
+    gamma = (roundings + 16) * torch.finfo(scores.dtype).eps / 2
+    rho = (width + 16) * torch.finfo(k_distance.dtype).eps / 2
     a, r = norms, k_distance.to(scores.dtype).sqrt()
     decided = r.isfinite()
     if not complete:
         V = r * (1 + rho)
         # c > V^2 - a^2 + g(V). Equal tokens tie at the distance 0, where no token can be nearer.
-        decided &= (scores[..., -1] > (V - a) * (V + a) + error_bound(a, V, width)) | (r == 0)
+        decided &= (scores[..., -1] > (V - a) * (V + a) + error_bound(a, V, roundings)) | (r == 0)
     n_unmeasured = scores.shape[-1] - n_measured
     if n_unmeasured > 0:
         # Solves d^2 - g(d) = tau + a^2 for the largest d that such a candidate can have.

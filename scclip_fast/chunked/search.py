@@ -20,7 +20,6 @@ cannot capture that: while one is captured, the third pass searches all rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -29,15 +28,11 @@ from torch import Tensor
 
 from . import tiles
 from .candidates import Candidates, list_sizes
-from .certificate import Found, undecided, undecided_products
+from .certificate import Found, counts, undecided, undecided_products
 from .distances import finite_tokens, settle_last
 from .symmetric import has_room, search_symmetric
 from .tiles import Tile, compute_dtype, plan, spans
 from .topk import GROUP
-
-#: Rows searched so far in this process: "product" counts the rows of the first pass, "float64" and
-#: "differences" the rows that the pass before left undecided.
-counts: Counter[str] = Counter()
 
 
 def nearest(

@@ -21,18 +21,16 @@ from torch import Tensor
 
 from . import tiles
 from .candidates import centre, centred, list_sizes
-from .certificate import Found, error_bound, undecided
+from .certificate import Found, counts, error_bound, undecided
 from .distances import pair_distances, settle_last, squared_differences
-from .gram import gram, images_per_step, tile_pairs
+from .gram import gram, images_per_step, roundings, tile_pairs
 from .tiles import compute_dtype, spans
 
 #: Channels of one product. More channels are summed over products, so that rounding grows with
-#: DEPTH + D / DEPTH instead of D: a sixth of the rows of Gaussian tokens stays open, not one half.
-DEPTH = 128
+#: DEPTH + D / DEPTH instead of D, for 5 % of the time of the products.
+DEPTH = 256
+FLIPPED_ROWS = 512  # rows of a tile below the diagonal, which is copied from the one above
 FLOAT64_TOKENS = 3072  # above, measuring the candidates takes less time than products in float64
-
-
-Measure = Callable[[Tensor], Tensor]  # of candidates (1, R, m) to their squared distances
 
 
 class Lists(NamedTuple):
@@ -63,31 +61,31 @@ def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found:
 
 def _search_images(x: Tensor, k: int, measure_all: bool) -> Found:
     """`search_symmetric` of a few images."""
-    batch, tokens, _ = x.shape
+    batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
     in_float32 = compute_dtype(x) == torch.float32
     by_products = measure_all and in_float32 and tokens <= FLOAT64_TOKENS
-    width = _sum_length(x.shape[-1])
-    middle = centre(x, torch.float64 if by_products else compute_dtype(x))
-    lists, finite = _candidates(x, middle, n)
+    lists, finite = _candidates(x, centre(x, torch.float64 if by_products else compute_dtype(x)), n)
     first_token = torch.arange(0, batch * tokens, tokens)[:, None, None]
-    lists.indices.add_(first_token)
+    lists.indices.add_(first_token)  # among the tokens of all images
     lists = Lists(*(t.flatten(0, 1) for t in lists))
     rows = x.flatten(0, 1)
     measure = partial(squared_differences if finite else pair_distances, rows[None])
+    certify = partial(undecided, width=width, roundings=roundings(width, DEPTH))
     if by_products:
         found = _distances_by_products(lists, k, width)
     elif measure_all:
         found = _nothing_found(lists, k, rows)
     else:
-        found = _k_distances(lists, k, width, partial(measure, queries=rows[None]))
+        found = _k_distances(lists, k, partial(measure, queries=rows[None]), certify)
     places = found.undecided.nonzero()[:, 0]
+    counts["candidates"] += len(places)
     for some in places.split(max(1, tiles.WORKSPACE_BYTES // 4 // (n * 48))):
         kept = Lists(*(t[None, some] for t in lists))
         asking = partial(measure, queries=rows[None, some])
         distances, indices = settle_last(kept.indices, k, n_measured, asking)
-        is_open = undecided(
-            kept.scores, kept.norms, distances[..., -1], n_measured, width, n == tokens - 1
+        is_open = certify(
+            kept.scores, kept.norms, distances[..., -1], n_measured, complete=n == tokens - 1
         )
         if measure_all:  # more than k equal tokens, which go by their index
             is_open |= distances[..., -1] == 0
@@ -98,14 +96,21 @@ def _search_images(x: Tensor, k: int, measure_all: bool) -> Found:
     return found
 
 
-def _k_distances(lists: Lists, k: int, width: int, measure: Measure) -> Found:
-    """Measures the k-th candidate of each row, and keeps the ones before it as they are."""
+def _k_distances(
+    lists: Lists, k: int, measure: Callable[[Tensor], Tensor], certify: Callable[..., Tensor]
+) -> Found:
+    """Measures the k-th candidate of each row, and keeps the ones before it as they are.
+
+    Args:
+        measure: takes candidates (1, R, m) to their squared distances.
+        certify: `undecided` for the products of the lists.
+    """
     indices = lists.indices[:, :k]
     distances = measure(indices[None, :, -1:])[0]
     # With the next candidate as the last of the list, the certificate holds all others back.
     scores = lists.scores[:, : k + 1]
     n_measured, complete = scores.shape[1] - k + 1, scores.shape[1] == k
-    is_open = undecided(scores, lists.norms, distances[:, 0], n_measured, width, complete)
+    is_open = certify(scores, lists.norms, distances[:, 0], n_measured, complete=complete)
     return Found(distances, indices, is_open)
 
 
@@ -113,7 +118,7 @@ def _distances_by_products(lists: Lists, k: int, width: int) -> Found:
     """Distances from products in float64. Their rounding is at most a quarter of float32's."""
     squares = lists.scores[:, : k + 1] + lists.norms.square().unsqueeze(1)
     distances = squares.clamp(min=0).float()
-    error = error_bound(lists.norms, squares[:, 0].clamp(min=0).sqrt(), width)
+    error = error_bound(lists.norms, squares[:, 0].clamp(min=0).sqrt(), roundings(width, DEPTH))
     is_open = ~(error <= 2**-26 * squares[:, 0])  # the nearest has the largest relative error
     is_open |= (distances[:, 1:] == distances[:, :-1]).any(dim=1)  # equal ones go by their index
     is_open |= ~distances[:, k - 1].isfinite()
@@ -136,45 +141,44 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> tuple[Lists, bool]:
     Returns:
         The lists of (b, N) rows, and whether the norms of all tokens are finite.
     """
-    y, squares = centred(tokens, middle)
-    finite = bool((squares < torch.finfo(squares.dtype).max).all())
-    batch, total, _ = y.shape
-    pairs = tile_pairs(total, y.dtype)
-    workspace = y.new_empty(1 if len(pairs) == 1 else 2, batch * pairs[0][0].stop ** 2)
-    lists: dict[int, tuple[Tensor, Tensor]] = {}
+    batch, total, _ = tokens.shape
+    scores = middle.new_full((batch, total, n), torch.inf)
+    indices = torch.zeros(batch, total, n, dtype=torch.int64)
+    squares = middle.new_empty(batch, total)
+    pairs = tile_pairs(total, middle.dtype)
+    side = pairs[0][0].stop
+    workspace = middle.new_empty(batch * side * side)
+    flipped = middle.new_empty(batch, side if len(pairs) > 1 else 0, FLIPPED_ROWS)
     for rows, columns in tiles.each_tile.get()(pairs):
-        shape = batch, rows.stop - rows.start, columns.stop - columns.start
-        tile = workspace[0, : math.prod(shape)].view(shape)
-        y_rows = y[:, rows]
+        y, squares[:, columns] = centred(tokens[:, columns], middle, depth=DEPTH)
         on_diagonal = rows == columns
-        gram(y_rows, y_rows if on_diagonal else y[:, columns], tile, DEPTH)
-        if not on_diagonal:
-            flipped = workspace[1, : math.prod(shape)].view(batch, *shape[:0:-1])
-            torch.sub(squares[:, None, rows], tile.mT, alpha=2, out=flipped)
-            lists[columns.start] = _merged(lists.get(columns.start), flipped, rows.start, n)
+        if on_diagonal:  # the first tile of these rows
+            y_rows = y
+        shape = batch, y_rows.shape[1], y.shape[1]
+        tile = gram(y_rows, y, workspace[: math.prod(shape)].view(shape), DEPTH)
+        for part in () if on_diagonal else spans(shape[2], FLIPPED_ROWS):
+            turned = flipped.view(batch, -1)[:, : shape[1] * (part.stop - part.start)]
+            turned = turned.view(batch, -1, shape[1])
+            torch.sub(squares[:, None, rows], tile[:, :, part].mT, alpha=2, out=turned)
+            own = slice(columns.start + part.start, columns.start + part.stop)
+            _merge(scores[:, own], indices[:, own], turned, rows.start)
         torch.sub(squares[:, None, columns], tile, alpha=2, out=tile)
         if on_diagonal:
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        lists[rows.start] = _merged(lists.get(rows.start), tile, columns.start, n)
-    in_order = [lists[start] for start in sorted(lists)]
-    scores, indices = (torch.cat(some, dim=1) for some in zip(*in_order, strict=True))
+        _merge(scores[:, rows], indices[:, rows], tile, columns.start)
+    finite = bool((squares < torch.finfo(squares.dtype).max).all())
     return Lists(scores, indices, squares.sqrt()), finite
 
 
-def _merged(
-    kept: tuple[Tensor, Tensor] | None, scores: Tensor, first: int, n: int
-) -> tuple[Tensor, Tensor]:
-    """The n smallest of the scores kept for each row and scores (b, r, c) of columns from first."""
+def _merge(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:
+    """Merges scores (b, r, c), whose columns count from `first`, into the best so far (b, r, n).
+
+    The tiles of the first columns are the first ones of all rows.
+    """
+    n = best_scores.shape[-1]
     values, indices = scores.topk(min(n, scores.shape[-1]), largest=False)
     if first:
-        indices += first
-    if kept is not None:
-        values = torch.cat([kept[0], values], dim=-1)
-        values, order = values.topk(min(n, values.shape[-1]), largest=False)
-        indices = torch.cat([kept[1], indices], dim=-1).gather(-1, order)
-    return values, indices
-
-
-def _sum_length(width: int) -> int:
-    """The number of roundings in a product of `width` channels by `gram`."""
-    return min(width, DEPTH) + (-(-width // DEPTH) - 1)
+        values = torch.cat([best_scores, values], dim=-1)
+        values, order = values.topk(n, largest=False)
+        indices = torch.cat([best_indices, indices.add_(first)], dim=-1).gather(-1, order)
+    best_scores[..., : values.shape[-1]], best_indices[..., : values.shape[-1]] = values, indices
