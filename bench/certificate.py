@@ -122,13 +122,13 @@ def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The table by token, the undecided tokens, and those of them left to the search."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = x[None].to(device)
-    n, d = x.shape[1:]
-    shares = knn.shares_of_columns(1, n, architecture(x.device))
-    tokens = knn.rounded(x, shares)
-    table, undecided = knn.decide(tokens, shares, 0, n, n, d, K)
+    n = x.shape[1]
+    shares = knn.shares_of_columns(1, n, n, architecture(x.device))
+    halves = knn.rounded(x, x, True, shares)
+    table, undecided = knn.decide(*halves, True, shares, 0, n, K)
     listed = undecided.positions[0, : undecided.n_positions.item()].long().cpu()
     unbounded = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
-    knn.collect(tokens, undecided, table, 0, n)
+    knn.collect(*halves, True, undecided, table, 0)
     left = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
     position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))

@@ -5,7 +5,7 @@ Each part runs in its own process, whose end frees the memory of its CUDA graphs
 A time is the median of CUDA events around replays of a CUDA graph, where the call can be captured,
 with 128 MiB written before each to empty the cache. Peak memory is that of torch's allocator,
 results included. For nearest neighbours of one image the results also have the share of rows whose
-set is float64's.
+set is float64's and, for the kernels, the shares of rows that the certificate leaves undecided.
 `bench/report.py` makes the tables of README.md, `bench/roofline.py` the picture.
 """
 
@@ -25,12 +25,14 @@ import bench_lof
 import bench_repair
 import bench_sam3
 import harness
+import nearest
 import torch
 import torch.nn.functional as F
 from measure import measure
 from torch import Tensor
 
 import scclip_fast as sf
+from scclip_fast.kernels import knn
 
 LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
 SHAPES = LOF_SHAPES[:2]
@@ -94,50 +96,50 @@ def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) ->
     return row
 
 
-def same_sets(x: Tensor, result: tuple[Tensor, Tensor]) -> dict:
-    """Returns the share of rows with float64's neighbours, among about 2048 evenly spaced rows."""
-    _, indices = result
-    rows = torch.arange(0, x.shape[1], max(1, x.shape[1] // 2048), device=x.device)
-    exact = x[0].double()
-    wrong = 0
-    for chunk in rows.split(256):
-        distances = torch.cdist(exact[chunk], exact, compute_mode="donot_use_mm_for_euclid_dist")
-        distances[torch.arange(len(chunk)), chunk] = math.inf
-        true = distances.topk(bench_knn.K, largest=False).indices.sort(dim=1).values
-        wrong += (indices[0, chunk].sort(dim=1).values != true).any(dim=1).sum().item()
-    return dict(exact_rows=1 - wrong / len(rows), checked_rows=len(rows))
-
-
-def flashlib_knn(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Runs FlashLib's search for one neighbour more, because it also finds each token itself."""
-    from flashlib.primitives.knn import flash_knn_dispatch
-
-    distances, indices = flash_knn_dispatch(x, x, bench_knn.K + 1)
-    is_self = indices == torch.arange(x.shape[1], device=x.device)[:, None]
-    order = is_self.int().argsort(dim=-1, stable=True)[..., : bench_knn.K]
-    return distances.gather(-1, order), indices.gather(-1, order).long()
-
-
 def neighbors(results: list[dict]) -> None:
-    knn = {
+    searches = {
         "scclip_fast": partial(sf.knn, k=bench_knn.K, backend="triton"),
         "matmul + topk": bench_knn.matmul_topk,
         "cdist + topk": bench_knn.cdist_topk,
-        "FlashLib": flashlib_knn,
+        "FlashLib": nearest.flashlib,
     }
     for shape in LOF_SHAPES:
         x = harness.tokens("cuda", shape, "float32")
         half = x.half()
         results.append(entry("lof", shape, "float32", "floor", lambda h=half: h @ h.mT))
         calls = {
-            "scclip_fast": partial(sf.lof_scores, x, bench_lof.K, backend="triton"),
+            "scclip_fast": partial(sf.lof_scores, x, bench_knn.K, backend="triton"),
             "published": partial(bench_lof.published, x),
         }
         for name, call in calls.items():
             results.append(entry("lof", shape, "float32", name, call))
-        for name, call in knn.items():
-            check = None if shape[0] > 1 else partial(same_sets, x)
+        for name, call in searches.items():
+            check = None if shape[0] > 1 else checked(name, x, x, True, bench_knn.K)
             results.append(entry("knn", shape, "float32", name, partial(call, x), check))
+
+
+def bank(results: list[dict]) -> None:
+    """Queries in a bank, with the kernels and with more neighbours than their lists hold."""
+    queries, x = nearest.two_sets("cuda")
+    halves = queries.half(), x.half()
+    for k in (bench_knn.K, 400):
+        op = f"knn of queries, k = {k}"
+        calls = {
+            "floor": partial(nearest.products, *halves),
+            "scclip_fast": partial(sf.knn, x, k, queries=queries),
+            "matmul + topk": partial(nearest.matmul_topk, queries, x, k),
+        }
+        for name, call in calls.items():
+            check = None if name == "floor" else checked(name, queries, x, False, k)
+            results.append(entry(op, nearest.SHAPE, "float32", name, call, check))
+
+
+def checked(name: str, *search) -> Callable[[tuple[Tensor, Tensor]], dict]:
+    """The check of a result; for the kernels, it counts the undecided rows too."""
+    same = partial(nearest.same_sets, *search)
+    if name != "scclip_fast" or search[-1] > knn.MOST_NEIGHBORS_FOR_HALF:
+        return same
+    return lambda found: same(found) | nearest.undecided_rows(*search)
 
 
 def flex_aggregate(values: Tensor, features: Tensor) -> Tensor:
@@ -257,7 +259,7 @@ def ceilings() -> dict:
 
 PARTS = {
     part.__name__: part
-    for part in (neighbors, aggregation, attention, repair, calibration, segmentation)
+    for part in (neighbors, bank, aggregation, attention, repair, calibration, segmentation)
 }
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 import triton
+from aot_neighbors import neighbors
+from meta_tensors import DTYPES, meta
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -28,14 +30,6 @@ from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_
 from scclip_fast.kernels.aggregate_details.products import Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.knn_details.bins import bins_launch, block_columns
-from scclip_fast.kernels.knn_details.certify import certify_launch
-from scclip_fast.kernels.knn_details.collect import collect_launch
-from scclip_fast.kernels.knn_details.rounding import centre_launch, round_launch
-from scclip_fast.kernels.knn_details.search import merge_launch, search_launch
-from scclip_fast.kernels.knn_details.settle import settle_launch
-from scclip_fast.kernels.knn_details.table import Rounded, Undecided, programs_for_lists
-from scclip_fast.kernels.lof import lof_launch
 from scclip_fast.kernels.repair import repair_launch
 
 TARGETS = {
@@ -54,6 +48,7 @@ TARGETS = {
 OWN_TILES = ("sm_80", "sm_86")
 TILED = ("attention", "bins", "product", "stream", "weights")
 LARGEST = (
+    *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
     *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
     *("repair-wide-fp32", "attention-fp16-d128", "attention-fp32-d64"),
@@ -61,7 +56,6 @@ LARGEST = (
     *("product-fp16-v1024", "product-fp32-v1024"),
     *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
 )
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SIGNATURE = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -72,35 +66,10 @@ SIGNATURE = {
 }
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def integers(*shape: int) -> torch.Tensor:
-    return meta(*shape, dtype=torch.int32)
-
-
 def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Yields each kernel with every dtype and tile that its launcher can choose."""
+    yield from neighbors(gpu)
     for name, dtype in DTYPES.items():
-        x, mean = meta(1, 5184, 1024, dtype=dtype), meta(1, 1024)
-        for k in (1, 30, 60, 128):
-            search, indices = search_launch(x, k), meta(1, 5184, k, dtype=torch.int64)
-            yield f"search-{name}-k{k}", search
-            yield f"merge-{name}-k{k}", merge_launch(search, indices, meta(1, 5184, 1))
-        for d in (16, 32):
-            yield f"search-{name}-d{d}", search_launch(meta(1, 5184, d, dtype=dtype), 30)
-        listed = search_launch(x, 30, undecided(5184))
-        table, indices = integers(1, 5184, 64), meta(1, 5184, 30, dtype=torch.int64)
-        yield f"search-listed-{name}", listed
-        for kind, places in (("all", 30), ("last", 1)):
-            out = indices, meta(1, 5184, places)
-            yield f"merge-listed-{kind}-{name}", merge_launch(listed, *out)
-            yield f"settle-{kind}-{name}", settle_launch(x, table, *out, 0)
-        y = meta(1, 5376, 1024, dtype=torch.float16)
-        tokens = Rounded(y, meta(1, 5376), meta(1, 5376), meta(1))
-        yield f"centre-{name}", centre_launch(x, mean, mean)
-        yield f"round-{name}", round_launch(x, mean, mean, tokens)
         yield from repairs(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
@@ -109,22 +78,6 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
                 attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
         yield from aggregations(name, dtype, gpu)
-    for n, d, shares in ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4)):
-        y, per_token = meta(1, n, d, dtype=torch.float16), meta(1, n)
-        bins, table = integers(1, 1024, shares, 3, 64), integers(1, 1024, 64)
-        block_n = block_columns(n, d, gpu)
-        yield f"bins-{n}x{d}", bins_launch(y, per_token, bins, 0, block_n)
-        certified = per_token, per_token, meta(1), table, undecided(1024)
-        yield f"certify-{n}x{d}", certify_launch(bins, *certified, 0, n, d, 30)
-        programs = programs_for_lists(gpu)
-        launch = collect_launch(y, per_token, undecided(1024), table, 0, n, programs)
-        yield f"collect-{n}x{d}", launch
-    neighbors = meta(1, 5184, 30, dtype=torch.int64)
-    yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1, 5184))
-    far = (
-        meta(2, 3 * 2**30, 2).transpose(1, 2)[:, :, :5184].transpose(1, 2)
-    )  # image stride over 2^31
-    yield "search-fp32-far", search_launch(far, 30)
 
 
 def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
@@ -138,11 +91,6 @@ def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     for kind, (grid, x) in kinds.items():
         out, mask = meta(*x.shape, dtype=dtype), meta(*x.shape[:2], dtype=torch.bool)
         yield f"repair-{kind}-{name}", repair_launch(x, mask, out, grid)
-
-
-def undecided(rows: int) -> Undecided:
-    collected = integers(1, rows), integers(1), meta(1, rows), integers(1, rows)
-    return Undecided(*collected, integers(1, rows), integers(1))
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:

@@ -17,23 +17,15 @@ two). No other test here failed.
 | no 1 - u, or no 1 + u, in S | sure [u of the column, u of the row] |
 | e once in V | candidate [eta, u of the row, r] |
 | e once in S | sure [eta, u of the row, r] |
+| u of the rows | candidate, sure [u of the column, u of the row]; without a bound[u, W overflows] |
+| a or r of the columns | all of candidate and sure; the bits of a tile |
+| a or r of the rows at the columns' stride of an image | the same as of the columns |
 | W without the bits of a tile | the bits of a tile |
 | 65 candidates are complete | no more candidates than a table holds |
 | u of 1/2 and more | without a bound[u] |
 | W may overflow | without a bound[W overflows]; [u], whose W is negative |
 | every candidate is sure | all of candidate and sure |
 | unbounded rows are not listed | without a bound |
-
-| broken in `collect` | fails |
-|---|---|
-| no second look | all tests of `collect` |
-| slots beyond the list are row 0 with W = -1 | touches no row, both |
-| a row may be its own neighbour | finds what a full bin dropped |
-| over 64 columns are stored | touches no row, both; then memory is corrupt |
-| rows with over 64 are not listed | listed once, nothing decides |
-| every tile beyond 64 lists the row | listed once; then memory is corrupt |
-
-Without the search over measured distances in `kernels/knn.py`, the rows that nothing decides fail.
 """
 
 from __future__ import annotations
@@ -43,13 +35,10 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import GPU
-from tolerance import assert_neighbors
 
-import scclip_fast as sf
-from scclip_fast.kernels import knn
 from scclip_fast.kernels.knn_details.certify import certify_launch, gamma
 from scclip_fast.kernels.knn_details.rounding import eta
-from scclip_fast.kernels.knn_details.table import Undecided, positions
+from scclip_fast.kernels.knn_details.table import Rounded, Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 ROWS, WIDTH, CAPACITY, SURE = 64, 8, 64, 2**30
@@ -93,41 +82,54 @@ EXACT = Model()
 
 
 def folded(c: torch.Tensor) -> torch.Tensor:
-    """Bins (1, 64, 1, 3, 64) as the kernel writes them: one row with these c, and empty rows."""
+    """Bins (2, 64, 1, 3, 64) as the kernel writes them: row 0 of image 1 has c, no other any."""
     tiles = len(c) // 64
     mask = 2 ** (tiles - 1).bit_length() - 1
     key = c.float().view(torch.int32).view(tiles, 64) & ~mask | torch.arange(tiles)[:, None]
-    bins = torch.full((1, ROWS, 1, 3, 64), 2**31 - 1, dtype=torch.int32)
-    bins[0, 0, 0, : min(3, tiles)] = key.int().sort(dim=0).values[:3]
+    bins = torch.full((2, ROWS, 1, 3, 64), 2**31 - 1, dtype=torch.int32)
+    bins[1, 0, 0, : min(3, tiles)] = key.int().sort(dim=0).values[:3]
     return bins
 
 
 def certify(near: dict[int, float], k: int, model: Model = EXACT, tiles: int = 4) -> Decision:
-    """Runs `certify` on one row. near: c by position; all other columns of the tiles are far."""
+    """Runs `certify` on one row of the second of two images, which have 64 rows each.
+
+    near: c by position of a column; all other columns of the tiles are far.
+    """
     n = 64 * tiles
     c = torch.full((n,), FAR)
     c[0] = torch.inf  # of the row itself
     for position, value in near.items():
         c[position] = value
-    square, error = torch.zeros(2, 1, n)
-    square[0, 0], error[0, 0] = model.a**2, model.r
-    table = torch.full((1, ROWS, CAPACITY), -7, dtype=torch.int32)
-    integers = (torch.zeros(1, ROWS, dtype=torch.int32), torch.zeros(1, dtype=torch.int32))
-    lists = (*integers, torch.zeros(1, ROWS), integers[0], *integers)
+    # NaN stands where no bound may look: in the other image, and in the a and r of the columns and
+    # the u of the rows, as r_j <= u a_j + eta and a_j <= a + h.
+    unused = torch.full((2, n), torch.nan)
+    square, error, u = unused[:, :ROWS].clone(), unused[:, :ROWS].clone(), unused[:, 0].clone()
+    square[1], error[1], u[1] = 0.0, 0.0, model.u
+    square[1, 0], error[1, 0] = model.a**2, model.r
+    table = torch.full((2, ROWS, CAPACITY), -7, dtype=torch.int32)
+    integers = (torch.zeros(2, ROWS, dtype=torch.int32), torch.zeros(2, dtype=torch.int32))
+    lists = (*integers, torch.zeros(2, ROWS), integers[0], *integers)
     undecided = Undecided(*(t.clone().to(DEVICE) for t in lists))
-    ratio, table = torch.full((1,), model.u, device=DEVICE), table.to(DEVICE)
-    state = (t.to(DEVICE) for t in (folded(c), square, error))
-    certify_launch(*state, ratio, table, undecided, 0, n, WIDTH, k).run()
-    entries = table[0, 0].cpu()
+    y = torch.empty(2, n, WIDTH, dtype=torch.float16)  # which `certify` does not read
+    tensors = (y[:, :ROWS], square, error, unused[:, 0]), (y, unused, unused, u)
+    sizes = (ROWS, WIDTH), (n, WIDTH)
+    rows, columns = (
+        Rounded(*(t.to(DEVICE) for t in some), *size)
+        for some, size in zip(tensors, sizes, strict=True)
+    )
+    table = table.to(DEVICE)
+    certify_launch(folded(c).to(DEVICE), rows, columns, table, undecided, 0, k).run()
+    entries = table[1, 0].cpu()
     entries = entries[entries != -1]
     at = positions(n)[(entries % SURE).long()]
-    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
+    listed = undecided.positions[1, : undecided.n_positions[1]].tolist()
     token = (positions(n) == 0).nonzero().item()
     return Decision(
         set(at.tolist()),
         set(at[entries >= SURE].tolist()),
-        undecided.W[0, listed.index(0)].item() if 0 in listed else None,
-        token in undecided.tokens[0, : undecided.n_tokens.item()].tolist(),
+        undecided.W[1, listed.index(0)].item() if 0 in listed else None,
+        token in undecided.tokens[1, : undecided.n_tokens[1]].tolist(),
     )
 
 
@@ -210,83 +212,3 @@ def test_no_more_candidates_than_a_table_holds():
 def test_rows_without_a_bound_are_measured(near, k, model):
     decision = certify(near, k, model)
     assert decision.unbounded and decision.W is None and not decision.columns
-
-
-def table_of(x, k, first=0):
-    """The table before `collect` from `first` on, the table after it from 0 on, and the lists."""
-    n, d = x.shape
-    tokens = knn.rounded(x[None].to(DEVICE), 1)
-    before, undecided = knn.decide(tokens, 1, first, n - first, n, d, k)
-    around = torch.full((1, first + before.shape[1], CAPACITY), -7, dtype=torch.int32)
-    around = around.to(DEVICE)
-    around[:, first:] = before
-    undecided.n_candidates[0, undecided.n_positions.item() :] = 0  # fresh memory may be so
-    knn.collect(tokens, undecided, around[:, first:], first, n)
-    return before[0].cpu(), around[0].cpu(), undecided
-
-
-def test_the_second_look_finds_what_a_full_bin_dropped():
-    """Four neighbours of one token are stored in one bin; `collect` writes all of them."""
-    n, order = 256, positions(256)
-    token_at = order.argsort()
-    x = 30 * torch.randn(n, WIDTH)
-    query, near = token_at[0].item(), token_at[torch.arange(4) * 64 + 5]
-    x[near] = x[query] + torch.eye(WIDTH)[:4]
-    before, after, undecided = table_of(x, 4)
-    assert 0 in undecided.positions[0, : undecided.n_positions.item()].tolist()
-    assert (before[0] == -1).all()
-    entries = after[0][after[0] >= 0]
-    assert set(near.tolist()) <= set(entries.tolist()) and query not in entries.tolist()
-    n_candidates = undecided.n_candidates[0][undecided.positions[0] == 0][0]
-    assert len(entries) == n_candidates == len(entries.unique())
-    assert not undecided.n_tokens.any()
-
-
-def giant(first, seed):
-    """67 or more tokens alike, which are undecided, and a giant token 0 with near duplicates."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(max(256, first + 128), 64, generator=g)
-    flat = slice(first, first + 75) if first else slice(64, 131)
-    x[flat] = 3 + 1e-5 * torch.randn(flat.stop - flat.start, 64, generator=g)
-    base = 2e4 * torch.randn(64, generator=g)
-    for token in (0, 5, 30, 140, 170, 190):
-        x[token] = base * (1 + 2e-5 * torch.randn(64, generator=g))
-    return x
-
-
-@pytest.mark.parametrize("first, seed", [(0, 2), (256, 0)])
-def test_the_second_look_touches_no_row_but_the_listed(first, seed):
-    """Rounding makes c of the giant and its duplicates -1 or less; the list ends within a block."""
-    x = giant(first, seed)
-    before, after, undecided = table_of(x, 3, first)
-    listed = (undecided.positions[0, : undecided.n_positions.item()] - first).long().cpu()
-    assert len(listed) % 64
-    assert (after[:first] == -7).all()
-    after = after[first:]
-    others = torch.ones(len(before), dtype=torch.bool)
-    others[listed] = False
-    assert torch.equal(after[others], before[others])
-    assert (before != after)[listed].any(dim=1).all()
-
-
-def test_a_row_with_more_candidates_is_listed_once():
-    """100 tokens closer than fp16 resolves have 99 candidates each, from several tiles."""
-    x = 10 * torch.randn(256, WIDTH)
-    alike = torch.randperm(256)[:100]
-    x[alike] = 1 + 1e-7 * torch.randn(100, WIDTH)
-    _, _, undecided = table_of(x, 9)
-    tokens = undecided.tokens[0, : undecided.n_tokens.item()].cpu()
-    assert len(tokens.unique()) == len(tokens) and torch.isin(alike, tokens.long()).all()
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_rows_that_nothing_decides_are_measured():
-    """Neither `certify` nor `collect` decides a row of two clusters finer than fp16 resolves."""
-    x = 1e-7 * torch.randn(1, 200, WIDTH)
-    x[:, ::2] += 1
-    x[0, 7, 0] = torch.nan  # nothing bounds this row
-    distances, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
-    assert distances[0, 7].isinf().all() and indices[0, 7].tolist() == [*range(7), 8, 9]
-    others = torch.arange(200) != 7
-    neighbors = indices[0, others].cpu()
-    assert_neighbors(neighbors - (neighbors > 7).long(), x=x[0, others], k=9, tie=1e-5)

@@ -11,7 +11,7 @@ from scclip_fast.kernels import knn
 from scclip_fast.kernels._launch import Architecture, architecture
 from scclip_fast.kernels.knn_details.bins import bins_launch
 from scclip_fast.kernels.knn_details.certify import certify_launch
-from scclip_fast.kernels.knn_details.table import Undecided, positions
+from scclip_fast.kernels.knn_details.table import Rounded, Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
@@ -44,10 +44,10 @@ def half(monkeypatch):
     n_left = []
     search = knn._search
 
-    def counting(x, indices, distances, undecided=None):
+    def counting(rows, columns, exclude_self, indices, distances, undecided=None):
         if undecided is not None:
             n_left.extend(undecided.n_tokens.tolist())
-        return search(x, indices, distances, undecided)
+        return search(rows, columns, exclude_self, indices, distances, undecided)
 
     monkeypatch.setattr(knn, "_search", counting)
     return n_left
@@ -56,9 +56,9 @@ def half(monkeypatch):
 def table_of(x, k):
     """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
-    n, d = x.shape[1:]
-    tokens = knn.rounded(x, shares=4)
-    table, undecided = knn.decide(tokens, 4, 0, n, n, d, k)
+    n = x.shape[1]
+    halves = knn.rounded(x, x, True, shares=4)
+    table, undecided = knn.decide(*halves, True, 4, 0, n, k)
     order = positions(n)
     listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
     unbounded = undecided.tokens[0, : undecided.n_tokens.item()].tolist()
@@ -93,10 +93,10 @@ def test_the_certificate_holds(kind):
 def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
     """Checks 128 rows of 5184 x 1024, the shape of SAM3's trunk."""
     x = clusters(1, 5184, 1024)[0].to(DEVICE)
-    n, d = x.shape
-    shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
-    tokens = knn.rounded(x[None], shares)
-    table, undecided = knn.decide(tokens, shares, first, rows, n, d, K)
+    n = len(x)
+    shares = knn.shares_of_columns(1, n, n, architecture(torch.device(DEVICE)))
+    halves = knn.rounded(x[None], x[None], True, shares)
+    table, undecided = knn.decide(*halves, True, shares, first, rows, K)
     left = undecided.positions[0, : undecided.n_positions.item()].tolist()
     assert not undecided.n_tokens.item() and len(left) < rows
     token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
@@ -211,15 +211,15 @@ def test_few_variants_of_a_kernel():
     """A new number of tokens compiles a kernel anew only if it takes another tile."""
     constants = set()
     for n in (1025, 1500, 2304, 3600, 5184, 10_000):
-        shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+        shares = knn.shares_of_columns(1, n, n, architecture(torch.device(DEVICE)))
         half = torch.empty(1, shares * 64 * -(-n // (shares * 64)), 1024, device="meta").half()
         bins = torch.empty(1, 128, shares, 3, 64, dtype=torch.int32, device="meta")
         square = torch.empty(half.shape[:2], device="meta")
         table = torch.empty(1, 128, 64, dtype=torch.int32, device="meta")
-        undecided = Undecided(*[table] * 6)
+        tokens = Rounded(half, square, square, square[:, 0], n, 1024)
         launches = (
-            bins_launch(half, square, bins, 0, 64),
-            certify_launch(bins, square, square, square, table, undecided, 0, n, 1024, 30),
+            bins_launch(tokens, tokens, True, bins, 0, 64),
+            certify_launch(bins, tokens, tokens, table, Undecided(*[table] * 6), 0, 30),
         )
         constants |= {(launch.kernel, *sorted(launch.constants.items())) for launch in launches}
     assert len(constants) <= 3

@@ -1,6 +1,6 @@
 """Candidates for the nearest neighbours, from one pass of half-precision products.
 
-    c_ij = a_i^2 + a_j^2 - 2 y_i y_j        y and a of `rounding.py`
+    c_ij = a_i^2 + a_j^2 - 2 y_i y_j        row i, column j, y and a of `rounding.py`
 
 -> bins (B, R, shares, 3, 64) int32: the keys of the three smallest c of each bin.
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._launch import Architecture, Launch
-from .table import NO_KEY, TILE
+from .table import NO_KEY, TILE, Rounded
 
 BLOCK_M = 128
 DEPTH: tl.constexpr = tl.constexpr(3)  # columns that a bin keeps
@@ -74,16 +74,19 @@ def _bins_kernel(
     # tensors
     rows_desc,
     cols_desc,
-    a2_ptr,
+    row_a2_ptr,
+    col_a2_ptr,
     bins_ptr,
     # sizes
     first,
     rows_per_image,
+    padded_m,
     padded_n,
     padded_d,
     steps,
     shares,
     tile_mask,
+    EXCLUDE_SELF: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,11 +99,12 @@ def _bins_kernel(
     image = pid // shares // blocks
     start_position = first + (pid // shares % blocks) * BLOCK_M
     positions = start_position + tl.arange(0, BLOCK_M)
-    above = image * padded_n  # positions of the images before
-    a2_ptr += above
-    row_a2 = tl.load(a2_ptr + positions)
+    rows_above = image * padded_m  # positions of the images before
+    cols_above = image * padded_n
+    col_a2_ptr += cols_above
+    row_a2 = tl.load(row_a2_ptr + rows_above + positions)
     if HELD:  # one block of channels holds the rows, which stay in shared memory
-        left = rows_desc.load([above + start_position, 0])
+        left = rows_desc.load([rows_above + start_position, 0])
 
     nearest = tl.full([BLOCK_M, TILE], NO_KEY, tl.int32)
     second = tl.full([BLOCK_M, TILE], NO_KEY, tl.int32)
@@ -109,18 +113,19 @@ def _bins_kernel(
         start = (share * steps + step) * BLOCK_N
         cols = start + tl.arange(0, BLOCK_N)
         if HELD:
-            dot = tl.dot(left, cols_desc.load([above + start, 0]).T)
+            dot = tl.dot(left, cols_desc.load([cols_above + start, 0]).T)
         else:
             dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for d in range(0, padded_d, BLOCK_D):
-                left = rows_desc.load([above + start_position, d])
-                dot = tl.dot(left, cols_desc.load([above + start, d]).T, dot)
-        c = (row_a2[:, None] + tl.load(a2_ptr + cols)[None, :]) - 2.0 * dot
+                left = rows_desc.load([rows_above + start_position, d])
+                dot = tl.dot(left, cols_desc.load([cols_above + start, d]).T, dot)
+        c = (row_a2[:, None] + tl.load(col_a2_ptr + cols)[None, :]) - 2.0 * dot
         # The bits of floats from 0 on order like the floats. Rounding makes some c negative, and
         # these come first.
         key = c.to(tl.int32, bitcast=True) & ~tile_mask
-        if (start < start_position + BLOCK_M) & (start + BLOCK_N > start_position):
-            key = tl.where(positions[:, None] == cols[None, :], NO_KEY & ~tile_mask, key)
+        if EXCLUDE_SELF:
+            if (start < start_position + BLOCK_M) & (start + BLOCK_N > start_position):
+                key = tl.where(positions[:, None] == cols[None, :], NO_KEY & ~tile_mask, key)
         tile = step * (BLOCK_N // TILE)
         nearest, second, third = _fold(key, tile, nearest, second, third)
 
@@ -133,31 +138,40 @@ def _bins_kernel(
 
 
 def bins_launch(
-    y: torch.Tensor, a2: torch.Tensor, bins: torch.Tensor, first: int, block_n: int
+    rows: Rounded,
+    columns: Rounded,
+    exclude_self: bool,
+    bins: torch.Tensor,
+    first: int,
+    block_n: int,
 ) -> Launch:
-    """Bins (B, R, shares, 3, 64) of the positions first, ..., first + R - 1 of each image."""
-    batch, padded_n, padded_d = y.shape
-    rows, shares = bins.shape[1:3]
-    assert rows % BLOCK_M == 0 and first % BLOCK_M == 0 and bins.is_contiguous()
+    """Fills bins (B, R, shares, 3, 64) of the rows at first, ..., first + R - 1 of each image."""
+    batch, rows_per_image, shares = bins.shape[:3]
+    padded_n, padded_d = columns.padded_n, columns.padded_d
+    assert rows_per_image % BLOCK_M == 0 and first % BLOCK_M == 0 and bins.is_contiguous()
+    assert first + rows_per_image <= rows.padded_n and rows.padded_d == padded_d
     steps = padded_n // block_n // shares
     assert steps * shares * block_n == padded_n
     held = block_n == 128
     block_d = padded_d if held else 64
-    flat = y.view(batch * padded_n, padded_d)
+    flat_rows, flat_columns = rows.y.view(-1, padded_d), columns.y.view(-1, padded_d)
     return Launch(
         _bins_kernel,
-        batch * (rows // BLOCK_M) * shares,
-        rows_desc=TensorDescriptor.from_tensor(flat, [BLOCK_M, block_d]),
-        cols_desc=TensorDescriptor.from_tensor(flat, [block_n, block_d]),
-        a2_ptr=a2,
+        batch * (rows_per_image // BLOCK_M) * shares,
+        rows_desc=TensorDescriptor.from_tensor(flat_rows, [BLOCK_M, block_d]),
+        cols_desc=TensorDescriptor.from_tensor(flat_columns, [block_n, block_d]),
+        row_a2_ptr=rows.a2,
+        col_a2_ptr=columns.a2,
         bins_ptr=bins,
         first=first,
-        rows_per_image=rows,
+        rows_per_image=rows_per_image,
+        padded_m=rows.padded_n,
         padded_n=padded_n,
         padded_d=padded_d,
         steps=steps,
         shares=shares,
         tile_mask=2 ** tile_bits(padded_n // shares) - 1,
+        EXCLUDE_SELF=exclude_self,
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n,
         BLOCK_D=block_d,

@@ -1,6 +1,6 @@
 """The certificate: which columns surely hold the k nearest neighbours of each row.
 
-keys of `bins.py`, a^2, r and u of `rounding.py`
+keys of `bins.py`, the rows' a^2 and r and the columns' u of `rounding.py`
 -> table (B, R, 64) int32 of the columns that may be neighbours, those to be measured first. A row
 that the bins do not decide has an empty table and is in one of two lists (`table.Undecided`): with
 its bound W, for `collect`, or without a bound, for the search over measured distances.
@@ -36,6 +36,7 @@ from .table import (
     ROWS,
     SURE,
     TILE,
+    Rounded,
     Undecided,
     append,
     token_at,
@@ -56,13 +57,13 @@ def _kth_smallest(keys, K, bits):
     return kth
 
 
-@triton.jit(do_not_specialize=["first", "N", "shares", "tiles", "tile_bits", "K"])
+@triton.jit(do_not_specialize=["first", "M", "shares", "tiles", "tile_bits", "K"])
 def _certify_kernel(
     # tensors
     bins_ptr,
-    a2_ptr,
-    r_ptr,
-    u_ptr,
+    row_a2_ptr,
+    row_r_ptr,
+    col_u_ptr,
     table_ptr,
     positions_ptr,
     n_positions_ptr,
@@ -73,8 +74,8 @@ def _certify_kernel(
     # sizes
     first,
     rows_per_image,
-    N,
-    padded_n,
+    M,
+    padded_m,
     shares,
     tiles,
     tile_bits,
@@ -90,7 +91,7 @@ def _certify_kernel(
     image = (pid // blocks).to(tl.int64)
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     position = first + local
-    has_token = token_at(position) < N
+    has_token = token_at(position) < M
     row = image * rows_per_image + local
 
     # The k-th key, up to the bits that number its tile: no bound depends on these.
@@ -106,9 +107,9 @@ def _certify_kernel(
     tau_least = (finite_key & ~tile_mask).to(tl.float32, bitcast=True)
 
     # The bounds.
-    a = tl.sqrt(tl.load(a2_ptr + image * padded_n + position))
-    u = tl.load(u_ptr + image)
-    e = tl.load(r_ptr + image * padded_n + position) + u * a + eta
+    a = tl.sqrt(tl.load(row_a2_ptr + image * padded_m + position))
+    u = tl.load(col_u_ptr + image)
+    e = tl.load(row_r_ptr + image * padded_m + position) + u * a + eta
     gamma_a = gamma * a
     t_most = (gamma_a + tl.sqrt(tau_most + 2.0 * gamma_a * a + gamma_a * gamma_a)) * SLACK
     t_least = tl.sqrt(tl.maximum(tau_least / SLACK - 2.0 * gamma_a * a, 0.0)) - gamma_a
@@ -157,40 +158,37 @@ def _certify_kernel(
 
 def certify_launch(
     bins: torch.Tensor,
-    a2: torch.Tensor,
-    r: torch.Tensor,
-    u: torch.Tensor,
+    rows: Rounded,
+    columns: Rounded,
     table: torch.Tensor,
     undecided: Undecided,
     first: int,
-    n: int,
-    d: int,
     k: int,
 ) -> Launch:
     """Fills the table and the lists of one pass. The two counts of `undecided` must be zeros."""
-    batch, rows, shares = bins.shape[:3]
-    padded_n = a2.shape[1]
-    assert table.shape == (batch, rows, CAPACITY.value) and table.is_contiguous()
+    batch, rows_per_image, shares = bins.shape[:3]
+    share = columns.padded_n // shares
+    assert table.shape == (batch, rows_per_image, CAPACITY.value) and table.is_contiguous()
     keys = triton.next_power_of_2(DEPTH.value * TILE.value * shares)
     return Launch(
         _certify_kernel,
-        batch * (rows // ROWS),
+        batch * (rows_per_image // ROWS),
         bins_ptr=bins,
-        a2_ptr=a2,
-        r_ptr=r,
-        u_ptr=u,
+        row_a2_ptr=rows.a2,
+        row_r_ptr=rows.r,
+        col_u_ptr=columns.u,
         table_ptr=table,
         **undecided.pointers(),
         first=first,
-        rows_per_image=rows,
-        N=n,
-        padded_n=padded_n,
+        rows_per_image=rows_per_image,
+        M=rows.n,
+        padded_m=rows.padded_n,
         shares=shares,
-        tiles=padded_n // TILE.value // shares,
-        tile_bits=tile_bits(padded_n // shares),
+        tiles=share // TILE.value,
+        tile_bits=tile_bits(share),
         K=k,
-        gamma=gamma(d),
-        eta=eta(d),
+        gamma=gamma(columns.d),
+        eta=eta(columns.d),
         BLOCK_R=ROWS,
         KEYS=keys,
         num_warps=max(1, keys // 1024),  # more than 1024 keys a warp spill

@@ -14,14 +14,16 @@ import triton
 import triton.language as tl
 
 from .._launch import Launch
-from .table import CAPACITY, Undecided, append, shares_of, token_at
+from .table import CAPACITY, Rounded, Undecided, append, shares_of, token_at
 
 
 @triton.jit(do_not_specialize=["first", "N", "programs"])
 def _collect_kernel(
     # tensors
-    y_ptr,
-    a2_ptr,
+    row_y_ptr,
+    col_y_ptr,
+    row_a2_ptr,
+    col_a2_ptr,
     positions_ptr,
     n_positions_ptr,
     W_ptr,
@@ -33,9 +35,11 @@ def _collect_kernel(
     first,
     rows_per_image,
     N,
+    padded_m,
     padded_n,
     padded_d,
     programs,
+    EXCLUDE_SELF: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,23 +59,25 @@ def _collect_kernel(
     # Rounding makes some c negative. Only -inf is below all of them, so that slots beyond the list
     # match no column.
     W = tl.load(W_ptr + item, mask=listed, other=-float("inf"))
-    y_ptr += image * padded_n * padded_d
-    a2_ptr += image * padded_n
-    row_a2 = tl.load(a2_ptr + position)
-    row_ptrs = y_ptr + position.to(tl.int64)[:, None] * padded_d
+    row_y_ptr += image * padded_m * padded_d
+    col_y_ptr += image * padded_n * padded_d
+    col_a2_ptr += image * padded_n
+    row_a2 = tl.load(row_a2_ptr + image * padded_m + position)
+    row_ptrs = row_y_ptr + position.to(tl.int64)[:, None] * padded_d
     table_ptr += (image * rows_per_image + position - first)[:, None] * CAPACITY
     dims = tl.arange(0, BLOCK_D)
     for start in range(share * BLOCK_N, padded_n, shares * BLOCK_N):
         cols = start + tl.arange(0, BLOCK_N)
-        col_ptrs = y_ptr + cols.to(tl.int64)[None, :] * padded_d
+        col_ptrs = col_y_ptr + cols.to(tl.int64)[None, :] * padded_d
         dot = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for d in range(0, padded_d, BLOCK_D):
             left = tl.load(row_ptrs + (d + dims)[None, :])  # [BLOCK_M, BLOCK_D]
             dot = tl.dot(left, tl.load(col_ptrs + (d + dims)[:, None]), dot)
-        c = (row_a2[:, None] + tl.load(a2_ptr + cols)[None, :]) - 2.0 * dot
+        c = (row_a2[:, None] + tl.load(col_a2_ptr + cols)[None, :]) - 2.0 * dot
         token = token_at(cols)
-        near = (c <= W[:, None]) & (position[:, None] != cols[None, :])
-        near = near & (token < N)[None, :] & listed[:, None]
+        near = (c <= W[:, None]) & (token < N)[None, :] & listed[:, None]
+        if EXCLUDE_SELF:
+            near = near & (position[:, None] != cols[None, :])
         n_near = tl.sum(near.to(tl.int32), axis=1)
         # The tiles come in any order: `settle` ranks by distance and column.
         before = tl.atomic_add(n_candidates_ptr + item, n_near, mask=n_near > 0)
@@ -85,32 +91,36 @@ def _collect_kernel(
 
 
 def collect_launch(
-    y: torch.Tensor,
-    a2: torch.Tensor,
+    rows: Rounded,
+    columns: Rounded,
+    exclude_self: bool,
     undecided: Undecided,
     table: torch.Tensor,
     first: int,
-    n: int,
     programs: int,
 ) -> Launch:
     """Writes the columns with c <= W of the listed rows into the table of `certify.py`.
 
     programs: an image's, which share the blocks of its list and their columns.
     """
-    batch, padded_n, padded_d = y.shape
+    padded_d = columns.padded_d
     return Launch(
         _collect_kernel,
-        batch * programs,
-        y_ptr=y,
-        a2_ptr=a2,
+        len(table) * programs,
+        row_y_ptr=rows.y,
+        col_y_ptr=columns.y,
+        row_a2_ptr=rows.a2,
+        col_a2_ptr=columns.a2,
         **undecided.pointers(),
         table_ptr=table,
         first=first,
         rows_per_image=table.shape[1],
-        N=n,
-        padded_n=padded_n,
+        N=columns.n,
+        padded_m=rows.padded_n,
+        padded_n=columns.padded_n,
         padded_d=padded_d,
         programs=programs,
+        EXCLUDE_SELF=exclude_self,
         BLOCK_M=64,
         BLOCK_N=64,
         BLOCK_D=128 if padded_d % 128 == 0 else 64,

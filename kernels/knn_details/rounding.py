@@ -4,7 +4,8 @@
     u = max_j (r_j - eta) / a_j
 
 x (B, N, D) any strides -> m (B, D) float32 by `centre`, and by `round` the tensors of
-`table.Rounded`. s is a power of two that brings y well inside fp16's range.
+`table.Rounded`. s is a power of two that brings y well inside fp16's range. Where rows and columns
+differ, `round` runs once for each set, with the columns' m and s for both.
 
 m may be any point, as distances do not depend on it: the mean of a sample, without what is far from
 the others. The tokens of each tile of 64 are stored rotated by a number that depends on the tile
@@ -159,8 +160,9 @@ def round_launch(
 ) -> Launch:
     """Fills `rounded`, whose u must be zeros."""
     batch, n, d = x.shape
-    padded_n, padded_d = rounded.y.shape[1:]
+    padded_n, padded_d = rounded.padded_n, rounded.padded_d
     assert padded_n % TILE.value == 0 and padded_d % 64 == 0 and rounded.y.is_contiguous()
+    assert (rounded.n, rounded.d) == (n, d)
     return Launch(
         _round_kernel,
         batch * (padded_n // ROWS),

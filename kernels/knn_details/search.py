@@ -1,11 +1,12 @@
 """The nearest neighbours by measured distances, which never leave the chip.
 
-    indices(i) = the k columns j != i with the smallest (d2(i, j), j), in that order
-    d2(i, j)   = sum (x_i - x_j)^2 in float32, +inf where the sum overflows, NaN where x_i or x_j
+    indices(i) = the k columns j with the smallest (d2(i, j), j), in that order
+    d2(i, j)   = sum (q_i - x_j)^2 in float32, +inf where the sum overflows, NaN where q_i or x_j
                  holds a NaN or an infinity; finite < +inf < NaN
 
-x (B, N, D) any strides -> indices (B, N, k) int64 and squared distances (B, N, k or 1) float32. The
-matrix of distances would be N^2 floats, 27.5 GB at N = 82,944.
+rows q (B, M, D) and columns x (B, N, D), any strides -> indices (B, M, k) int64 and squared
+distances (B, M, k or 1) float32. A search within one set passes x as q too and leaves out j = i.
+The matrix of distances would be M N floats, 27.5 GB at M = N = 82,944.
 
 `search` measures every distance that it compares. Sums of squared differences need no centre and
 lose no digits to large norms, so the result needs no certificate: any two distances in the wrong
@@ -15,9 +16,9 @@ tensor cores.
 A distance and its column make one 64-bit key, so that the lower column wins a tie. In each tile,
 the nearest remaining column of every row replaces the worst of its k best until no row gains: after
 c columns a tile brings about k BLOCK_N / c (the selection of FlashLib's insert kernel, here on
-keys). Several programs share the columns of a block of rows, and `merge` joins their lists.
+keys). Several programs share the columns of a block of rows, and `merge.py` joins their lists.
 
-All tokens are searched, or those of a list that is counted on the device (`table.Undecided`).
+All rows are searched, or those of a list that is counted on the device (`table.Undecided`).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def distance_bits(distance):
 
 
 @triton.jit
-def _keep_nearest(best, key):
+def keep_nearest(best, key):
     """Returns the K smallest keys of best [R, K] and key [R, C] row by row, in any order."""
     nearest = tl.min(key, axis=1)
     worst = tl.max(best, axis=1)
@@ -69,23 +70,29 @@ def _keep_nearest(best, key):
     return best
 
 
-@triton.jit(do_not_specialize=["N", "K", "programs"])
+@triton.jit(do_not_specialize=["M", "N", "K", "programs"])
 def _search_kernel(
     # tensors
+    q_ptr,
     x_ptr,
     tokens_ptr,
     n_tokens_ptr,
     keys_ptr,
     # sizes
+    M,
     N,
     D,
     K,
     rows_per_image,
     programs,
     # strides
+    stride_qb,
+    stride_qm,
+    stride_qd,
     stride_xb,
     stride_xn,
     stride_xd,
+    EXCLUDE_SELF: tl.constexpr,
     LISTED: tl.constexpr,
     # tile
     BLOCK_M: tl.constexpr,
@@ -96,7 +103,7 @@ def _search_kernel(
 ):
     pid = tl.program_id(0)
     image = (pid // programs).to(tl.int64)
-    count = tl.load(n_tokens_ptr + image) if LISTED else N
+    count = tl.load(n_tokens_ptr + image) if LISTED else M
     shares = shares_of(count, BLOCK_M, programs, MOST_SHARES)
     block, share = pid % programs // shares, pid % programs % shares
     if block * BLOCK_M >= count:
@@ -106,9 +113,10 @@ def _search_kernel(
     if LISTED:
         token = tl.load(tokens_ptr + image * rows_per_image + slot, mask=slot < count, other=0)
     else:
-        token = tl.minimum(slot, N - 1)
+        token = tl.minimum(slot, M - 1)
+    q_ptr += image * stride_qb
     x_ptr += image * stride_xb
-    row_ptrs = x_ptr + token.to(tl.int64)[:, None, None] * stride_xn  # [BLOCK_M, 1, 1]
+    row_ptrs = q_ptr + token.to(tl.int64)[:, None, None] * stride_qm  # [BLOCK_M, 1, 1]
     # The lists of the nearest stay in memory, as the distances need the registers. Only a tile that
     # brings a nearer column loads them.
     slots = tl.arange(0, BLOCK_K)
@@ -127,33 +135,44 @@ def _search_kernel(
         total = tl.zeros([BLOCK_M, BLOCK_N, BLOCK_D], tl.float32)
         for d in range(0, D, BLOCK_D):
             dims = (d + tl.arange(0, BLOCK_D))[None, None, :]
-            offsets = dims.to(tl.int64) * stride_xd
-            xi = tl.load(row_ptrs + offsets, mask=dims < D, other=0.0)  # [BLOCK_M, 1, BLOCK_D]
-            xj = tl.load(col_ptrs + offsets, mask=dims < D, other=0.0)  # [1, BLOCK_N, BLOCK_D]
-            difference = infinities_to_nan(xi) - infinities_to_nan(xj)
+            row_offsets = dims.to(tl.int64) * stride_qd
+            col_offsets = dims.to(tl.int64) * stride_xd
+            qi = tl.load(row_ptrs + row_offsets, mask=dims < D, other=0.0)  # [BLOCK_M, 1, BLOCK_D]
+            xj = tl.load(col_ptrs + col_offsets, mask=dims < D, other=0.0)  # [1, BLOCK_N, BLOCK_D]
+            difference = infinities_to_nan(qi) - infinities_to_nan(xj)
             total += difference * difference
         bits = distance_bits(tl.sum(total, axis=2))  # [BLOCK_M, BLOCK_N]
         key = (bits.to(tl.int64) << 32) | cols.to(tl.int64)[None, :]
-        key = tl.where((cols < N)[None, :] & (cols[None, :] != token[:, None]), key, NO_PAIR)
+        allowed = (cols < N)[None, :]
+        if EXCLUDE_SELF:
+            allowed = allowed & (cols[None, :] != token[:, None])
+        key = tl.where(allowed, key, NO_PAIR)
         if tl.max((tl.min(key, axis=1) < worst).to(tl.int32), axis=0) > 0:
-            best = _keep_nearest(tl.load(list_ptrs), key)
+            best = keep_nearest(tl.load(list_ptrs), key)
             worst = tl.max(best, axis=1)
             tl.debug_barrier()
             tl.store(list_ptrs, best)
             tl.debug_barrier()
 
 
-def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -> Launch:
-    """The k nearest columns of each token in each share of the columns, as keys for `merge`.
+def search_launch(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    exclude_self: bool,
+    k: int,
+    undecided: Undecided | None = None,
+) -> Launch:
+    """Finds the k nearest columns of each row in each share of the columns, as keys for `merge`.
 
-    undecided: the lists of a pass, of which `tokens` are searched; None for all tokens.
+    undecided: the lists of a pass, of which `tokens` are searched; None for all rows.
     """
-    batch, n, d = x.shape
+    batch, n, d = columns.shape
+    m = rows.shape[1]
     listed = undecided is not None
     tokens, n_tokens = (undecided.tokens, undecided.n_tokens) if listed else (None, None)
-    rows = tokens.shape[1] if listed else n
-    blocks = triton.cdiv(rows, BLOCK_M)
-    gpu = architecture(x.device)
+    rows_per_image = tokens.shape[1] if listed else m
+    blocks = triton.cdiv(rows_per_image, BLOCK_M)
+    gpu = architecture(columns.device)
     if listed:
         programs = max(programs_for_lists(gpu) // batch, blocks)
     else:  # as many programs as fill a GPU, in whole blocks
@@ -161,20 +180,25 @@ def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -
         programs = blocks * max(1, shares)
     block_k = power_of_two(k, 2, MAX_K)
     block_d = power_of_two(d, 16, 64)
-    keys = torch.empty(batch * programs, BLOCK_M, block_k, dtype=torch.int64, device=x.device)
+    shape = batch * programs, BLOCK_M, block_k
+    keys = torch.empty(shape, dtype=torch.int64, device=columns.device)
     return Launch(
         _search_kernel,
         batch * programs,
-        x_ptr=x,
+        q_ptr=rows,
+        x_ptr=columns,
         tokens_ptr=tokens,
         n_tokens_ptr=n_tokens,
         keys_ptr=keys,
+        M=m,
         N=n,
         D=d,
         K=k,
-        rows_per_image=rows,
+        rows_per_image=rows_per_image,
         programs=programs,
-        **strides("x", x, "bnd"),
+        **strides("q", rows, "bmd"),
+        **strides("x", columns, "bnd"),
+        EXCLUDE_SELF=exclude_self,
         LISTED=listed,
         BLOCK_M=BLOCK_M,
         BLOCK_N=PAIRS // block_d,
@@ -182,80 +206,4 @@ def search_launch(x: torch.Tensor, k: int, undecided: Undecided | None = None) -
         BLOCK_K=block_k,
         MOST_SHARES=MOST_SHARES,
         num_warps=4,
-    )
-
-
-@triton.jit(do_not_specialize=["N", "K", "programs"])
-def _merge_kernel(
-    # tensors
-    keys_ptr,
-    tokens_ptr,
-    n_tokens_ptr,
-    indices_ptr,
-    distances_ptr,
-    # sizes
-    N,
-    K,
-    rows_per_image,
-    programs,
-    LISTED: tl.constexpr,
-    ALL: tl.constexpr,
-    # tile
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MOST_SHARES: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(rows_per_image, BLOCK_R)
-    image = (pid // blocks).to(tl.int64)
-    first = (pid % blocks) * BLOCK_R
-    count = tl.load(n_tokens_ptr + image) if LISTED else N
-    if first >= count:
-        return
-    slot = first + tl.arange(0, BLOCK_R)
-    exists = slot < count
-    if LISTED:
-        token = tl.load(tokens_ptr + image * rows_per_image + slot, mask=exists, other=0)
-    else:
-        token = slot
-    shares = shares_of(count, BLOCK_M, programs, MOST_SHARES)
-    places = tl.arange(0, BLOCK_K)[None, :]
-    holds = exists[:, None] & (places < K)  # what `search` wrote beyond K is below every key
-    item = (image * programs + slot // BLOCK_M * shares) * BLOCK_M + slot % BLOCK_M
-    key_ptrs = keys_ptr + item[:, None] * BLOCK_K + places  # [BLOCK_R, BLOCK_K]
-    best = tl.load(key_ptrs, mask=holds, other=-NO_PAIR)
-    for share in range(1, shares):
-        ptrs = key_ptrs + share * (BLOCK_M * BLOCK_K)
-        best = _keep_nearest(best, tl.load(ptrs, mask=holds, other=NO_PAIR))
-    best = tl.where(places < K, best, NO_PAIR)
-    out = image * N + token
-    for place in range(0, K):
-        nearest = tl.min(best, axis=1)
-        tl.store(indices_ptr + out * K + place, nearest & 0xFFFFFFFF, mask=exists)
-        distance = (nearest >> 32).to(tl.int32).to(tl.float32, bitcast=True)
-        if ALL:
-            tl.store(distances_ptr + out * K + place, distance, mask=exists)
-        else:
-            tl.store(distances_ptr + out, distance, mask=exists & (place == K - 1))
-        best = tl.where(best == nearest[:, None], NO_PAIR, best)
-
-
-def merge_launch(search: Launch, indices: torch.Tensor, distances: torch.Tensor) -> Launch:
-    """Indices (B, N, k) and distances (B, N, k or 1) of the tokens of a search, from its keys."""
-    assert indices.is_contiguous() and distances.is_contiguous()
-    block_r, warps = (16, 8) if search.arguments["BLOCK_K"] <= 64 else (4, 4)
-    shared = (
-        *("tokens_ptr", "n_tokens_ptr", "keys_ptr", "N", "K", "rows_per_image", "programs"),
-        *("LISTED", "BLOCK_M", "BLOCK_K", "MOST_SHARES"),
-    )
-    return Launch(
-        _merge_kernel,
-        len(indices) * triton.cdiv(search.arguments["rows_per_image"], block_r),
-        **{name: search.arguments[name] for name in shared},
-        indices_ptr=indices,
-        distances_ptr=distances,
-        ALL=distances.shape[-1] == indices.shape[-1],
-        BLOCK_R=block_r,
-        num_warps=warps,
     )

@@ -1,9 +1,10 @@
 """The last step of a search: measures the candidates that are not sure, and orders all.
 
-    d2(i, j) = sum (x_i - x_j)^2        exactly 0 for duplicates
+    d2(i, j) = sum (q_i - x_j)^2        exactly 0 for duplicates
 
-table (B, R, 64) int32 of `certify.py` and `collect.py` -> indices (B, N, k) int64 and squared
-distances (B, N, k or 1) float32, by token. Rows with an empty table are left as they are.
+rows q (B, M, D), columns x (B, N, D) and the table (B, R, 64) int32 of `certify.py` and
+`collect.py` -> indices (B, M, k) int64 and squared distances (B, M, k or 1) float32, by token. Rows
+with an empty table are left as they are.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ from .search import NO_PAIR, distance_bits, infinities_to_nan
 from .table import NO_COLUMN, ROWS, SURE, token_at
 
 
-@triton.jit(do_not_specialize=["N", "K", "first"])
+@triton.jit(do_not_specialize=["M", "K", "first"])
 def _settle_kernel(
     # tensors
+    q_ptr,
     x_ptr,
     table_ptr,
     indices_ptr,
     distances_ptr,
     # sizes
-    N,
+    M,
     D,
     K,
     first,
     rows_per_image,
     # strides
+    stride_qb,
+    stride_qm,
+    stride_qd,
     stride_xb,
     stride_xn,
     stride_xd,
@@ -46,9 +51,9 @@ def _settle_kernel(
     image = (pid // blocks).to(tl.int64)
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     token = token_at(first + local)
-    inside = (local < rows_per_image) & (token < N)
+    inside = (local < rows_per_image) & (token < M)
     x_ptr += image * stride_xb
-    token_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_xn  # [BLOCK_R, 1]
+    row_ptrs = q_ptr + image * stride_qb + token.to(tl.int64)[:, None] * stride_qm  # [BLOCK_R, 1]
     table_ptr += (image * rows_per_image + local)[:, None] * BLOCK_C
     entry = tl.load(
         table_ptr + tl.arange(0, BLOCK_C)[None, :], mask=inside[:, None], other=NO_COLUMN
@@ -67,17 +72,18 @@ def _settle_kernel(
         total = tl.zeros([BLOCK_R, CHUNK, BLOCK_D], tl.float32)
         for d in range(0, D, BLOCK_D):
             dims = d + tl.arange(0, BLOCK_D)
-            offsets = dims.to(tl.int64) * stride_xd
+            row_offsets = dims.to(tl.int64)[None, :] * stride_qd
+            column_offsets = dims.to(tl.int64)[None, None, :] * stride_xd
             has_dim = dims < D
-            xi = tl.load(
-                token_ptrs + offsets[None, :], mask=inside[:, None] & has_dim[None, :], other=0.0
+            qi = tl.load(
+                row_ptrs + row_offsets, mask=inside[:, None] & has_dim[None, :], other=0.0
             )  # [BLOCK_R, BLOCK_D]
             xj = tl.load(
-                column_ptrs + offsets[None, None, :],
+                column_ptrs + column_offsets,
                 mask=some_measured[:, :, None] & has_dim[None, None, :],
                 other=0.0,
             )  # [BLOCK_R, CHUNK, BLOCK_D]
-            difference = infinities_to_nan(xi)[:, None, :] - infinities_to_nan(xj)
+            difference = infinities_to_nan(qi)[:, None, :] - infinities_to_nan(xj)
             total += difference * difference
         some_bits = tl.where(some_measured, distance_bits(tl.sum(total, axis=2)), -1)
         here = tl.arange(0, BLOCK_C // CHUNK)[None, :, None] == chunk
@@ -88,7 +94,7 @@ def _settle_kernel(
     key = (bits.to(tl.int64) << 32) | column.to(tl.int64)
     key = tl.where(exists, key, NO_PAIR)
     place = tl.sum((key[:, :, None] > key[:, None, :]).to(tl.int32), axis=2)
-    out = (image * N + token)[:, None]
+    out = (image * M + token)[:, None]
     chosen = exists & (place < K)
     tl.store(indices_ptr + out * K + place, column.to(tl.int64), mask=chosen)
     distance = bits.to(tl.float32, bitcast=True)
@@ -99,29 +105,32 @@ def _settle_kernel(
 
 
 def settle_launch(
-    x: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
     table: torch.Tensor,
     indices: torch.Tensor,
     distances: torch.Tensor,
     first: int,
 ) -> Launch:
-    """Indices (B, N, k) and distances (B, N, k or 1) of the table's rows, from position `first`."""
-    batch, rows, width = table.shape
-    _, n, d = x.shape
+    """Fills indices (B, M, k) and distances (B, M, k or 1) from a table of rows from `first` on."""
+    batch, rows_per_image, width = table.shape
+    _, m, d = rows.shape
     assert indices.is_contiguous() and distances.is_contiguous()
     return Launch(
         _settle_kernel,
-        batch * triton.cdiv(rows, ROWS),
-        x_ptr=x,
+        batch * triton.cdiv(rows_per_image, ROWS),
+        q_ptr=rows,
+        x_ptr=columns,
         table_ptr=table,
         indices_ptr=indices,
         distances_ptr=distances,
-        N=n,
+        M=m,
         D=d,
         K=indices.shape[-1],
         first=first,
-        rows_per_image=rows,
-        **strides("x", x, "bnd"),
+        rows_per_image=rows_per_image,
+        **strides("q", rows, "bmd"),
+        **strides("x", columns, "bnd"),
         ALL=distances.shape[-1] == indices.shape[-1],
         BLOCK_R=ROWS,
         BLOCK_C=width,

@@ -1,10 +1,16 @@
 """The storage that the kernels of the search share: positions, table entries, and lists of rows.
 
-A *token* is the number of a token in its image, a *position* the place where `rounding.py` stores
-it. A pass treats R positions, whole blocks from `first` on; a *row* is a position less `first`.
+The rows of a search are M tokens an image whose neighbours are sought, its columns N tokens among
+which these are. Rows and columns are two tensors in every kernel. A search within one set passes
+this set twice, with `exclude_self`, which leaves out the pairs of a token with itself.
 
-The table (B, R, 64) int32 holds the candidates of each row: tokens, with `SURE` added to those that
-are neighbours for certain, and `NO_COLUMN` behind the last. The entries without `SURE` come first.
+A *token* is the number of a token in its image and set, a *position* the place where `rounding.py`
+stores it. A pass treats R positions of rows, whole blocks from `first` on; a *row* is a position
+less `first`.
+
+The table (B, R, 64) int32 holds the candidates of each row: columns' tokens, with `SURE` added to
+those that are neighbours for certain, and `NO_COLUMN` behind the last. The entries without `SURE`
+come first.
 """
 
 from __future__ import annotations
@@ -30,19 +36,35 @@ MOST_PROGRAMS = 1024  # that share the listed rows of all images
 
 
 class Rounded(NamedTuple):
-    """The half-precision tokens of a batch and their errors, by position.
+    """One set of half-precision tokens of a batch and their errors, by position.
 
     Attributes:
         y: (B, padded N, padded D) float16, the rounded tokens.
         a2: (B, padded N) float32, their squared norms; +inf for positions without a usable token.
         r: (B, padded N) float32, the errors of the rounding.
         u: (B,) float32, the largest relative error.
+        n: the number of tokens N of an image.
+        d: the number of channels D.
     """
 
     y: torch.Tensor
     a2: torch.Tensor
     r: torch.Tensor
     u: torch.Tensor
+    n: int
+    d: int
+
+    @property
+    def padded_n(self) -> int:
+        return self.y.shape[1]
+
+    @property
+    def padded_d(self) -> int:
+        return self.y.shape[2]
+
+    def images(self, some: slice) -> Rounded:
+        """The same set of some images of the batch."""
+        return Rounded(self.y[some], self.a2[some], self.r[some], self.u[some], self.n, self.d)
 
 
 class Undecided(NamedTuple):
