@@ -61,14 +61,21 @@ def _nearest_by_cosine(x: Tensor, k: int, queries: Tensor | None) -> tuple[Tenso
     return _list_neighbors_of_zeros(x, queries, *in_order(distances, indices))
 
 
-def settle_by_cosine(x: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Distances and indices (B, N, k) of the nearest of the candidates (B, N, m) of each token."""
-    distances, indices = _empty(x, k)
+def settle_by_cosine(
+    x: Tensor, candidates: Tensor, k: int, queries: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Distances and indices (B, M, k) of the nearest of the candidates (B, M, m) of each query.
+
+    Without queries, those of each token.
+    """
+    rows = x if queries is None else queries
+    distances, indices = _empty(x, k, queries)
     for images, units in _unit_images(x):
-        measure = partial(pair_distances, units, queries=units)
-        squared, indices[images] = settle(candidates[images], k, measure)
-        distances[images] = squared / 2
-    return _list_neighbors_of_zeros(x, None, *in_order(distances, indices))
+        for some in spans(rows.shape[1], _tokens_per_step(x) // len(units) + 1):
+            measure = partial(pair_distances, units, queries=unit_tokens(rows[images, some]))
+            squared, indices[images, some] = settle(candidates[images, some], k, measure)
+            distances[images, some] = squared / 2
+    return _list_neighbors_of_zeros(x, queries, *in_order(distances, indices))
 
 
 def unit_tokens(x: Tensor, zero: float = 1, dtype: torch.dtype | None = None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -32,12 +34,8 @@ def nearest(
     (B, M, 1), and the indices come in any order. A pair with a token that is not finite has the
     value NaN.
     """
-    if backend == "triton" and metric == "cosine" and x.numel():
-        return _nearest_by_cosine(x, k)
     if backend == "triton" and x.numel():
-        from ..kernels.knn import nearest_triton
-
-        return nearest_triton(x, k, measure_all)
+        return _nearest_on_triton(x, k, measure_all, queries, metric)
     if backend == "reference":
         exact = None if queries is None else queries.double()
         values, indices = reference.knn(x.double(), k, exact, metric)
@@ -95,8 +93,8 @@ def knn(
         check_finite: raise if a token is not finite (this waits for the GPU). Without it such a
             token is the neighbour of another only if no finite token is left, at distance inf.
         backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
-            Triton takes k up to 128, no queries, and not the metric "inner_product". The default is
-            the torch path where Triton does not take the arguments, on a GPU too.
+            Triton takes k up to 128 and not "inner_product". The default is the torch path where
+            Triton does not take the arguments, on a GPU too.
 
     Returns:
         Values and indices, (M, k) or (B, M, k), without queries M = N. The values are float32
@@ -145,19 +143,17 @@ def check_search(
     if check_finite:
         _check.all_finite(name, tokens)
     resolved = resolve(backend, tokens)
-    if resolved == "triton" and (obstacle := _triton_obstacle(k_name, k, queries, metric)):
+    if resolved == "triton" and (obstacle := _triton_obstacle(k_name, k, metric)):
         if backend == "triton":
             raise ValueError(f'{obstacle}; use backend "torch" or leave backend=None')
         resolved = "torch"
     return tokens, k, resolved
 
 
-def _triton_obstacle(k_name: str, k: int, queries: Tensor | None, metric: str) -> str | None:
+def _triton_obstacle(k_name: str, k: int, metric: str) -> str | None:
     """The reason why the kernels do not take these arguments, or None if they do."""
     if k > MAX_NEIGHBORS:
         return f'{k_name} must be at most {MAX_NEIGHBORS} on backend "triton", got {k}'
-    if queries is not None:
-        return f'queries must be None on backend "triton", got shape {tuple(queries.shape)}'
     if metric == "inner_product":
         return 'metric must be "euclidean" or "cosine" on backend "triton", got "inner_product"'
     return None
@@ -194,15 +190,23 @@ def _check_queries(x: Tensor, queries: Tensor, check_finite: bool) -> Tensor:
     return batch
 
 
-def _nearest_by_cosine(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`nearest` by cosine on Triton.
+def _nearest_on_triton(
+    x: Tensor, k: int, measure_all: bool, queries: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor]:
+    """`nearest` by the kernels, by "euclidean" or "cosine".
 
     The kernels search unit tokens rounded to float32, which may change the order of near ties. So a
     few candidates more than k are measured in float64, as far as the kernels find more than k.
     """
     from ..kernels.knn import nearest_triton
 
-    n_candidates = min(k + band(k), x.shape[1] - 1, MAX_NEIGHBORS)
-    units = chunked.unit_tokens(x, dtype=torch.float32)
-    _, candidates = nearest_triton(units, n_candidates, False)
-    return chunked.settle_by_cosine(x, candidates, k)
+    if metric == "cosine":
+        others = x.shape[1] - (queries is None)
+        n_candidates = min(k + band(k), others, MAX_NEIGHBORS)
+        unit = partial(chunked.unit_tokens, dtype=torch.float32)
+        asked = None if queries is None else unit(queries)
+        _, candidates = nearest_triton(unit(x), n_candidates, False, asked)
+        return chunked.settle_by_cosine(x, candidates, k, queries)
+    if queries is not None and queries.dtype != x.dtype:
+        x, queries = x.float(), queries.float()
+    return nearest_triton(x, k, measure_all, queries)
