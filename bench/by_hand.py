@@ -31,7 +31,7 @@ SHAPES = (
     *((1, 196, 768), (8, 196, 768), (64, 196, 768), (1, 441, 768)),
     *((1, 1024, 768), (1, 2304, 1024), (1, 5184, 1024)),
 )
-SECONDS = 4  # for both sides of a ratio, as often as they fit
+SECONDS = 3  # for both sides of a ratio, as often as they fit
 Call = Callable[[], object]
 
 
