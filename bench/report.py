@@ -1,7 +1,7 @@
 """Markdown tables of result files: python bench/report.py bench/results/*.json
 
-Results are those of `pytest --benchmark-json`, bench/targets.py and bench/ablation.py. Other files
-have no table.
+Results are those of `pytest --benchmark-json`, bench/by_hand.py, bench/targets.py and
+bench/ablation.py. Other files have no table.
 """
 
 from __future__ import annotations
@@ -190,8 +190,29 @@ def ablation_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def by_hand_table(results: dict) -> str:
+    """Returns the ratios of bench/by_hand.py, a column for each number of threads."""
+    threads = sorted({row["threads"] for row in results["by_hand"]})
+    heads = " | ".join(_count(number, "thread") for number in threads)
+    lines = [_machine(results["machine_info"]["device_name"], results), ""]
+    lines += [f"| op | shape | {heads} |", "|---|---|" + "--:|" * len(threads)]
+    ratios: dict[tuple, dict[int, float]] = {}
+    for row in results["by_hand"]:
+        ratios.setdefault((row["op"], tuple(row["shape"])), {})[row["threads"]] = row["ratio"]
+    for (op, shape), by_threads in ratios.items():
+        size = " × ".join(f"{n:,}" for n in shape)
+        cells = " | ".join(f"{by_threads[number]:.2f}" for number in threads)
+        lines.append(f"| {op} | {size} | {cells} |")
+    return "\n".join(lines)
+
+
 # The key that only the results of one script have, and the table of these results.
-WRITERS = {"benchmarks": race_table, "results": target_table, "seeds": ablation_table}
+WRITERS = {
+    "benchmarks": race_table,
+    "by_hand": by_hand_table,
+    "results": target_table,
+    "seeds": ablation_table,
+}
 
 
 if __name__ == "__main__":

@@ -21,25 +21,64 @@ SOFTMAX_EPS = 1e-30  # makes a row without any weight (a zero feature) 0 instead
 BREUNIG_EPS = 1e-10  # added to the mean reachability distance, as in scikit-learn
 
 
-def squared_distances(x: Tensor) -> Tensor:
-    """d2(i, j) = ||x_i - x_j||^2, (B, N, N), and NaN for pairs with a token that is not finite."""
-    d2 = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    finite = x.isfinite().all(dim=-1)
-    return torch.where(finite[:, :, None] & finite[:, None, :], d2, torch.nan)
+def squared_distances(x: Tensor, queries: Tensor | None = None) -> Tensor:
+    """d2(i, j) = ||q_i - x_j||^2, (B, M, N), and NaN for pairs with a token that is not finite.
 
-
-def knn(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances and indices (B, N, k) of the k nearest *others*, ties by lower index.
-
-    Tokens that are not finite come last, at the distance NaN.
+    Without queries (B, M, D), the queries are the tokens x (B, N, D) themselves.
     """
-    d2 = squared_distances(x)
-    last = d2.isnan().int()
-    last.diagonal(dim1=-2, dim2=-1).fill_(2)  # the token itself
-    by_distance = d2.argsort(dim=-1, stable=True)
+    queries = x if queries is None else queries
+    d2 = torch.cdist(queries, x, compute_mode="donot_use_mm_for_euclid_dist").square()
+    return torch.where(_finite_pairs(x, queries), d2, torch.nan)
+
+
+def cosine_distances(x: Tensor, queries: Tensor) -> Tensor:
+    """1 - cos(q_i, x_j) = ||q_i / ||q_i|| - x_j / ||x_j|| ||^2 / 2, (B, M, N), and 1 for zeros."""
+    distances = squared_distances(divided_by_norm(x), divided_by_norm(queries)) / 2
+    either_zero = (x == 0).all(dim=-1)[:, None, :] | (queries == 0).all(dim=-1)[:, :, None]
+    return torch.where(either_zero & ~distances.isnan(), 1, distances)
+
+
+def divided_by_norm(x: Tensor) -> Tensor:
+    """x_i / ||x_i||, 0 for a token of zeros, and NaN in a token that is not finite.
+
+    A token is scaled by its largest entry first, because its squares could over- or underflow.
+    """
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scaled = x / torch.where(largest > 0, largest, 1)
+    return scaled / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp(min=1)
+
+
+def negative_products(x: Tensor, queries: Tensor) -> Tensor:
+    """-q_i x_j, (B, M, N), and NaN for pairs with a token that is not finite."""
+    return torch.where(_finite_pairs(x, queries), -(queries @ x.mT), torch.nan)
+
+
+#: What the nearest tokens have the least of, by metric.
+DISTANCES = {
+    "euclidean": squared_distances,
+    "cosine": cosine_distances,
+    "inner_product": negative_products,
+}
+
+
+def knn(
+    x: Tensor, k: int, queries: Tensor | None = None, metric: str = "euclidean"
+) -> tuple[Tensor, Tensor]:
+    """Values and indices (B, M, k) of the k tokens of x nearest to each query, ties by lower index.
+
+    Without queries, the k nearest *others* of each token. The values are squared distances, for
+    "cosine" 1 - cos, and for "inner_product" the products, the largest first. Tokens that are not
+    finite come last, with the value NaN.
+    """
+    distances = DISTANCES[metric](x, x if queries is None else queries)
+    last = distances.isnan().int()
+    if queries is None:
+        last.diagonal(dim1=-2, dim2=-1).fill_(2)  # the token itself
+    by_distance = distances.argsort(dim=-1, stable=True)
     by_kind = last.gather(-1, by_distance).argsort(dim=-1, stable=True)
     indices = by_distance.gather(-1, by_kind)[..., :k]
-    return d2.gather(-1, indices), indices
+    nearest = distances.gather(-1, indices)
+    return -nearest if metric == "inner_product" else nearest, indices
 
 
 def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -248,3 +287,9 @@ def attention(
 def _gather_tokens(per_token: Tensor, neighbors: Tensor) -> Tensor:
     """per_token (B, N) at neighbors (B, N, k)."""
     return per_token.gather(-1, neighbors.flatten(1)).view_as(neighbors)
+
+
+def _finite_pairs(x: Tensor, queries: Tensor) -> Tensor:
+    """Mask (B, M, N) of the pairs of finite tokens of queries (B, M, D) and x (B, N, D)."""
+    finite, finite_queries = (tokens.isfinite().all(dim=-1) for tokens in (x, queries))
+    return finite_queries[:, :, None] & finite[:, None, :]

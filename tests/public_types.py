@@ -16,6 +16,7 @@ Pair = tuple[Tensor, Tensor]
 def ops(x: Tensor, mask: Tensor, grid: tuple[int, int]) -> None:
     with sf.backend("torch"):
         assert_type(sf.knn(x, 5, check_finite=True), Pair)
+        assert_type(sf.knn(x, 5, x, "cosine"), Pair)
         assert_type(sf.lof(x, n_neighbors=5, contamination=0.1, variant="breunig"), Pair)
         assert_type(sf.lof_scores(x, 5, backend=None), Tensor)
         assert_type(sf.norm_scores(x, check_finite=False), Tensor)

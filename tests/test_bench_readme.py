@@ -15,9 +15,8 @@ RESULTS = ROOT / "bench" / "results"
 FIGURES = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
 
 #: The result files with a table.
-FILES = [
-    path for name in ("clip", "cpu", "sam3", "h200", "scenes") for path in RESULTS.glob(f"{name}-*")
-]
+NAMES = ("by-hand", "clip", "cpu", "sam3", "h200", "scenes")
+FILES = [path for name in NAMES for path in RESULTS.glob(f"{name}-*")]
 FILES = [path for path in FILES if path.suffix == ".json"]
 
 

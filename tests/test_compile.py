@@ -15,6 +15,18 @@ GRID = (5, 8)
 #: By op: a function of tensors with a batch dimension in front, and its inputs.
 OPS = {
     "knn": (lambda x: sf.knn(x, 5), lambda: (torch.randn(3, 40, 8),)),
+    "knn-queries": (
+        lambda x, q: sf.knn(x, 5, q),
+        lambda: (torch.randn(3, 40, 8), torch.randn(3, 7, 8)),
+    ),
+    "knn-cosine": (
+        lambda x, q: sf.knn(x, 40, q, "cosine"),
+        lambda: (torch.randn(3, 40, 8), torch.randn(3, 7, 8)),
+    ),
+    "knn-inner_product": (
+        lambda x: sf.knn(x, 5, metric="inner_product"),
+        lambda: (torch.randn(3, 40, 8),),
+    ),
     "lof_scores": (lambda x: sf.lof_scores(x, 5), lambda: (torch.randn(3, 40, 8),)),
     "lof_scores-breunig": (
         lambda x: sf.lof_scores(x, 5, variant="breunig"),
@@ -123,6 +135,14 @@ class TestOpcheck:
     def test_nearest(self, backend, measure_all):
         (x,) = self.tensors((2, 20, 4))
         self.check(nearest, x, 3, measure_all, backend)
+
+    @pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner_product"])
+    def test_nearest_of_queries(self, backend, metric):
+        if backend == "triton" and metric == "inner_product":
+            pytest.skip("the kernels do not rank by products")
+        x, queries = self.tensors((2, 20, 4), (2, 7, 4))
+        self.check(nearest, x, 20, True, backend, queries, metric)
+        self.check(nearest, x, 5, True, backend, None, metric)
 
     def test_repair(self, backend):
         (tokens,) = self.tensors((2, 20, 4), grad=True)

@@ -29,6 +29,9 @@ def forward(n, d):
         "lof_scores": lambda: sf.lof_scores(x),
         "lof_scores-breunig": lambda: sf.lof_scores(x, variant="breunig"),
         "knn": lambda: sf.knn(x, 30),
+        "knn-queries": lambda: sf.knn(x, 30, x + 1),
+        "knn-cosine": lambda: sf.knn(x, 30, x + 1, "cosine"),
+        "knn-inner_product": lambda: sf.knn(x, 30, x + 1, "inner_product"),
         "aggregate": lambda: sf.aggregate(x, x),
         "blended_attention": lambda: sf.blended_attention(q, q, q, x),
     }

@@ -22,6 +22,7 @@ LOF = "From `lof_pytorch` to scclip_fast in one line"
 OPEN_CLIP = "Calibrate your open_clip model"
 SAM3 = "Calibrate SAM3"
 OWN = "Write another calibration from the ops"
+ANOMALIES = "Anomaly detection with a bank of tokens"
 OPS = "Ops"
 
 
@@ -49,7 +50,9 @@ def stand_in(monkeypatch, **small) -> None:
 
 
 def test_every_block_is_run():
-    tested = [block for title in (LOF, OPEN_CLIP, SAM3, OWN, OPS) for block in blocks(title)]
+    tested = [
+        block for title in (LOF, OPEN_CLIP, SAM3, OWN, ANOMALIES, OPS) for block in blocks(title)
+    ]
     assert README.count("```python") == len(tested)
 
 
@@ -94,6 +97,20 @@ def test_own_calibration():
     assert calibrated[1, 4, 4].norm() < 10
     calibrated.sum().backward()
     assert features.grad.isfinite().all()
+
+
+def test_anomaly_detection():
+    """Noise in one patch of a drawn scene, where the scene itself is in the bank."""
+    images = [scene("train", i).image[:128, :128] for i in range(4)]
+    normal = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    broken = normal[:1].clone()
+    broken[..., 32:48, 48:64] = 3 * torch.randn(1, 3, 16, 16)
+    with torch.inference_mode():
+        found = run(ANOMALIES, normal_pixels=normal, pixels=broken)
+    scores = found["scores"][0]
+    assert scores.argmax() == 2 * 8 + 3  # of 8 x 8 patches
+    assert scores.max() > 10 * scores.median()
+    assert found["sparse"].shape == (1, 64) and found["sparse"].isfinite().all()
 
 
 @pytest.fixture

@@ -135,14 +135,43 @@ def test_more_queries_than_one_tile_holds(monkeypatch):
     np.testing.assert_allclose(found[0], expected[0])
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_more_neighbors_than_the_kernels_take(metric, dtype):
+    """New rows and fitted ones at k = 150, against both of scikit-learn's classes."""
+    x, new = rows(400).astype(dtype), rows(60, seed=1).astype(dtype)
+    ours, theirs = (
+        kind(150, metric=metric, algorithm="brute", novelty=True).fit(data)
+        for kind, data in ((LocalOutlierFactor, x), (Theirs, x.astype(np.float64)))
+    )
+    neighbors = sklearn.neighbors.NearestNeighbors(
+        n_neighbors=150, metric=metric, algorithm="brute"
+    ).fit(x.astype(np.float64))
+    asked = new.astype(np.float64)
+    for found, expected in (
+        (ours.kneighbors(new), neighbors.kneighbors(asked)),
+        (ours.kneighbors(), neighbors.kneighbors()),
+    ):
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+        if dtype == np.float64:
+            assert np.array_equal(found[1], expected[1])
+    expected = theirs.score_samples(asked)
+    np.testing.assert_allclose(ours.score_samples(new), expected, rtol=1e-5)
+
+
 def test_rows_of_zeros_by_cosine():
     x = rows(30, 3)
     x[4] = 0
-    model = LocalOutlierFactor(5, metric="cosine", novelty=True).fit(x)
-    np.testing.assert_allclose(model.kneighbors()[0][4], 1)
-    np.testing.assert_allclose(model.kneighbors(np.zeros((1, 3)), 5)[0], [[0, 1, 1, 1, 1]])
-    without = LocalOutlierFactor(5, metric="cosine", novelty=True).fit(np.delete(x, 4, axis=0))
-    np.testing.assert_allclose(without.kneighbors(np.zeros((1, 3)), 5)[0], np.ones((1, 5)))
+    x[9] = 0
+    new = np.concatenate([np.zeros((1, 3)), rows(7, 3, seed=1)])
+    ours, theirs = (
+        kind(5, metric="cosine", novelty=True).fit(x) for kind in (LocalOutlierFactor, Theirs)
+    )
+    np.testing.assert_allclose(ours.kneighbors()[0], theirs.kneighbors()[0], atol=1e-9)
+    found, expected = ours.kneighbors(new), theirs.kneighbors(new)
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-9)
+    assert np.array_equal(found[1][1:], expected[1][1:])
+    np.testing.assert_allclose(ours.score_samples(new), theirs.score_samples(new), rtol=1e-7)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

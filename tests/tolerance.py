@@ -84,3 +84,29 @@ def decided(indices: Tensor, *, x: Tensor) -> Tensor:
     indices = indices.cpu()
     same = (indices.sort(dim=-1).values == expected.sort(dim=-1).values).all(dim=-1)
     return same & same.gather(-1, indices.flatten(1)).view_as(indices).all(dim=-1)
+
+
+def assert_nearest(found, x, k, queries=None, metric="euclidean"):
+    """Asserts that the values are float64's, in order, and those of the tokens at the indices."""
+    values, indices = (t.cpu() for t in found)
+    x, queries = (None if t is None else t.detach().double().cpu() for t in (x, queries))
+    rows = x if queries is None else queries
+    assert indices.dtype == torch.int64 and indices.shape == (*rows.shape[:-1], k)
+    batch = [t if t.dim() == 3 else t[None] for t in (x, rows)]
+    distances = reference.DISTANCES[metric](*batch).view(*rows.shape[:-1], x.shape[-2])
+    expected, _ = reference.knn(batch[0], k, None if queries is None else batch[1], metric)
+    sign = -1 if metric == "inner_product" else 1
+    at_indices = sign * distances.gather(-1, indices)
+    scale = 1.0
+    if metric == "inner_product":  # sums in float64, whose rounding is that of their terms
+        norms = (torch.linalg.vector_norm(t, dim=-1) for t in (rows, x))
+        scale = next(norms)[..., None] * next(norms).amax(dim=-1)[..., None, None]
+    relative = TIE if metric == "euclidean" else 2.0**-23
+    for right in (at_indices, expected.view_as(values)):
+        error = (values.double() - right).abs()
+        allowed = relative * right.abs() + (0 if metric == "euclidean" else 1e-14 * scale)
+        assert (error <= allowed).all(), f"off by {(error - allowed).max():.1e}"
+    assert (sign * values.diff(dim=-1) >= 0).all()
+    assert (indices.sort(dim=-1).values.diff(dim=-1) > 0).all(), "a neighbour twice"
+    if queries is None:
+        assert (indices != torch.arange(x.shape[-2])[:, None]).all()

@@ -2,13 +2,14 @@
 
 It runs on the CPU, and on a GPU where the kernels do not. Beyond the tensors that it returns, a
 call holds at most about `tiles.WORKSPACE_BYTES`, whatever N, D and the batch are, plus O(B N)
-floats (norms, sums). `repair` alone has no tiles: it takes a few times the memory of its tokens.
+floats (norms, sums). Two ops hold more: the neighbours by cosine the unit vectors of one image in
+float64, and `repair`, which has no tiles, a few times the memory of its tokens.
 """
 
 from .aggregate import aggregate, aggregate_backward, inverse_norms
 from .attention import attention, attention_backward
+from .metrics import nearest, settle_by_cosine, unit_tokens
 from .repair import repair, repair_backward
-from .search import nearest
 from .tiles import compute_dtype
 
 __all__ = [
@@ -21,4 +22,6 @@ __all__ = [
     "nearest",
     "repair",
     "repair_backward",
+    "settle_by_cosine",
+    "unit_tokens",
 ]

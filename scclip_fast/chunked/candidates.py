@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .distances import finite_tokens
+from .distances import finite_tokens, pair_distances
 from .tiles import compute_dtype, spans
 from .topk import GROUP, smallest, smallest_grouped
 
@@ -46,6 +46,9 @@ class Candidates:
         norms: (B, M) of the centred rows.
     """
 
+    #: The values that decide, of candidates: squared distances.
+    measure = staticmethod(pair_distances)
+
     def __init__(
         self,
         rows: Tensor,
@@ -56,26 +59,40 @@ class Candidates:
     ):
         self._rows, self._step, self._self_index, self._centre = rows, step, self_index, centre
         shape = (*rows.shape[:2], n)
-        dtype = compute_dtype(rows) if centre is None else centre.dtype
+        dtype = self.measured_dtype(rows) if centre is None else centre.dtype
         self.scores = rows.new_full(shape, torch.inf, dtype=dtype)
         self.indices = torch.zeros(shape, dtype=torch.int64, device=rows.device)
         self.norms = self.scores.new_empty(shape[:2])
 
+    @staticmethod
+    def measured_dtype(tokens: Tensor) -> torch.dtype:
+        """The dtype of measured values."""
+        return compute_dtype(tokens)
+
+    @staticmethod
+    def centre(tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """The argument `centre` for a search among tokens (B, N, D)."""
+        return centre(tokens, dtype)
+
     def add(self, tokens: Tensor, first: int) -> None:
         """Ranks tokens (B, c, D), whose indices count from `first`, among those added before."""
         if self._centre is not None:
-            y, squares = centred(tokens, self._centre, multiple=GROUP)
+            columns = self._columns(tokens, self._centre)
         width = -(-tokens.shape[1] // GROUP) * GROUP
         # One tile for all rows: allocating and freeing one this large each time takes longer.
         scores = self.scores.new_empty(len(tokens), self._step, width)
         for span in spans(self._rows.shape[1], self._step):
             tile = scores[:, : span.stop - span.start]
             if self._centre is not None:
-                self._multiply(y, squares, self._centre, span, tile)
+                self._multiply(*columns, self._centre, span, tile)
             else:
                 self._measure(tokens, span, tile)
             self._leave_out_self(tile, span, first)
             _keep_smallest(self.scores[:, span], self.indices[:, span], tile, first)
+
+    def _columns(self, tokens: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+        """The operand of products, and the numbers that are added to them, of tokens (B, c, D)."""
+        return centred(tokens, centre, multiple=GROUP)
 
     def _multiply(
         self, columns: Tensor, squares: Tensor, centre: Tensor, span: slice, tile: Tensor
@@ -149,8 +166,12 @@ def centred(
     missing = -n % multiple
     result = centre.new_empty(batch, n + missing, width)
     result[:, n:] = 0
-    result[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to a tensor of its own
-    result[:, :n] -= centre
+    if torch.promote_types(tokens.dtype, centre.dtype) != centre.dtype:
+        # Rounded before the subtraction, tokens would be off by a share of their own norms.
+        torch.sub(tokens, centre, out=result[:, :n])
+    else:
+        result[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to another tensor
+        result[:, :n] -= centre
     squares = torch.linalg.vector_norm(result[..., :depth], dim=-1).square_()
     for channels in result.split(depth or width, dim=-1)[1:]:
         squares += torch.linalg.vector_norm(channels, dim=-1).square_()

@@ -25,6 +25,20 @@ Let r be the measured distance of the k-th neighbour, whose own rounding is at m
 
 The bounds hold for one huge token among small ones, as no row's bound depends on another token's
 norm. Data that suit the dtype badly leave rows undecided, never wrong.
+
+A search for inner products (`products.py`) has no triangle inequality, and needs none. With a =
+||q||, the true score of a token is s_j = -q x_j / a, its rounded value is c_j, and its measured
+value, a sum of float64 over a, is m_j:
+
+    |c_j - s_j| <= gamma b_j,  |m_j - s_j| <= gamma b_j,      b_j = ||x_j|| + sqrt(D t)
+
+The bound is the one above, for products of a unit row. sqrt(D t), with the smallest normal number t
+of the products' dtype, covers what underflows in the norm and in the products. The search ranks
+the tokens by l_j = c_j - 2 gamma b_j, so that every token has m_j >= l_j, and every token that the
+search dropped has m_j >= l_n of the last of its n candidates. All n candidates are measured. A row
+is decided if l_n > m_k, plus the rounding of m_k itself: two roundings of the quotient, and what
+underflows in the sum, 2 D t' / a. This is tighter than gamma max_j b_j for all tokens, which one
+huge token would spoil.
 """
 
 from __future__ import annotations
@@ -92,3 +106,28 @@ def undecided(
         root = torch.addcmul(tau.clamp_(min=0), a, a, value=4 * gamma**2).sqrt_()
         decided &= root.add_(a, alpha=2 * gamma) <= r * ((1 - rho) * (1 - gamma))
     return ~decided
+
+
+def product_margin(norms: Tensor, width: int) -> Tensor:
+    """2 gamma b of tokens with these norms, in the dtype of the products."""
+    limits = torch.finfo(norms.dtype)
+    return (norms + (width * limits.tiny) ** 0.5) * ((width + 16) * limits.eps)
+
+
+def undecided_products(
+    scores: Tensor, norms: Tensor, k_value: Tensor, width: int, complete: bool
+) -> Tensor:
+    """The rows (B, M) bool of a search for inner products that are not decided.
+
+    Args:
+        scores: (B, M, n), the n smallest l of each row, ascending.
+        norms: (B, M), a in float64.
+        k_value: (B, M), a m_k in float64.
+        width: D.
+        complete: True if the candidates are all tokens there are.
+    """
+    if complete:
+        return torch.zeros_like(k_value, dtype=torch.bool)
+    limits = torch.finfo(k_value.dtype)
+    m = k_value / norms
+    return ~(scores[..., -1] > m + 4 * limits.eps * m.abs() + 2 * width * limits.tiny / norms)

@@ -1,7 +1,8 @@
-"""Measured distances of candidates, and the order of near ties by them.
+"""Measured distances and products of candidates, and the order of near ties by them.
 
 A measured distance is the sum of squared differences, whose rounding is that of the distance
-itself. A product rounds by as much as the norms do.
+itself. A distance from a matrix product rounds by as much as the norms do. A measured product is a
+sum in float64.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .tiles import compute_dtype, spans
+from .tiles import compute_dtype, longest_dtype, spans
 
 
 def pair_distances(
@@ -24,11 +25,21 @@ def pair_distances(
         x, neighbors, queries: as for `squared_differences`.
         finite: `finite_tokens(x)`, if the caller has it.
     """
-    distances = squared_differences(x, neighbors, queries)
-    finite = finite_tokens(x) if finite is None else finite
-    usable = finite.gather(-1, neighbors.flatten(1)).view_as(neighbors)
-    usable &= finite_tokens(queries).unsqueeze(-1)
-    return distances.masked_fill_(~usable, torch.nan)
+    return _finite_pairs(squared_differences(x, neighbors, queries), x, neighbors, queries, finite)
+
+
+def pair_products(
+    x: Tensor, neighbors: Tensor, queries: Tensor, finite: Tensor | None = None
+) -> Tensor:
+    """-q_i x_j (B, M, m) in float64, with NaN for pairs with a token that is not finite.
+
+    The sign lets the nearest tokens have the smallest numbers, as by a distance.
+
+    Args:
+        x, neighbors, queries, finite: as for `pair_distances`.
+    """
+    products = _sums(x, neighbors, queries, longest_dtype(x.device), Tensor.mul_)
+    return _finite_pairs(products.neg_(), x, neighbors, queries, finite)
 
 
 def squared_differences(x: Tensor, neighbors: Tensor, queries: Tensor) -> Tensor:
@@ -39,17 +50,42 @@ def squared_differences(x: Tensor, neighbors: Tensor, queries: Tensor) -> Tensor
         neighbors: indices of tokens of x.
         queries: (B, M, D).
     """
+    return _sums(x, neighbors, queries, compute_dtype(x), lambda a, b: a.sub_(b).square_())
+
+
+def _sums(
+    x: Tensor,
+    neighbors: Tensor,
+    queries: Tensor,
+    dtype: torch.dtype,
+    combine: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """The sum over the channels of `combine` (B, M, m) for each pair of a query and a neighbour.
+
+    Args:
+        combine: takes neighbours (r, m, D) in `dtype`, which it may overwrite, and queries
+            (r, 1, D).
+    """
     batch, asked, m = neighbors.shape
-    dtype = compute_dtype(x)
-    distances = torch.empty(batch, asked, m, dtype=dtype, device=x.device)
+    sums = torch.empty(batch, asked, m, dtype=dtype, device=x.device)
     row_bytes = max(1, m * x.shape[-1] * dtype.itemsize)
     rows_per_step = max(1, tiles.WORKSPACE_BYTES // 32 // row_bytes)
     for image in range(batch):
         for rows in spans(asked, rows_per_step):
             others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)
-            difference = others.unflatten(0, (-1, m)).sub_(queries[image, rows, None])
-            distances[image, rows] = difference.square_().sum(dim=-1)
-    return distances
+            pairs = combine(others.unflatten(0, (-1, m)), queries[image, rows, None])
+            sums[image, rows] = pairs.sum(dim=-1)
+    return sums
+
+
+def _finite_pairs(
+    values: Tensor, x: Tensor, neighbors: Tensor, queries: Tensor, finite: Tensor | None
+) -> Tensor:
+    """The values (B, M, m) with NaN for pairs with a token that is not finite."""
+    finite = finite_tokens(x) if finite is None else finite
+    usable = finite.gather(-1, neighbors.flatten(1)).view_as(neighbors)
+    usable &= finite_tokens(queries).unsqueeze(-1)
+    return values.masked_fill_(~usable, torch.nan)
 
 
 def finite_tokens(x: Tensor) -> Tensor:
@@ -84,3 +120,13 @@ def settle_last(
     sure, near_ties = candidates.tensor_split([candidates.shape[-1] - n_measured], dim=-1)
     distances, chosen = settle(near_ties, k - sure.shape[-1], measure)
     return distances, torch.cat([sure, chosen], dim=-1)
+
+
+def in_order(distances: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances and indices (..., k) by ascending distance, equal distances by lower index.
+
+    Rounding to a shorter dtype, or a root, may make equal what was ordered before.
+    """
+    indices, by_index = indices.sort(dim=-1)
+    distances, order = distances.gather(-1, by_index).sort(dim=-1, stable=True)
+    return distances, indices.gather(-1, order)

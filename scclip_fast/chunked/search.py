@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .candidates import Candidates, centre, list_sizes
-from .certificate import Found, counts, undecided
-from .distances import finite_tokens, pair_distances, settle_last
+from .candidates import Candidates, list_sizes
+from .certificate import Found, counts, undecided, undecided_products
+from .distances import finite_tokens, settle_last
 from .symmetric import has_room, search_symmetric
 from .tiles import Tile, compute_dtype, plan, spans
 from .topk import GROUP
@@ -41,17 +41,20 @@ def nearest(
     queries: Tensor | None = None,
     *,
     measure_all: bool = True,
-    exact: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    kind: type[Candidates] = Candidates,
 ) -> tuple[Tensor, Tensor]:
     """The k tokens of x (B, N, D) nearest to each query (B, M, D), certified.
 
     Args:
         x: float16 to float64.
         k: at most N, or N - 1 without queries.
-        queries: rows of the dtype of x. Without them, the nearest others of every token of x.
+        queries: rows that are computed in the dtype of x. Without them, the nearest others of every
+            token of x.
         measure_all: False to return the distance of the k-th neighbour alone, for which fewer
             candidates need to be measured.
-        exact: x and queries in a longer dtype, if distances are to be measured in it.
+        dtype: dtype of the products of the first pass; by default that of the distances.
+        kind: `ProductCandidates` to find the smallest -q x_j, in float64, in place of distances.
 
     Returns:
         Squared distances (B, M, k), ascending, or (B, M, 1), and indices (B, M, k) int64. Without
@@ -60,19 +63,17 @@ def nearest(
         infinite.
     """
     rows, first_token = (x, 0) if queries is None else (queries, None)
-    exact = (x, rows) if exact is None else exact
     if _is_captured(x):
-        found = _search(*exact, first_token, k, None, exact, measure_all)
+        found = _search(x, rows, first_token, k, None, kind, measure_all)
         return found.distances, found.indices
     counts["product"] += rows.shape[0] * rows.shape[1]
-    if queries is None and has_room(x, k):
-        found = search_symmetric(x, k, exact[0], measure_all)
+    if queries is None and kind is Candidates and has_room(x, k):
+        found = search_symmetric(x, k, measure_all)
     else:
-        found = _search(x, rows, first_token, k, compute_dtype(x), exact, measure_all)
+        found = _search(x, rows, first_token, k, dtype or compute_dtype(x), kind, measure_all)
     for image, places in _finite_rows(rows, found.undecided):
         one = slice(image, image + 1)
-        tensors = x[one], rows[one], (exact[0][one], exact[1][one])
-        again = partial(_search_some, *tensors, among_itself=queries is None, k=k)
+        again = partial(_search_some, x[one], rows[one], queries is None, k, kind)
         passes = [partial(again, name="float64"), partial(again, name="differences")]
         search_again(found.distances[image], found.indices[image], places, passes)
     return found.distances, found.indices
@@ -107,27 +108,23 @@ def search_again(
 def _search_some(
     x: Tensor,
     rows: Tensor,
-    exact: tuple[Tensor, Tensor],
-    places: Tensor,
     among_itself: bool,
     k: int,
+    kind: type[Candidates],
+    places: Tensor,
     name: str,
 ) -> Found:
     """The second or the third pass, over the rows at some places (R,) of one image.
 
     Args:
-        x, rows, exact: as for `_search`, of one image.
+        x, rows, k, kind: as for `_search`, of one image.
         among_itself: True if the rows are the tokens of x.
         name: "float64" or "differences".
     """
     counts[name] += len(places)
     self_index = places if among_itself else None
-    pair = exact[0], exact[1][:, places]
-    if name == "float64":
-        longest = None if x.device.type == "mps" else torch.float64  # MPS has no float64
-        found = _search(x, rows[:, places], self_index, k, longest, pair, True)
-    else:
-        found = _search(*pair, self_index, k, None, pair, True)
+    dtype = torch.float64 if name == "float64" and x.device.type != "mps" else None
+    found = _search(x, rows[:, places], self_index, k, dtype, kind, True)
     return Found(*(tensor[0] for tensor in found))
 
 
@@ -137,50 +134,48 @@ def _search(
     self_index: int | Tensor | None,
     k: int,
     dtype: torch.dtype | None,
-    exact: tuple[Tensor, Tensor],
+    kind: type[Candidates],
     measure_all: bool,
 ) -> Found:
     """One pass over all rows (B, M, D): candidates among x (B, N, D), their order, the certificate.
 
     Args:
         self_index: as for `Candidates`.
-        dtype: dtype of the products; None to measure all differences, which decides every row.
-        exact: x and rows as distances are measured.
+        dtype: dtype of the products; None to measure all pairs, which decides every row.
+        kind: as for `nearest`.
     """
     batch, tokens, _ = x.shape
     n_rows = rows.shape[1]
-    tile = tile_of(batch, tokens, x.shape[-1], k, dtype or compute_dtype(x))
+    measured_dtype = kind.measured_dtype(x)
+    tile = tile_of(batch, tokens, x.shape[-1], k, _longer(dtype, measured_dtype), n_rows)
     others = tokens - (self_index is not None)
     n_candidates, n_measured = list_sizes(k, others, measure_all)
     group = max(1, rows_of_lists(tile.images, n_candidates) // tile.rows) * tile.rows
     step, n_distances = min(tile.rows, n_rows), k if measure_all else 1
-    distances_dtype = compute_dtype(exact[0])
-    distances = torch.empty(batch, n_rows, n_distances, dtype=distances_dtype, device=x.device)
+    distances = torch.empty(batch, n_rows, n_distances, dtype=measured_dtype, device=x.device)
     indices = torch.empty(batch, n_rows, k, dtype=torch.int64, device=x.device)
     is_open = torch.zeros(batch, n_rows, dtype=torch.bool, device=x.device)
     for images in spans(batch, tile.images):
         block = x[images]
-        middle = None if dtype is None else centre(block, dtype)
-        finite = finite_tokens(exact[0][images])
+        middle = None if dtype is None else kind.centre(block, dtype)
+        finite = finite_tokens(block)
         for span in spans(n_rows, group):
             span_index = _at(self_index, span)
-            candidates = Candidates(rows[images, span], n_candidates, step, span_index, middle)
+            candidates = kind(rows[images, span], n_candidates, step, span_index, middle)
             for columns in tiles.each_tile.get()(list(spans(tokens, tile.columns))):
                 candidates.add(block[:, columns], columns.start)
-            queries = exact[1][images, span]
-            measure = partial(pair_distances, exact[0][images], queries=queries, finite=finite)
+            measure = partial(kind.measure, block, queries=rows[images, span], finite=finite)
             nearest_distances, indices[images, span] = settle_last(
                 candidates.indices, k, n_measured, measure
             )
             distances[images, span] = nearest_distances[..., -n_distances:]
             if dtype is not None:
-                is_open[images, span] = undecided(
-                    candidates.scores,
-                    candidates.norms,
-                    nearest_distances[..., -1],
-                    n_measured,
-                    x.shape[-1],
-                    n_candidates == others,
+                row_scores = candidates.scores, candidates.norms, nearest_distances[..., -1]
+                complete = n_candidates == others
+                is_open[images, span] = (
+                    undecided(*row_scores, n_measured, x.shape[-1], complete)
+                    if kind is Candidates
+                    else undecided_products(*row_scores, x.shape[-1], complete)
                 )
     return Found(distances, indices, is_open)
 
@@ -192,9 +187,25 @@ def _at(self_index: int | Tensor | None, span: slice) -> int | Tensor | None:
     return None if self_index is None else self_index + span.start
 
 
-def tile_of(batch: int, tokens: int, width: int, k: int, dtype: torch.dtype) -> Tile:
-    """The tile of a search for k neighbours: of its columns, k groups are read once more."""
-    return plan(batch, tokens, width, dtype, copies=1 + 6 * min(1, k * GROUP / tokens))
+def _longer(dtype: torch.dtype | None, other: torch.dtype) -> torch.dtype:
+    return other if dtype is None else torch.promote_types(dtype, other)
+
+
+def tile_of(
+    batch: int,
+    tokens: int,
+    width: int,
+    k: int,
+    dtype: torch.dtype,
+    n_rows: int | None = None,
+) -> Tile:
+    """The tile of a search for k neighbours: of its columns, k groups are read once more.
+
+    Args:
+        n_rows: number of rows of an image, by default that of its tokens.
+    """
+    copies = 1 + 6 * min(1, k * GROUP / tokens)
+    return plan(batch, tokens, width, dtype, copies, n_rows)
 
 
 def rows_of_lists(images: int, k: int) -> int:

@@ -47,30 +47,29 @@ def has_room(x: Tensor, k: int) -> bool:
     return x.device.type == "cpu" and 0 < len(x) and x.shape[1] * row_bytes <= tiles.WORKSPACE_BYTES
 
 
-def search_symmetric(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found:
+def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found:
     """The first pass of `search.nearest`, by products, for every token of x (B, N, D).
 
     Args:
-        exact: x as distances are measured.
         measure_all: as for `nearest`.
     """
     batch, tokens, width = x.shape
     steps = spans(batch, images_per_step(tokens, width))
-    parts = [_search_images(x[images], k, exact[images], measure_all) for images in steps]
+    parts = [_search_images(x[images], k, measure_all) for images in steps]
     return parts[0] if len(parts) == 1 else Found(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _search_images(x: Tensor, k: int, exact: Tensor, measure_all: bool) -> Found:
+def _search_images(x: Tensor, k: int, measure_all: bool) -> Found:
     """`search_symmetric` of a few images."""
     batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
-    in_float32 = compute_dtype(exact) == torch.float32
+    in_float32 = compute_dtype(x) == torch.float32
     by_products = measure_all and in_float32 and tokens <= FLOAT64_TOKENS
     lists, finite = _candidates(x, centre(x, torch.float64 if by_products else compute_dtype(x)), n)
     first_token = torch.arange(0, batch * tokens, tokens)[:, None, None]
     lists.indices.add_(first_token)  # among the tokens of all images
     lists = Lists(*(t.flatten(0, 1) for t in lists))
-    rows = exact.flatten(0, 1)
+    rows = x.flatten(0, 1)
     measure = partial(squared_differences if finite else pair_distances, rows[None])
     certify = partial(undecided, width=width, roundings=roundings(width, DEPTH))
     if by_products:

@@ -30,16 +30,23 @@ class Tile(NamedTuple):
 
 
 def plan(
-    batch: int, tokens: int, width: int, dtype: torch.dtype, copies: float = TILE_COPIES
+    batch: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype,
+    copies: float = TILE_COPIES,
+    n_rows: int | None = None,
 ) -> Tile:
     """Returns the largest tile that fits `WORKSPACE_BYTES`.
 
-    A step holds `copies` of its tile, and operands of `width` numbers for each of its tokens.
+    A step holds `copies` of its tile, and operands of `width` numbers for each of its tokens. There
+    are as many rows as tokens unless `n_rows` is given.
     """
     half = WORKSPACE_BYTES // 2 // dtype.itemsize
     columns = min(tokens, MAX_COLUMNS, max(1, half // width))
     rows = max(1, int(half / (columns * copies + width)))
-    rows = min(tokens, rows // 64 * 64 or rows)  # whole blocks of a matrix product
+    n_rows = tokens if n_rows is None else max(1, n_rows)
+    rows = min(n_rows, rows // 64 * 64 or rows)  # whole blocks of a matrix product
     images = max(1, int(half / (rows * columns * copies + (rows + columns) * width)))
     return Tile(max(1, min(batch, images)), rows, columns)
 
@@ -55,3 +62,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
+
+
+def longest_dtype(device: torch.device) -> torch.dtype:
+    """Returns float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64

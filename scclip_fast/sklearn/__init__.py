@@ -58,8 +58,8 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
     Rows are an array, anything that scikit-learn makes one of, or a dense tensor on any device.
     Results are of the same kind: numpy arrays, or tensors on that device, which computes them.
     float32 is kept, float16 and bfloat16 tensors become float32, everything else float64. Results
-    and the search for neighbours have the dtype that was fitted; distances are measured in float64.
-    No N x N matrix is ever held.
+    have the dtype that was fitted; distances are measured in float64. `knn` finds the neighbours of
+    fitted and of new rows, on the device of the tensors. No N x N matrix is ever held.
 
     Args:
         n_neighbors: k, at least 1. If there are fewer other rows, all of them are neighbours.
@@ -67,7 +67,7 @@ class LocalOutlierFactor(OutlierMixin, BaseEstimator):
             compared in any case.
         leaf_size: at least 1, without effect, as there are no trees.
         metric: "minkowski", which with `p=2` is "euclidean", "sqeuclidean" or "cosine". By cosine,
-            the distance of a row of zeros is 0 to other rows of zeros and 1 to all other rows.
+            the distance of a row of zeros to every row is 1.
         p: 2, the power of "minkowski". The other metrics do not use it.
         metric_params: None, as no metric takes parameters.
         contamination: the share of outliers, in (0, 0.5], or "auto", which takes rows that score
