@@ -1,6 +1,6 @@
 """The last block of SC-CLIP and of the methods that it is compared with.
 
-Each function takes a tower, the outputs (B, 1 + N, D) of all its blocks but the last, the grid
+Each function takes a tower, the outputs (B, P + N, D) of all its blocks but the last, the grid
 (h, w) and a configuration, and returns patch tokens (B, N, D) for `Tower.unit_features`.
 """
 
@@ -23,12 +23,12 @@ Grid = tuple[int, int]
 
 def clip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """CLIP as it was trained."""
-    return tower.run_block(tower.blocks[-1], block_outputs[-1])[:, 1:]
+    return tower.patches(tower.run_block(tower.blocks[-1], block_outputs[-1]))
 
 
 def maskclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """MaskCLIP (Zhou et al., ECCV 2022): every token attends to itself alone."""
-    last, patches = tower.blocks[-1], block_outputs[-1][:, 1:]
+    last, patches = tower.blocks[-1], tower.patches(block_outputs[-1])
     _, _, v = tower.qkv(last, patches)
     return tower.add_residual_and_mlp(last, patches, tower.merge_heads(last, v))
 
@@ -39,7 +39,8 @@ def sclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPC
     q, k, v = tower.qkv(last, tokens)
     attention = F.scaled_dot_product_attention
     attended = attention(q, q, v) + attention(k, k, v)
-    return tower.add_residual_and_mlp(last, tokens, tower.merge_heads(last, attended))[:, 1:]
+    tokens = tower.add_residual_and_mlp(last, tokens, tower.merge_heads(last, attended))
+    return tower.patches(tokens)
 
 
 def clearclip(
@@ -48,22 +49,22 @@ def clearclip(
     """ClearCLIP (Lan et al., ECCV 2024): query-query attention, no residual, no MLP."""
     last = tower.blocks[-1]
     q, _, v = tower.qkv(last, block_outputs[-1])
-    return tower.merge_heads(last, F.scaled_dot_product_attention(q, q, v))[:, 1:]
+    return tower.patches(tower.merge_heads(last, F.scaled_dot_product_attention(q, q, v)))
 
 
 def scclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
     """SC-CLIP (Bai et al., arXiv 2411.15869), with the two branches as one.
 
-    Attention, output projection and aggregation are linear in the values. So both branches go
-    through one attention as extra heads, are added before the output projection, and are aggregated
-    once.
+    Attention and aggregation are linear in the values. So both branches go through one attention as
+    extra heads, are added after the output projection, and are aggregated once. A model without a
+    class token adds none.
     """
-    batch, tokens = block_outputs[-1].shape[:2]
-    if tokens == 2 and batch > 1:  # one patch an image: the ops refuse a batch of such images
+    class_token, patches = tower.class_token(block_outputs[-1]), tower.patches(block_outputs[-1])
+    batch, n_patches = patches.shape[:2]
+    if n_patches == 1 and batch > 1:  # one patch an image: the ops refuse a batch of such images
         images = zip(*(output.split(1) for output in block_outputs), strict=True)
         return torch.cat([scclip(tower, image, grid, config) for image in images])
-    class_token, patches = block_outputs[-1].split([1, tokens - 1], dim=1)
-    middle = block_outputs[config.pre_adjust_idx][:, 1:]
+    middle = tower.patches(block_outputs[config.pre_adjust_idx])
     if config.repair:
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
         outliers = find_outliers(patches, k, contamination, config.outlier_score)
@@ -74,16 +75,13 @@ def scclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIP
     branches = [patches]
     if config.multi_level:
         level_sum = sum(block_outputs[config.multi_start_idx : config.multi_end_idx])
-        branches.append(level_sum[:, 1:])
-        class_token = class_token + level_sum[:, :1]
+        branches.append(tower.patches(level_sum))
+        class_token = class_token + tower.class_token(level_sum)
     attended = _attend(tower, torch.stack(branches, dim=1), middle, config)
-    out_proj = tower.out_proj(tower.blocks[-1])
-    dense = out_proj(attended.sum(dim=1))
-    if config.multi_level:  # each branch is projected, so the bias counts twice
-        dense = dense + out_proj.bias
-    dense = dense + config.res_cls * class_token
+    dense = tower.out_proj(tower.blocks[-1], attended).sum(dim=1) + config.res_cls * class_token
     if config.post_aggregate:
-        dense = aggregate(dense, block_outputs[config.post_adjust_idx][:, 1:], config.beta)
+        post = tower.patches(block_outputs[config.post_adjust_idx])
+        dense = aggregate(dense, post, config.beta)
     return dense
 
 
