@@ -27,7 +27,7 @@ LONGEST_ROW = 128
 @triton.jit
 def _sources(pixel, scale, SOURCE, STEP):
     """Returns the two sources around each pixel, as int64, and the weight of the second one."""
-    # The compiler fuses the product and the difference into one rounding, as in torch's own kernels.
+    # The compiler fuses the product and the difference, as it does in torch's own kernels.
     position = tl.maximum((pixel.to(tl.float32) + 0.5) * scale - 0.5, 0.0)
     low = tl.minimum(position.to(tl.int32), SOURCE - 1)
     high = tl.minimum(low + STEP, SOURCE - 1)

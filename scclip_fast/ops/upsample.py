@@ -13,9 +13,7 @@ from . import _check
 
 
 @torch.library.custom_op(f"{NAMESPACE}::upsampled_labels", mutates_args=())
-def _upsampled_labels(
-    maps: Tensor, height: int, width: int, backend: str
-) -> tuple[Tensor, Tensor]:
+def _upsampled_labels(maps: Tensor, height: int, width: int, backend: str) -> tuple[Tensor, Tensor]:
     """`reference.upsampled_labels` of maps (B, C, h, w), with labels in the least dtype."""
     size = (height, width)
     if backend == "triton":
