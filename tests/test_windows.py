@@ -100,7 +100,7 @@ def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):
 @pytest.mark.parametrize("scaled", [(20, 27), (40, 81), (13, 9)], ids=str)
 def test_the_largest_map(whole, scaled, monkeypatch):
     monkeypatch.setattr(images, "_WHOLE_BYTES", whole)
-    monkeypatch.setattr(images, "_LABEL_ROWS", 7)
+    monkeypatch.setattr(images, "LABEL_ROWS", 7)
     monkeypatch.setattr(images, "_BAND_BYTES", 3 * 4 * 5 * scaled[1])
     places = images.windows((20, 27), 8, 4)
     windows = images.WindowMaps([torch.randn(5, 2, 3) for _ in places], places, (20, 27))

@@ -24,7 +24,7 @@ with needs("clip"):
 LONG_SIDE = 2048  # pixels: the most that resizing to a short side makes of the long side
 _BAND_BYTES = 16 * 2**20  # of upsampled maps that are in memory at a time
 _WHOLE_BYTES = 256 * 2**20  # of maps at the size of the model's input that are averaged at once
-_LABEL_ROWS = 256  # of int64 labels that are in memory at a time
+LABEL_ROWS = 256  # of int64 labels that are in memory at a time
 _BACKGROUND = "white"  # behind transparent images
 _OPENERS = {  # what opens formats that not every Pillow opens
     ".avif": "Pillow 11.3 or newer opens AVIF",
@@ -233,5 +233,5 @@ def largest(maps: Tensor | WindowMaps, size: tuple[int, int]) -> Iterator[Tensor
         maps = maps.rows(0, maps.shape[1])
     if isinstance(maps, Tensor):
         labels, _ = upsampled_labels(maps, size)
-        return (rows.long() for rows in labels.split(_LABEL_ROWS))
+        return (rows.long() for rows in labels.split(LABEL_ROWS))
     return (rows.argmax(dim=0) for rows in upsampled(maps, size))
