@@ -16,6 +16,7 @@ from .ops import (
     outlier_mask,
     repair,
     similarity,
+    upsampled_labels,
 )
 
 __version__ = "0.1.0"
@@ -32,4 +33,5 @@ __all__ = [
     "outlier_mask",
     "repair",
     "similarity",
+    "upsampled_labels",
 ]

@@ -55,6 +55,7 @@ def every_op(ops: ModuleType, backend: str, x: Tensor, q: Tensor, mask: Tensor) 
             "aggregate": [ops.aggregate(x, x)],
             "adaptive_aggregate": [ops.adaptive_aggregate(x, ops.similarity(x))],
             "blended_attention": [ops.blended_attention(q, q, q, x)],
+            "upsampled_labels": ops.upsampled_labels(q, (5, 7)),
         }
 
 
