@@ -11,6 +11,7 @@ from PIL import Image
 from scclip_fast.cli import files, segment_images
 from scclip_fast.clip import create_model
 from scclip_fast.plots import segmentation as overlay
+from scclip_fast.plots.palette import palette
 from scclip_fast.scenes.draw import CLASSES, scene
 from scclip_fast.segment import Segmenter
 
@@ -55,7 +56,7 @@ def test_files_of_an_image(command, photo, tiny, tmp_path):
     mask = Image.open(out / "photo_labels.png")
     assert mask.mode == "P"
     np.testing.assert_array_equal(np.asarray(mask), labels)
-    assert mask.getpalette()[:9] == overlay.palette()[:3].ravel().tolist()
+    assert mask.getpalette()[:9] == palette()[:3].ravel().tolist()
     picture = np.asarray(Image.open(out / "photo_overlay.png"))
     expected = overlay.draw(image, labels.astype(np.uint8), segmenter.classes)
     np.testing.assert_array_equal(picture, np.asarray(expected))
@@ -70,6 +71,22 @@ def test_files_of_an_image(command, photo, tiny, tmp_path):
         assert entry["share"] == pixels.mean()
         mean = probabilities[index][pixels].mean() if pixels.any() else None
         assert entry["mean_probability"] == (mean and pytest.approx(mean, rel=1e-5))
+
+
+def test_more_classes_than_8_bits_hold(command, photo, tiny, tmp_path):
+    names = [f"name {index}" for index in range(300)]
+    assert command(photo.name, "--json", classes=",".join(names))[0] == 0
+    mask = Image.open(tmp_path / "segments/photo_labels.png")
+    assert mask.mode == "I;16"
+    image = Image.open(photo)
+    labels = Segmenter(*create_model(tiny), names, short_side=32)(image).numpy()
+    assert labels.max() > 255
+    np.testing.assert_array_equal(np.asarray(mask), labels)
+    picture = np.asarray(Image.open(tmp_path / "segments/photo_overlay.png"))
+    expected = overlay.draw(image, labels.astype(np.uint16), names)
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+    classes = json.loads((tmp_path / "segments/photo.json").read_text())["classes"]
+    assert [entry["share"] for entry in classes] == [(labels == i).mean() for i in range(300)]
 
 
 def test_labels_do_not_depend_on_json(command, photo, tmp_path):

@@ -62,7 +62,8 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         type=Path,
         default=Path("segments"),
-        help="the folder for NAME_labels.png and NAME_overlay.png of each image",
+        help="the folder for NAME_labels.png and NAME_overlay.png of each image; labels have "
+        "8 bits and a palette, or 16 bits for more than 256 classes",
     )
     add(
         "--font",

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..plots import fonts
 from ..plots import segmentation as overlay
+from ..plots.palette import palette
 from ..scenes.draw import scene
 from ..segment import ImageSegmenter
 from . import files
@@ -62,7 +63,8 @@ def _segment_one(
     left_out = getattr(segmenter, "left_out", [])  # a SAM3's alone
     if "labels" in job.files:
         mask = Image.fromarray(labels)
-        mask.putpalette(overlay.palette()[: len(segmenter.classes)].tobytes())
+        if labels.dtype == np.uint8:  # PNG has no palette for 16 bits
+            mask.putpalette(palette()[: len(segmenter.classes)].tobytes())
         files.write(job.files["labels"], files.encode_png(mask, job.settings))
     if "overlay" in job.files:
         picture = overlay.draw(photo, labels, segmenter.classes, font)
@@ -80,23 +82,25 @@ def _segment_one(
 
 
 def _labels(segmenter: ImageSegmenter, photo: Image.Image) -> tuple[np.ndarray, list[float]]:
-    """Returns the class of each pixel (H, W), uint8, and the mean probability of each class.
+    """Returns the class of each pixel (H, W), and the mean probability of each class.
 
-    The mean is over the pixels of the class, and NaN for a class without pixels.
+    The classes are uint8, or uint16 if there are more than 256. The mean is over the pixels of the
+    class, and NaN for a class without pixels.
     """
     count = len(segmenter.classes)
-    labels, total = [], torch.zeros(count, dtype=torch.float64)
+    dtype = np.uint8 if count <= len(palette()) else np.uint16
+    labels, total = [], torch.zeros(2, count, dtype=torch.float64)  # probabilities, then pixels
     for band, probabilities in segmenter.bands(photo):
         largest = probabilities.gather(0, band[None]).double()
-        total += band.flatten().bincount(largest.flatten(), minlength=count).cpu()
-        labels.append(band.to(torch.uint8).cpu())
-    mask = torch.cat(labels)
-    return mask.numpy(), (total / mask.flatten().bincount(minlength=count)).tolist()
+        total[0] += band.flatten().bincount(largest.flatten(), minlength=count).cpu()
+        total[1] += band.flatten().bincount(minlength=count).cpu()
+        labels.append(band.cpu().numpy().astype(dtype))
+    return np.concatenate(labels), (total[0] / total[1]).tolist()
 
 
 def _report(names: list[str], labels: np.ndarray, means: list[float], job: Job) -> dict:
     """Returns the contents of NAME.json; the mean probability of a class without pixels is None."""
-    shares = [(labels == index).mean().item() for index in range(len(names))]
+    shares = (np.bincount(labels.ravel(), minlength=len(names)) / labels.size).tolist()
     return {
         "image": "example" if job.path is None else str(job.path),
         "width": labels.shape[1],
