@@ -17,9 +17,6 @@ from .options import CommandError
 if TYPE_CHECKING:  # of the extras
     from PIL import Image
 
-# Suffixes of the files that are taken from folders and globs.
-_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_PLUGINS = {".heic", ".heif"}  # taken too if a plug-in of Pillow is registered for them
 _ENDINGS = {  # of the results, by kind
     "labels": "_labels.png",
     "overlay": "_overlay.png",
@@ -93,27 +90,24 @@ def _hint(folder: Path, recursive: bool) -> str:
     endings = sorted({path.suffix.lower() for path in entries if path.is_file()} - {""})
     hint = ""
     if endings:
-        read = ", ".join(sorted(_suffixes()))
+        from ..segment.image import suffixes
+
+        read = ", ".join(sorted(suffixes()))
         hint = f"; its files end in {', '.join(endings[:5])}, images in {read}"
     if not recursive and any(path.is_dir() for path in entries):
         hint += "; --recursive looks into its folders"
     return hint
 
 
-def _suffixes() -> set[str]:
-    """Returns the suffixes of images, in small letters."""
-    from PIL import Image
-
-    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
-
-
 def _images(paths: Iterable[Path], out: Path) -> list[Path]:
     """Returns the images among paths, sorted, without the results in `out`."""
-    out, suffixes = out.resolve(), _suffixes()
+    from ..segment.image import suffixes
+
+    out, taken = out.resolve(), suffixes()
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in suffixes
+        if path.suffix.lower() in taken
         and not path.name.startswith(".")
         and not (path.name.endswith(_PICTURES) and path.resolve().is_relative_to(out))
         and path.is_file()

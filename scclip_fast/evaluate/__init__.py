@@ -9,9 +9,10 @@ from ..extras import needs
 
 with needs("eval"):
     from . import provenance
-    from .files import DataError, DatasetNotFoundError
+    from .files import DataError, DatasetNotFoundError, MissingFilesError, read_colors, read_list
     from .loop import Ranks, process_group, run
     from .metric import confidence_interval, confusion_matrix, summary
+    from .own_dataset import OwnDataset
     from .protocols import PROTOCOLS, Protocol
     from .published import PublishedSegmenter, resize_uint8
     from .record import RunRecord, SettingsChangedError
@@ -21,7 +22,9 @@ __all__ = [
     "PROTOCOLS",
     "DataError",
     "DatasetNotFoundError",
+    "MissingFilesError",
     "MissingResultsError",
+    "OwnDataset",
     "Protocol",
     "PublishedSegmenter",
     "Ranks",
@@ -31,6 +34,8 @@ __all__ = [
     "confusion_matrix",
     "process_group",
     "provenance",
+    "read_colors",
+    "read_list",
     "report",
     "resize_uint8",
     "run",

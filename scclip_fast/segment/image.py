@@ -26,6 +26,9 @@ _BAND_BYTES = 16 * 2**20  # of upsampled maps that are in memory at a time
 _WHOLE_BYTES = 256 * 2**20  # of maps at the size of the model's input that are averaged at once
 LABEL_ROWS = 256  # of int64 labels that are in memory at a time
 _BACKGROUND = "white"  # behind transparent images
+# Of the files that are taken from folders. Pillow opens more formats, by the files' contents.
+_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_PLUGINS = {".heic", ".heif"}  # taken too if a plug-in of Pillow is registered for them
 _OPENERS = {  # what opens formats that not every Pillow opens
     ".avif": "Pillow 11.3 or newer opens AVIF",
     ".heic": "pip install pillow-heif, with which Pillow opens HEIC",
@@ -33,6 +36,11 @@ _OPENERS = {  # what opens formats that not every Pillow opens
 }
 
 ImageLike = Image.Image | np.ndarray | Tensor
+
+
+def suffixes() -> set[str]:
+    """Returns the suffixes of the image files that are taken from folders, in small letters."""
+    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
 
 
 class ImageError(ValueError):
