@@ -54,6 +54,27 @@ def test_pictures_of_all_kinds(make, image):
     assert torch.equal(segmenter(grey), segmenter(same))
 
 
+def test_files_and_lists(make, image, tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(image.numpy()).save(path)
+    other = photo(40, 60).numpy()
+    turned = Image.fromarray(other)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    segmenter = make()
+    expected = segmenter(image), segmenter(np.rot90(other, -1).copy())
+    for given in (
+        [path, tmp_path / "turned.png"],
+        (str(path), Image.open(tmp_path / "turned.png")),
+    ):
+        found = segmenter(given)
+        assert isinstance(found, list) and all(map(torch.equal, found, expected))
+    assert torch.equal(segmenter(path), expected[0]) and segmenter([]) == []
+    with pytest.raises(ValueError, match=r"no\.png: No such file"):
+        segmenter(tmp_path / "no.png")
+
+
 def test_a_read_only_array(make, image):
     """numpy shows a PIL image as a read-only array, of which torch warns once a process."""
     shown = np.asarray(Image.fromarray(image.numpy()))

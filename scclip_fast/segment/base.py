@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,34 @@ class ImageSegmenter(nn.Module):
 
     classes: list[str]
 
+    @overload
+    def forward(self, image: ImageLike) -> Tensor: ...
+
+    @overload
+    def forward(self, image: list[Any] | tuple[Any, ...]) -> list[Tensor]: ...
+
     @torch.inference_mode()
-    def forward(self, image: ImageLike) -> Tensor:
+    def forward(self, image: ImageLike | list[Any] | tuple[Any, ...]) -> Tensor | list[Tensor]:
         """Returns the class of each pixel.
 
         Args:
-            image: a PIL image of any mode, which `image.to_rgb` makes upright RGB; or RGB as a
-                uint8 array or tensor (H, W, 3).
+            image: the path of a file, a PIL image of any mode, which `image.to_rgb` makes upright
+                RGB, or RGB as a uint8 array or tensor (H, W, 3); or a list of these.
 
         Returns:
-            (H, W), int64, on the CPU: indices into `classes`, of the upright image's size.
+            (H, W), int64, on the CPU: indices into `classes`, of the upright image's size. For a
+            list of images, a list of these.
 
         Raises:
             TypeError: the argument is no image.
-            ValueError: the image is not (H, W, 3), is empty or has values that are no grey (see
-                `image.to_rgb`), or the model's results are not finite.
+            ValueError: a file cannot be read; the image is not (H, W, 3), is empty or has values
+                that are no grey (see `image.to_rgb`); or the model's results are not finite.
         """
+        if isinstance(image, list | tuple):
+            return [self._labels_of(one) for one in image]
+        return self._labels_of(image)
+
+    def _labels_of(self, image: ImageLike) -> Tensor:
         pixels, top = to_tensor(image), 0
         labels = torch.empty(pixels.shape[1:], dtype=torch.int64)
         for band in self._label_bands(pixels):

@@ -35,7 +35,7 @@ _OPENERS = {  # what opens formats that not every Pillow opens
     ".heif": "pip install pillow-heif, with which Pillow opens HEIF",
 }
 
-ImageLike = Image.Image | np.ndarray | Tensor
+ImageLike = Image.Image | np.ndarray | Tensor | str | PathLike[str]
 
 
 def suffixes() -> set[str]:
@@ -120,14 +120,19 @@ def _register_heif() -> None:
 
 
 def to_tensor(image: ImageLike) -> Tensor:
-    """Returns (3, H, W), uint8, of a PIL image, converted by `to_rgb`, or of a uint8 (H, W, 3)."""
+    """Returns (3, H, W), uint8, of a file, a PIL image or a uint8 array or tensor (H, W, 3).
+
+    A file is read by `read`, and a PIL image is converted by `to_rgb`.
+    """
+    if isinstance(image, str | PathLike):
+        image = read(image)
     if isinstance(image, Image.Image):
         image = np.array(to_rgb(image))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image must be a PIL image or a uint8 array (H, W, 3), got {kind}")
+        raise TypeError(f"image must be a file, a PIL image or a uint8 (H, W, 3), got {kind}")
     if image.dim() != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must be (H, W, 3), got {tuple(image.shape)}")
     return image.permute(2, 0, 1)
