@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP, NotFiniteError
-from scclip_fast.segment import Segmenter
+from scclip_fast.segment import Segmenter, base
 from scclip_fast.segment import clip as segment_clip
 from scclip_fast.segment import image as images
 
@@ -126,6 +126,33 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     monkeypatch.setattr(segment_clip, "_MAX_WINDOWS", 4)
     torch.testing.assert_close(segmenter.probabilities(image), expected, rtol=0, atol=1e-5)
     assert batches == [6, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(slide_crop=None), dict(pamr_steps=1), dict(short_side=None)],
+    ids=lambda settings: "-".join(settings),
+)
+def test_images_of_a_list_are_encoded_together(encoder, make, image, settings, monkeypatch):
+    """Windows of one size share a batch, and each image has the bits that it has alone."""
+    given = [image, photo(97, 48), photo(60, 80)]
+    segmenter, batches = make(**settings), []
+    alone = [segmenter(one) for one in given]
+    probabilities = [segmenter.probabilities(one) for one in given]
+    monkeypatch.setattr(base, "_IMAGES", 2)
+    assert all(map(torch.equal, segmenter(given), alone))
+    monkeypatch.undo()
+
+    def encode_dense(images):
+        batches.append(len(images))
+        return original(images)
+
+    original = encoder.encode_dense
+    monkeypatch.setattr(encoder, "encode_dense", encode_dense)
+    assert all(map(torch.equal, segmenter(given), alone))
+    assert len(batches) < 3
+    together = [torch.cat([band for _, band in bands], 1) for bands in segmenter.bands(given)]
+    assert all(map(torch.equal, together, probabilities))
 
 
 def test_one_class(make, image):
@@ -245,7 +272,7 @@ def test_weights_that_are_not_finite(broken):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("photo.jpg", TypeError, "got str"),
+        ("photo.jpg", ValueError, "photo.jpg: No such file"),
         (None, TypeError, "got NoneType"),
         (np.zeros((4, 4, 3)), TypeError, "got torch.float64"),
         (torch.zeros(4, 4, 3), TypeError, "got torch.float32"),

@@ -141,8 +141,8 @@ def test_the_protocol_is_that_of_the_other_segmenter(package):
     for image in (Image.fromarray(pixels), torch.from_numpy(pixels)):
         assert torch.equal(segmenter(image), labels)
         assert torch.equal(segmenter.probabilities(image), probabilities)
-    with pytest.raises(TypeError, match="image must be a PIL image"):
-        segmenter("photo.png")
+    with pytest.raises(TypeError, match="image must be a file, a PIL image"):
+        segmenter(None)
 
 
 def test_a_large_photo_comes_in_bands():

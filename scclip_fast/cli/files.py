@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -139,16 +140,30 @@ def names(images: list[Path]) -> list[str]:
 
 
 def jobs(
-    images: list[Path | None], folder: Path, settings: dict, *, kinds: Sequence[str], force: bool
+    images: list[Path | None],
+    folder: Path,
+    settings: dict,
+    *,
+    kinds: Sequence[str],
+    force: bool,
+    share: slice = slice(None),
 ) -> list[Job]:
     """Lists the missing results of each image, or all of them with `force`.
+
+    Args:
+        images: all images of a run; None for the example.
+        folder: the folder of the results.
+        settings: everything that results depend on, except the image.
+        kinds: the results to make, keys of `_ENDINGS`.
+        force: whether existing results are made again.
+        share: the images to list; the others have their names alone.
 
     Raises:
         CommandError: a result is there that another image or other settings gave.
     """
     stems = ["example"] if images == [None] else names(images)
     jobs = []
-    for image, stem in zip(images, stems, strict=True):
+    for image, stem in list(zip(images, stems, strict=True))[share]:
         image_settings = settings | {"image": image and _digest(image)}
         files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
@@ -244,7 +259,7 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], *, force: boo
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all; raises CommandError if that fails."""
-    partial = path.with_name(f".{os.getpid()}.part")
+    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         try:
             partial.write_bytes(data)

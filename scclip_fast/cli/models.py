@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -201,6 +202,13 @@ def brings_weights(model: str) -> bool:
 def is_sam3(model: str) -> bool:
     """Whether a --model is a SAM3."""
     return source(model).kind == "sam3"
+
+
+def local_device(args: argparse.Namespace) -> torch.device:
+    """Returns the device of this process, or raises CommandError; of torchrun's, each has a GPU."""
+    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device(args.device)
 
 
 def device(name: str) -> torch.device:

@@ -8,9 +8,10 @@ is a resumable loop over a data set on any number of processes, and `report` com
 from ..extras import needs
 
 with needs("eval"):
+    from ..ranks import Ranks, process_group
     from . import provenance
     from .files import DataError, DatasetNotFoundError, MissingFilesError, read_colors, read_list
-    from .loop import Ranks, process_group, run
+    from .loop import run
     from .metric import confidence_interval, confusion_matrix, summary
     from .own_dataset import OwnDataset
     from .protocols import PROTOCOLS, Protocol
