@@ -35,6 +35,8 @@ def main() -> None:
             outliers = torch.rand(image.shape[:2], device="cuda") < 0.3
             for tokens in (image, image.mT.contiguous().mT):
                 check(partial(sf.repair, tokens, outliers, (3, n // 3), backend="triton"))
+            maps = x[..., None]  # N classes of D x 1 pixels
+            check(partial(sf.upsampled_labels, maps, (d + 2, 3), backend="triton"))
             half = x[..., : d // 2 + 1]
             check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
             check(lambda v=half, x=x: sf.content_attention(v, x, backend="triton"))

@@ -24,6 +24,7 @@ import bench_knn
 import bench_lof
 import bench_repair
 import bench_sam3
+import bench_upsample
 import harness
 import nearest
 import torch
@@ -223,6 +224,30 @@ def repair(results: list[dict]) -> None:
                 results.append(entry("repair", shape, dtype, name, call))
 
 
+def upsampling(results: list[dict]) -> None:
+    """Compares labels of a photo of 24 million pixels with the writing of the results alone."""
+    shape, size = (151, 288, 288), (4000, 6000)
+    for dtype in ("float32", "float16"):
+        maps = bench_upsample.scores("cuda", shape, dtype)
+        labels, values = sf.upsampled_labels(maps, size, backend="triton")
+
+        def error(found, values=values):
+            return dict(error=(found[1].float() - values).abs().max().item())
+
+        def floor(labels=labels, values=values):
+            return labels.fill_(1), values.fill_(1)
+
+        calls = {
+            "floor": floor,
+            "scclip_fast": partial(sf.upsampled_labels, maps, size, backend="triton"),
+            "bands": partial(sf.upsampled_labels, maps, size, backend="torch"),
+            "interpolate + argmax": partial(bench_upsample.interpolate_argmax, maps, size),
+        }
+        for name, call in calls.items():
+            check = None if name == "floor" else error
+            results.append(entry("upsampled_labels", shape, dtype, name, call, check))
+
+
 def calibration(results: list[dict]) -> None:
     """Compares SC-CLIP with the frozen tower: ViT-L/14, 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
@@ -259,7 +284,10 @@ def ceilings() -> dict:
 
 PARTS = {
     part.__name__: part
-    for part in (neighbors, bank, aggregation, attention, repair, calibration, segmentation)
+    for part in (
+        *(neighbors, bank, aggregation, attention, repair, upsampling),
+        *(calibration, segmentation),
+    )
 }
 
 

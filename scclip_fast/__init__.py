@@ -17,6 +17,7 @@ from .ops import (
     outlier_mask,
     repair,
     similarity,
+    upsampled_labels,
 )
 
 __version__ = "0.1.0"
@@ -34,4 +35,5 @@ __all__ = [
     "outlier_mask",
     "repair",
     "similarity",
+    "upsampled_labels",
 ]

@@ -13,6 +13,7 @@ Breunig et al., "LOF: identifying density-based local outliers", SIGMOD 2000 ("b
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NORM_EPS = 1e-12  # the least norm, as in F.normalize
@@ -287,6 +288,16 @@ def attention(
     """
     self_attention = torch.softmax(scale * (q @ k.mT), dim=-1) @ v
     return (1 - alpha) * self_attention + alpha * content
+
+
+def upsampled_labels(maps: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """argmax_c and max_c of maps (B, C, h, w) upsampled to a size (H, W); NaN counts as -inf.
+
+    The labels (B, H, W) are those of the first of equal classes.
+    """
+    scores = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+    values, labels = scores.masked_fill(scores.isnan(), -torch.inf).max(dim=1)
+    return labels, values
 
 
 def _gather_tokens(per_token: Tensor, neighbors: Tensor) -> Tensor:

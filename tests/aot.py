@@ -31,6 +31,7 @@ from scclip_fast.kernels.aggregate_details.products import Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
 from scclip_fast.kernels.repair import repair_launch
+from scclip_fast.kernels.upsample import upsampled_labels_launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
@@ -51,7 +52,7 @@ LARGEST = (
     *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
     *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
-    *("repair-wide-fp32", "attention-fp16-d128", "attention-fp32-d64"),
+    *("repair-wide-fp32", "upsample-photo-fp32", "attention-fp16-d128", "attention-fp32-d64"),
     *("weights-fp16-d1024-r5248", "weights-fp32-d1024-r5248"),
     *("product-fp16-v1024", "product-fp32-v1024"),
     *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
@@ -60,6 +61,8 @@ SIGNATURE = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.bool: "*i1",
@@ -71,6 +74,7 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     yield from neighbors(gpu)
     for name, dtype in DTYPES.items():
         yield from repairs(name, dtype)
+        yield from upsamplings(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
@@ -91,6 +95,18 @@ def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
     for kind, (grid, x) in kinds.items():
         out, mask = meta(*x.shape, dtype=dtype), meta(*x.shape[:2], dtype=torch.bool)
         yield f"repair-{kind}-{name}", repair_launch(x, mask, out, grid)
+
+
+def upsamplings(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
+    """Yields a photo, classes in the last dimension with labels of 16 bits, and sizes of 1."""
+    kinds = {
+        "photo": (meta(1, 151, 288, 288, dtype=dtype), (4000, 6000), torch.uint8),
+        "last": (meta(2, 72, 72, 1203, dtype=dtype).permute(0, 3, 1, 2), (720, 100), torch.int16),
+        "one": (meta(1, 1, 1, 1, dtype=dtype), (1, 1), torch.uint8),
+    }
+    for kind, (maps, size, labels) in kinds.items():
+        out = meta(len(maps), *size, dtype=labels), meta(len(maps), *size)
+        yield f"upsample-{kind}-{name}", upsampled_labels_launch(maps, *out)
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:

@@ -23,6 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 POISON = -77_777_777
+SHORT_POISON = 77  # in integers of 8 and 16 bits, and True in bool
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -50,7 +51,8 @@ def poisoned(monkeypatch):
     def poison(empty):
         def filled(*args, **kwargs):
             out = empty(*args, **kwargs)
-            return out.fill_(torch.nan if out.is_floating_point() else POISON)
+            integer = POISON if out.itemsize >= 4 else SHORT_POISON
+            return out.fill_(torch.nan if out.is_floating_point() else integer)
 
         return filled
 

@@ -9,6 +9,7 @@ from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
 from scclip_fast.ops.attention import _attention, _attention_backward
 from scclip_fast.ops.knn import nearest
 from scclip_fast.ops.repair import _repair
+from scclip_fast.ops.upsample import _upsampled_labels
 
 GRID = (5, 8)
 
@@ -55,6 +56,10 @@ OPS = {
     "blended_attention": (
         lambda q, k, v, f: sf.blended_attention(q, k, v, f),
         lambda: (*torch.randn(3, 3, 2, 40, 4), torch.randn(3, 40, 8)),
+    ),
+    "upsampled_labels": (
+        lambda maps: sf.upsampled_labels(maps, (9, 11)),
+        lambda: (torch.randn(3, 4, 5, 6),),
     ),
 }
 
@@ -156,6 +161,11 @@ class TestOpcheck:
         (tokens,) = self.tensors((2, 20, 4), grad=True)
         mask = torch.rand(2, 20, device=self.device) < 0.3
         self.check(_repair, tokens, mask, 4, 5, backend)
+
+    @pytest.mark.parametrize("classes", [3, 300])
+    def test_upsampled_labels(self, backend, classes):
+        (maps,) = self.tensors((2, classes, 3, 4))
+        self.check(_upsampled_labels, maps, 5, 6, backend)
 
     @pytest.mark.parametrize("gamma", [None, 3.0])
     def test_weighted_mean(self, backend, gamma):

@@ -11,6 +11,7 @@ from scclip_fast import chunked
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels.attention import attention_triton
 from scclip_fast.kernels.repair import repair_triton
+from scclip_fast.kernels.upsample import upsampled_labels_triton
 
 pytestmark = pytest.mark.parametrize(
     "device",
@@ -53,3 +54,10 @@ def test_repair(device):
     mask[:, 5::9] = True
     far, near = far_and_near(device)
     assert torch.equal(repair_triton(far, mask, (7, 10)), repair_triton(near, mask, (7, 10)))
+
+
+@pytest.mark.parametrize("far_dim", [1, 2, 3], ids=["classes", "rows", "columns"])
+def test_upsampled_labels(device, far_dim):
+    far, near = (x.unflatten(2, (4, 4)).movedim(1, far_dim) for x in far_and_near(device))
+    found, expected = (upsampled_labels_triton(x, (90, 90), torch.uint8) for x in (far, near))
+    assert all(map(torch.equal, found, expected))

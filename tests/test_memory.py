@@ -23,6 +23,7 @@ def forward(n, d):
     x = torch.randn(1, n, d)
     tied = torch.randint(4, (1, n, 3)).float()
     q = torch.randn(1, 4, n, 8)
+    maps = torch.randn(100, 24, 24)  # 69 MiB at 600 x 300 pixels
     return {
         "lof_scores-ties": lambda: sf.lof_scores(tied),  # all three passes of the search
         "knn-400": lambda: sf.knn(x, min(400, n - 1)),
@@ -35,6 +36,7 @@ def forward(n, d):
         "aggregate": lambda: sf.aggregate(x, x),
         "content_attention": lambda: sf.content_attention(x, x, 3.0, ("mean", 1.2)),
         "blended_attention": lambda: sf.blended_attention(q, q, q, x),
+        "upsampled_labels": lambda: sf.upsampled_labels(maps, (n // 10, 300)),
     }
 
 

@@ -26,6 +26,7 @@ CONSTANT = {
     "knn": lambda x: sf.knn(x, 3)[0],
     "lof_scores": lambda x: sf.lof_scores(x, 3),
     "lof_scores-breunig": lambda x: sf.lof_scores(x, 3, variant="breunig"),
+    "upsampled_labels": lambda x: sf.upsampled_labels(x[None], (7, 9))[1],
 }
 
 

@@ -94,3 +94,18 @@ def test_upsampling_in_bands_is_torchs(size, band, monkeypatch):
     maps = torch.randn(3, 12, 16)
     found = torch.cat(list(images.upsampled(maps, size)), dim=1)
     torch.testing.assert_close(found, F.interpolate(maps[None], size, mode="bilinear")[0])
+
+
+@pytest.mark.parametrize("whole", [0, 2**28], ids=["bands", "whole"])
+@pytest.mark.parametrize("scaled", [(20, 27), (40, 81), (13, 9)], ids=str)
+def test_the_largest_map(whole, scaled, monkeypatch):
+    monkeypatch.setattr(images, "_WHOLE_BYTES", whole)
+    monkeypatch.setattr(images, "LABEL_ROWS", 7)
+    monkeypatch.setattr(images, "_BAND_BYTES", 3 * 4 * 5 * scaled[1])
+    places = images.windows((20, 27), 8, 4)
+    windows = images.WindowMaps([torch.randn(5, 2, 3) for _ in places], places, (20, 27))
+    expected = torch.cat(list(images.upsampled(windows, scaled)), dim=1).argmax(dim=0)
+    for maps in (windows, windows.rows(0, 20)):
+        bands = list(images.largest(maps, scaled))
+        assert len(bands) > 1 and len(expected.unique()) == 5
+        assert torch.equal(torch.cat(bands), expected)

@@ -11,6 +11,7 @@ from .attention import attention, attention_backward
 from .metrics import nearest, settle_by_cosine, unit_tokens
 from .repair import repair, repair_backward
 from .tiles import compute_dtype
+from .upsample import label_dtype, upsampled_labels
 
 __all__ = [
     "aggregate",
@@ -19,9 +20,11 @@ __all__ = [
     "attention_backward",
     "compute_dtype",
     "inverse_norms",
+    "label_dtype",
     "nearest",
     "repair",
     "repair_backward",
     "settle_by_cosine",
     "unit_tokens",
+    "upsampled_labels",
 ]

@@ -6,6 +6,7 @@ from .knn import knn
 from .lof import lof, lof_scores, norm_scores, outlier_mask
 from .repair import repair
 from .similarity import adaptive_aggregate, similarity
+from .upsample import upsampled_labels
 
 __all__ = [
     "adaptive_aggregate",
@@ -19,4 +20,5 @@ __all__ = [
     "outlier_mask",
     "repair",
     "similarity",
+    "upsampled_labels",
 ]

@@ -37,7 +37,7 @@ class ImageSegmenter(nn.Module):
         """
         pixels, top = to_tensor(image), 0
         labels = torch.empty(pixels.shape[1:], dtype=torch.int64)
-        for band, _ in self._bands(pixels):
+        for band in self._label_bands(pixels):
             labels[top : top + len(band)] = band
             top += len(band)
         return labels
@@ -59,6 +59,13 @@ class ImageSegmenter(nn.Module):
         `forward`.
         """
         return self._bands(to_tensor(image))
+
+    def _label_bands(self, image: Tensor) -> Iterator[Tensor]:
+        """Yields labels (rows, W) of an image (3, H, W), uint8, from top to bottom.
+
+        A subclass overrides this method if labels take less work than probabilities.
+        """
+        return (labels for labels, _ in self._bands(image))
 
     def _bands(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields the bands of an image (3, H, W), uint8; see `bands`."""

@@ -14,7 +14,7 @@ from ..clip.prompts import check_templates, class_names, text_features
 from ..ops import _check
 from ..precision import true_float32
 from .base import ImageSegmenter
-from .image import WindowMaps, input_size, upsampled, windows
+from .image import WindowMaps, input_size, largest, upsampled, windows
 from .pamr import pamr
 
 _MAX_WINDOWS = 128  # in one batch; a very large image has more and takes several batches
@@ -154,6 +154,13 @@ class Segmenter(ImageSegmenter):
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
+    def _label_bands(self, image: Tensor) -> Iterator[Tensor]:
+        # The class of the largest cosine is the most probable one. Only thresholds need the value.
+        if self.pamr_steps or self.prob_thd > 0 or self.area_thd is not None:
+            return super()._label_bands(image)
+        maps = self._maps(self._resized(image))
+        return (self.owners[names] for names in largest(maps, (image.shape[1], image.shape[2])))
+
     def _resized(self, image: Tensor) -> Tensor:
         """Returns normalised pixels (1, 3, h, w) at the model's size of an image (3, H, W)."""
         pixels, image_size = self._normalised(image), (image.shape[1], image.shape[2])
@@ -207,9 +214,8 @@ class Segmenter(ImageSegmenter):
         The shape is (classes, 1, 1).
         """
         area = torch.zeros(len(self.classes), device=self.owners.device, dtype=torch.int64)
-        for rows in upsampled(maps, size):
-            labels = self._probabilities(rows).argmax(dim=0)
-            area += torch.bincount(labels.flatten(), minlength=len(area))
+        for names in largest(maps, size):
+            area += torch.bincount(self.owners[names].flatten(), minlength=len(area))
         area[self.background] = 0
         kept = area > threshold * area.sum()
         kept[self.background] = True

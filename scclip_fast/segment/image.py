@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..chunked.upsample import needed_rows, upsampled_rows
 from ..extras import needs
-from ..precision import true_float32
+from ..ops import upsampled_labels
 
 with needs("clip"):
     import numpy as np
@@ -22,6 +23,8 @@ with needs("clip"):
 
 LONG_SIDE = 2048  # pixels: the most that resizing to a short side makes of the long side
 _BAND_BYTES = 16 * 2**20  # of upsampled maps that are in memory at a time
+_WHOLE_BYTES = 256 * 2**20  # of maps at the size of the model's input that are averaged at once
+LABEL_ROWS = 256  # of int64 labels that are in memory at a time
 _BACKGROUND = "white"  # behind transparent images
 _OPENERS = {  # what opens formats that not every Pillow opens
     ".avif": "Pillow 11.3 or newer opens AVIF",
@@ -184,8 +187,8 @@ class WindowMaps:
         for top, bottom, _ in overlapping:
             first, last = max(start, top), min(stop, bottom)
             strip, target = self._strips[top], slice(first - start, last - start)
-            weights, span = _row_weights(strip.shape[1], bottom - top, first - top, last - top)
-            total[:, target] += _mixed(weights, strip[:, span])
+            inside = slice(first - top, last - top)
+            total[:, target] += upsampled_rows(strip, (bottom - top, self.shape[2]), inside)
             count[target] += 1
         return total.div_(count)
 
@@ -205,34 +208,30 @@ class WindowMaps:
 
 def upsampled(maps: Tensor | WindowMaps, size: tuple[int, int]) -> Iterator[Tensor]:
     """Upsamples maps (C, h, w) bilinearly to a size (H, W), in bands (C, rows, W)."""
-    (channels, source, source_width), (height, width) = maps.shape, size
+    (channels, source, _), (height, width) = maps.shape, size
     band = max(1, _BAND_BYTES // (4 * channels * width))
     for top in range(0, height, band):
-        bottom = min(top + band, height)
-        same = (source, source_width) == size
-        weights, span = _row_weights(source, height, top, bottom)
-        first, last = (top, bottom) if same else (span.start, span.stop)
-        rows = maps.rows(first, last) if isinstance(maps, WindowMaps) else maps[:, first:last]
-        if not same:
-            rows = _mixed(weights, rows)
-            rows = F.interpolate(rows[None], (bottom - top, width), mode="bilinear")[0]
-        yield rows
+        rows = slice(top, min(top + band, height))
+        if isinstance(maps, Tensor):
+            yield upsampled_rows(maps, size, rows)
+        elif maps.shape[1:] == size:
+            yield maps.rows(rows.start, rows.stop)
+        else:
+            needed = needed_rows(source, height, rows)
+            part = maps.rows(needed.start, needed.stop)
+            yield upsampled_rows(part, size, rows, first=needed.start, source=source)
 
 
-def _row_weights(source: int, height: int, start: int, stop: int) -> tuple[Tensor, slice]:
-    """Returns bilinear weights for resizing `source` rows to `height` rows.
+def largest(maps: Tensor | WindowMaps, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Yields the index of the largest of maps (C, h, w) at each pixel of a size (H, W).
 
-    Only the rows from start to stop are computed: the weights are (stop - start, n), and the slice
-    gives the n source rows that they combine.
+    The maps are upsampled bilinearly. The first of equal maps counts. The bands (rows, W) are int64
+    and go from top to bottom. Windows whose average would take much memory are upsampled in bands,
+    because `upsampled_labels` takes maps of all rows.
     """
-    centers = (torch.arange(start, stop) + 0.5) * (source / height) - 0.5
-    centers = centers.clamp(0, source - 1)
-    span = slice(int(centers[0]), min(int(centers[-1]) + 2, source))
-    distance = (centers[:, None] - torch.arange(span.start, span.stop)).abs()
-    return (1 - distance).clamp(min=0), span
-
-
-@true_float32
-def _mixed(weights: Tensor, rows: Tensor) -> Tensor:
-    """Returns weighted sums (C, m, w) of rows (C, n, w), with weights (m, n)."""
-    return torch.bmm(weights.to(rows).expand(len(rows), -1, -1), rows)
+    if not isinstance(maps, Tensor) and 4 * math.prod(maps.shape) <= _WHOLE_BYTES:
+        maps = maps.rows(0, maps.shape[1])
+    if isinstance(maps, Tensor):
+        labels, _ = upsampled_labels(maps, size)
+        return (rows.long() for rows in labels.split(LABEL_ROWS))
+    return (rows.argmax(dim=0) for rows in upsampled(maps, size))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..clip.prompts import class_names
-from ..ops import _check
+from ..ops import _check, upsampled_labels
 from ..sam3 import Sam3CalibrationConfig
 from . import sam3_details
-from .image import ImageLike, to_tensor, upsampled
+from .image import LABEL_ROWS, ImageLike, to_tensor, upsampled
 from .sam3_details import ClassDetails
 from .sam3_heads import HEADS, Preview, check_heads
 from .sam3_prompts import PromptedSam3
@@ -42,7 +42,7 @@ class Sam3Segmenter(PromptedSam3):
     Two published segmenters of whole vocabularies take this score: SegEarth-OV3, and ActiveSAM,
     which makes a small margin background.
 
-    A large photo with 151 classes needs 50 MB for the maps and a few bands of rows of 16 MiB each.
+    A large photo with 151 classes needs 50 MB for the maps and a few tensors of its own size.
     `probabilities` alone makes all maps at the photo's size: 14.5 GB for 151 classes and 24 million
     pixels.
 
@@ -155,6 +155,15 @@ class Sam3Segmenter(PromptedSam3):
         maps = self._maps(image)
         for scores in upsampled(maps, (image.shape[1], image.shape[2])):
             yield self._labels(scores)
+
+    def _label_bands(self, image: Tensor) -> Iterator[Tensor]:
+        # Only the margin needs a second score.
+        if self.margin_thd > 0:
+            yield from super()._label_bands(image)
+            return
+        labels, best = upsampled_labels(self._maps(image), (image.shape[1], image.shape[2]))
+        for some, score in zip(labels.split(LABEL_ROWS), best.split(LABEL_ROWS), strict=True):
+            yield (some.long() + 1).masked_fill_(score < self.prob_thd, 0)
 
     def _labels(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Returns labels (rows, W) and probabilities (classes, rows, W), the background first."""
