@@ -17,7 +17,9 @@ if TYPE_CHECKING:  # of the extras
 
     from ..clip import SCCLIP
 
-METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
+METHODS = (  # those of scclip_fast.clip
+    *("scclip", "clip", "maskclip", "sclip", "clearclip", "naclip", "resclip"),
+)
 SWITCHES = {  # stages in SCCLIPConfig, and the effect of switching each off
     "repair": "keep the outlier tokens as they are",
     "pre_aggregate": "do not aggregate before the last block",

@@ -18,6 +18,8 @@ METHODS = {
         methods.maskclip,
         methods.sclip,
         methods.clearclip,
+        methods.naclip,
+        methods.resclip,
     )
 }
 
@@ -57,7 +59,7 @@ class SCCLIP(nn.Module):
             norm.
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
         method: "scclip", or a method to compare it with on the same path: "clip" (plain),
-            "maskclip", "sclip", "clearclip".
+            "maskclip", "sclip", "clearclip", "naclip", "resclip"; see `scclip_fast.clip.methods`.
 
     Raises:
         ValueError: the model is of another kind, its vision tower has no text-aligned patch tokens
