@@ -42,3 +42,23 @@ def resclip(visual, layers: list[Tensor], grid: tuple[int, int], middle: list[in
         for head, (_, k, v) in enumerate(split_heads(blocks[-1], layers[-1]))
     ]
     return blocks[-1].attn.out_proj(torch.cat(heads, dim=1))[1:]
+
+
+def upsampled_tokens(tokens: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Resizes tokens (N, D) of a grid to another one, as torch does half-pixel bilinear."""
+    maps = tokens.T.reshape(1, -1, *grid)
+    maps = torch.nn.functional.interpolate(maps, size, mode="bilinear", align_corners=False)
+    return maps[0].flatten(1).T
+
+
+def proxyclip(visual, layers: list[Tensor], grid: tuple[int, int], features: Tensor) -> Tensor:
+    """Computes tokens (N', D) from the proxy's features (D', h', w'), N' = h' w'."""
+    last = visual.transformer.resblocks[-1]
+    v = torch.cat([v for _, _, v in split_heads(last, layers[-1][1:])], dim=1)
+    v = upsampled_tokens(v, grid, features.shape[1:])
+    x = features.flatten(1).T
+    x = x / x.norm(dim=1, keepdim=True)
+    similarity = x @ x.T
+    logits = 3 * (similarity - 1.2 * similarity.mean())
+    logits = logits.masked_fill(logits < 0, -torch.inf)
+    return last.attn.out_proj(torch.softmax(logits, dim=1) @ v)
