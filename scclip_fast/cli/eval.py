@@ -157,6 +157,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
             "name": args.model,
             "pretrained": None if models.brings_weights(args.model) else args.pretrained,
             "method": args.method,
+            "proxy": args.proxy,
             "precision": args.precision,
             "weights": digest,
         },

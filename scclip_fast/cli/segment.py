@@ -216,7 +216,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     if args.background is not None and not has_threshold:
         raise CommandError("--background needs --prob-thd or --area-thd, as it does nothing alone")
     options.check_windows(args)
-    used = ("model", "pretrained", "method", *models.SWITCHES, "precision", "short_side")
+    used = ("model", "pretrained", "method", "proxy", *models.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",
         "slide_stride",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..clip.prompts import check_templates, class_names, text_features
+from ..clip.proxy import CLIP_MEAN, CLIP_STD
 from ..ops import _check
 from ..precision import true_float32
 from .base import Band, ImageSegmenter
@@ -18,8 +19,6 @@ from .image import WindowMaps, input_size, largest, upsampled, windows
 from .pamr import pamr
 
 _MAX_WINDOWS = 128  # in one batch; a very large image has more and takes several batches
-# OpenAI's mean and standard deviation of the channels, for models that state none.
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Segmenter(ImageSegmenter):
@@ -252,7 +251,10 @@ def normalisation(encoder: SCCLIP, tokenizer: Callable) -> tuple[Sequence[float]
     """Returns the mean and standard deviation of the channels in [0, 1]; see `Segmenter`."""
     # open_clip's tower and transformers' image processor use the same names for them.
     source = getattr(tokenizer, "image_processor", encoder.tower.visual)
-    return getattr(source, "image_mean", None) or _MEAN, getattr(source, "image_std", None) or _STD
+    return (
+        getattr(source, "image_mean", None) or CLIP_MEAN,
+        getattr(source, "image_std", None) or CLIP_STD,
+    )
 
 
 @true_float32
