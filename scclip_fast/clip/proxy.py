@@ -127,8 +127,8 @@ def load_proxy(name: str, dtype: torch.dtype = torch.float32) -> Proxy:
     source = PROXIES.get(name, name)
     if not os.path.isdir(source) and source.count("/") != 1 and not name.startswith(_TIMM):
         raise ValueError(
-            f"proxy must be {', '.join(PROXIES)}, a folder, OWNER/NAME on the hub or timm:NAME, got "
-            f"{name!r}"
+            f"proxy must be {', '.join(PROXIES)}, a folder, OWNER/NAME on the hub or timm:NAME; "
+            f"got {name!r}"
         )
     try:
         if name.startswith(_TIMM):
