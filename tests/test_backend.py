@@ -78,6 +78,7 @@ def test_every_op_takes_every_backend():
         sf.aggregate(X, X, backend=name)
         sf.adaptive_aggregate(X, sf.similarity(X), backend=name)
         sf.blended_attention(q, q, q, X, backend=name)
+        sf.content_attention(X, X, backend=name)
 
 
 @pytest.mark.parametrize("op", [sf.outlier_mask, sf.norm_scores])
