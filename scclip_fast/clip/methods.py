@@ -61,8 +61,8 @@ def naclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIP
     """NACLIP (Hajimiri et al., WACV 2025, arXiv 2404.08181): attention to keys and to neighbours.
 
     The weights are softmax(k k^T / sqrt d + omega), without residual and MLP. omega_ij = exp(-||p_i
-    - p_j||^2 / (2 std^2)) for patches at p on the grid, and 0 for the class token. std = 5 patches
-    as published.
+    - p_j||^2 / (2 std^2)) for patches at p on the grid, and 0 for the tokens before them. std = 5
+    patches as published.
     """
     last = tower.blocks[-1]
     _, k, v = tower.qkv(last, block_outputs[-1])
@@ -81,10 +81,11 @@ def resclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLI
     last, layers = tower.blocks[-1], len(tower.blocks)
     _, k, v = tower.qkv(last, block_outputs[-1])
     first, end = (max(1, scaled_index(index, 12, layers)) for index in RESCLIP_LAYERS)
-    cross = torch.zeros_like(v[:, :, 1:])
+    n_prefix = v.shape[2] - grid[0] * grid[1]
+    cross = torch.zeros_like(v[:, :, n_prefix:])
     for layer in range(first, end + 1):
         q_layer, k_layer, _ = tower.qkv(tower.blocks[layer], block_outputs[layer - 1])
-        cross += F.scaled_dot_product_attention(q_layer[:, :, 1:], k_layer, v)
+        cross += F.scaled_dot_product_attention(q_layer[:, :, n_prefix:], k_layer, v)
     neighbours = neighbour_attention(k, v, grid, NACLIP_STD)
     attended = torch.lerp(neighbours, cross / (end + 1 - first), RESCLIP_SHARE)
     return tower.merge_heads(last, attended)
@@ -94,18 +95,19 @@ def neighbour_attention(k: Tensor, v: Tensor, grid: Grid, std: float) -> Tensor:
     """softmax(k k^T / sqrt d + omega) v for the patches, (B, heads, N, d); see `naclip`.
 
     Args:
-        k, v: (B, heads, 1 + N, d), the class token first.
+        k, v: (B, heads, P + N, d), the prefix tokens first.
         grid: (h, w), N = h w.
         std: standard deviation of the Gaussian, in patches.
     """
+    n_prefix = k.shape[2] - grid[0] * grid[1]
     vertical, horizontal = (_gaussian(side, std, k) for side in grid)
     row_bytes = grid[1] * k.shape[2] * k.element_size()  # of omega for one row of patches
     step = max(1, OMEGA_BYTES // row_bytes)
     attended = []
     for top in range(0, grid[0], step):
         omega = vertical[top : top + step, None, :, None] * horizontal[None, :, None, :]
-        omega = F.pad(omega.flatten(2).flatten(0, 1), (1, 0))  # [rows, 1 + N]
-        start = 1 + top * grid[1]
+        omega = F.pad(omega.flatten(2).flatten(0, 1), (n_prefix, 0))  # [rows, P + N]
+        start = n_prefix + top * grid[1]
         queries = k[:, :, start : start + len(omega)]
         attended.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=omega))
     return torch.cat(attended, dim=2)

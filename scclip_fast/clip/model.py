@@ -120,7 +120,8 @@ class SCCLIP(nn.Module):
             ValueError: images are not (B, 3, H, W).
         """
         block_outputs, grid = self.layers(images)
-        arguments = tower, *_ = self.tower, block_outputs, grid, self.config
+        tower = self.tower.at(grid)
+        arguments = tower, block_outputs, grid, self.config
         if self.proxy is not None:
             features = self.proxy(_whole_patches(images, self.proxy.patch_size))
             return PROXY_METHODS[self.method](*arguments, features)
@@ -182,7 +183,12 @@ def _tower_class(model: nn.Module) -> type[Tower]:
         from .transformers_tower import TransformersTower
 
         return TransformersTower
-    if is_of("open_clip", getattr(model, "visual", None)):
+    visual = getattr(model, "visual", None)
+    if is_of("open_clip", visual) and is_of("timm", getattr(visual, "trunk", None)):
+        from .timm_tower import TimmTower
+
+        return TimmTower
+    if is_of("open_clip", visual):
         from .openclip_tower import OpenClipTower
 
         return OpenClipTower
