@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -36,6 +37,13 @@ def ahead(
         finally:  # the caller has stopped early
             for _, future in waiting:
                 future.cancel()
+
+
+def batches(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """Yields lists of `count` items; the last may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, count)):
+        yield batch
 
 
 class Behind:

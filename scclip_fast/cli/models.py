@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clip.sources import HubError, Source, find_source, first_line, load_transformers
+from . import options
 from .options import CommandError, out_of_memory
 
 if TYPE_CHECKING:  # of the extras
@@ -77,7 +78,7 @@ def add_model(
         default=default,
         help="open_clip's or OpenAI's name of a vision transformer; transformers' CLIP by its name "
         "on the hub; a folder with a download of either; scenes, the small model that comes with "
-        "this package, for drawn scenes only; for segment alone facebook/sam3, or its folder",
+        "this package, for drawn scenes only; for segment and eval facebook/sam3, or its folder",
     )
     add(
         "--pretrained",
@@ -109,10 +110,29 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     )
     switched_off = dict(nargs=0, default=True, const=False, **CLIP)
     for stage, effect in SWITCHES.items():
-        add(_switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
+        add(switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
 
 
-def _switch(stage: str) -> str:
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds --batch; see `batch`."""
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=options.positive,
+        help="the number of images whose windows are encoded together; by default 1 on a CPU and 8 "
+        "on a GPU",
+        **CLIP,
+    )
+
+
+def batch(args: argparse.Namespace) -> int:
+    """Returns the number of images that are segmented together."""
+    if is_sam3(args.model):
+        return 1
+    return args.batch or (1 if args.device == "cpu" else 8)
+
+
+def switch(stage: str) -> str:
     """Returns the option that switches a stage off."""
     return f"--no-{stage.replace('_', '-')}"
 
@@ -134,13 +154,13 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
     target = device(args.device)
     off = [stage for stage in SWITCHES if not getattr(args, stage)]
     if off and args.method != "scclip":
-        raise CommandError(f"{_switch(off[0])} is for --method scclip, got {args.method}")
+        raise CommandError(f"{switch(off[0])} is for --method scclip, got {args.method}")
     if (args.method in PROXY_METHODS) is not (args.proxy is not None):
         need = "needs" if args.proxy is None else "has no use for"
         raise CommandError(f"--method {args.method} {need} --proxy")
     model_source = source(args.model)
     if model_source.kind == "sam3":
-        raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` alone takes")
+        raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` and `eval` take")
     if model_source.kind == "transformers":
         args.extra = f"{args.extra},sam3"
     encoder, tokenizer = _create(args, model_source, target)

@@ -87,14 +87,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         **SAM3,
     )
     add("--force", action="store_true", help="replace existing results")
-    add(
-        "--batch",
-        metavar="N",
-        type=options.positive,
-        help="the number of images whose windows are encoded together; by default 1 on a CPU and 8 "
-        "on a GPU",
-        **CLIP,
-    )
+    models.add_batch(parser)
 
 
 def _add_clip(parser: argparse.ArgumentParser) -> None:
@@ -169,17 +162,10 @@ def run(args: argparse.Namespace) -> None:
             segmenter = _segmenter(args, classes)
             from . import segment_images
 
-            failures = segment_images.segment(segmenter, jobs, args.font, _batch(args), ranks)
+            failures = segment_images.segment(segmenter, jobs, args.font, models.batch(args), ranks)
         todo, failures = (ranks.total(count, device) for count in (len(jobs), failures))
     if ranks.rank == 0:
         _report(args, classes, len(paths), todo, failures)
-
-
-def _batch(args: argparse.Namespace) -> int:
-    """Returns the number of images that are segmented together."""
-    if models.is_sam3(args.model):
-        return 1
-    return args.batch or (1 if args.device == "cpu" else 8)
 
 
 def _report(

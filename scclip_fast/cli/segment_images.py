@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +19,10 @@ from ..ranks import Ranks
 from ..scenes.draw import scene
 from ..segment import ImageSegmenter
 from ..segment.base import Band
-from ..threads import Behind, ahead
+from ..threads import Behind, ahead, batches
 from . import files
 from .files import Job
 from .options import CommandError
-
-Item = TypeVar("Item")
 
 EXAMPLE = ("benchmark", 18)  # the drawn scene that is segmented where no image is given
 
@@ -60,7 +57,7 @@ def segment(
     # None: only on a terminal.
     bar = tqdm(total=len(jobs), unit="image", disable=ranks.rank > 0 or None)
     with bar, Behind(2 * batch) as writers:
-        for some in _batches(ahead(_photo, jobs, 2 * batch), batch):
+        for some in batches(ahead(_photo, jobs, 2 * batch), batch):
             read = {}  # photos by the place of their jobs
             for place, (_, photo) in enumerate(some):
                 try:
@@ -84,13 +81,6 @@ class _Result(NamedTuple):
     left_out: list[str]  # the classes that the preview of a SAM3 left out
     frozen: np.ndarray | None  # (H, W), the labels without the calibration of a SAM3, for --compare
     outliers: np.ndarray | None  # of a SAM3's tokens
-
-
-def _batches(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
-    """Yields lists of `count` items; the last may be shorter."""
-    iterator = iter(items)
-    while batch := list(islice(iterator, count)):
-        yield batch
 
 
 def _photo(job: Job) -> Image.Image:

@@ -123,7 +123,7 @@ class SCCLIP(nn.Module):
         block_outputs, grid = self.layers(images)
         tower = self.tower.at(grid)
         arguments = tower, block_outputs, grid, self.config
-        if self.proxy is not None:
+        if self.method in PROXY_METHODS:
             features = self.proxy(_whole_patches(images, self.proxy.patch_size))
             return PROXY_METHODS[self.method](*arguments, features)
         return tower.unit_features(METHODS[self.method](*arguments)).unflatten(1, grid)

@@ -49,10 +49,13 @@ class ImageSegmenter(nn.Module):
                 that are no grey (see `image.to_rgb`); or the model's results are not finite.
         """
         if not isinstance(image, list | tuple):
-            return self([image])[0]
+            return self._labels_of([image])[0]
+        return self._labels_of(image)
+
+    def _labels_of(self, images: list[Any] | tuple[Any, ...]) -> list[Tensor]:
         labels: list[Tensor] = []
-        for start in range(0, len(image), _IMAGES):
-            pixels = [to_tensor(one) for one in image[start : start + _IMAGES]]
+        for start in range(0, len(images), _IMAGES):
+            pixels = [to_tensor(one) for one in images[start : start + _IMAGES]]
             found = zip(pixels, self._label_bands(pixels), strict=True)
             labels.extend(_joined(bands, one.shape[1:]) for one, bands in found)
         return labels
