@@ -17,8 +17,7 @@ ABLATION = "ablation"
 _STANDS_FOR = {  # the settings that "ablation" stands for, by the kind of model
     "CLIP": ["scclip", *(f"scclip/no-{s.replace('_', '-')}" for s in models.SWITCHES), "clip"],
     "SAM3": [
-        *("none", "trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion"),
-        *("default", "seed"),
+        *("none", "trunk_repair", "trunk_aggregate", "trunk_attention", "trunk_fusion", "default")
     ],
 }
 # Options that choose one setting.
