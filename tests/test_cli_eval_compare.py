@@ -27,10 +27,8 @@ WINDOWS = ["--slide-crop", "112", "--slide-stride", "56", "--limit", "2"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The --model of a tiny CLIP and of a tiny SAM3."""
-    folder = tmp_path_factory.mktemp("clip")
-    clip = cli_runs.save_tiny(folder, image_size=224, patch_size=16)
-    return {"clip": clip, "sam3": save_tiny_sam3(tmp_path_factory.mktemp("sam3"))}
+    """The --model of the small CLIP of this package, and of a tiny SAM3."""
+    return {"clip": "scenes", "sam3": save_tiny_sam3(tmp_path_factory.mktemp("sam3"))}
 
 
 @pytest.fixture
