@@ -24,8 +24,8 @@ tensor cores are twice as fast, and split once and not in every tile.
 from __future__ import annotations
 
 import torch
-import triton
 
+from ._launch import cdiv
 from .aggregate_details.panel import product_launch, weights_launch
 from .aggregate_details.products import Operand
 from .aggregate_details.stream import stream_launch
@@ -58,7 +58,7 @@ def aggregate_triton(
         f, v = Operand(_in_rows(features), None), Operand(_in_rows(values), None)
     scale, floor = scale.contiguous(), floor.contiguous()
     halves = 1 if f.second is None else 2
-    columns = triton.cdiv(n, 128) * 128
+    columns = cdiv(n, 128) * 128
     rows = WORKSPACE_BYTES // (2 * halves * columns)
     if rows >= min(n, LEAST_ROWS):
         _by_panels(v, f, scale, floor, gamma, eps, out, total, rows, columns)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Architecture, Launch, architecture, strides
+from .._launch import Architecture, Launch, architecture, cdiv, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -292,7 +292,7 @@ def product_launch(
     gpu = gpu or architecture(out.device)
     return Launch(
         _product_kernel,
-        batch * triton.cdiv(rows, 128) * triton.cdiv(dv, block_v),
+        batch * cdiv(rows, 128) * cdiv(dv, block_v),
         w_ptr=panel.first,
         w2_ptr=panel.second,
         v_ptr=v.first,

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Architecture, Launch, architecture, power_of_two, strides
+from .._launch import Architecture, Launch, architecture, cdiv, power_of_two, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -164,7 +164,7 @@ def stream_launch(
     block_v = power_of_two(dv, 16, 128 if narrow else 256)
     return Launch(
         _stream_kernel,
-        batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
+        batch * cdiv(n, 128) * cdiv(dv, block_v),
         f_ptr=f.first,
         f2_ptr=f.second,
         v_ptr=v.first,
