@@ -30,6 +30,7 @@ from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_
 from scclip_fast.kernels.aggregate_details.products import Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
+from scclip_fast.kernels.outlier_mask import outlier_mask_launch
 from scclip_fast.kernels.repair import repair_launch
 from scclip_fast.kernels.upsample import upsampled_labels_launch
 
@@ -52,7 +53,13 @@ LARGEST = (
     *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
     *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
-    *("repair-wide-fp32", "upsample-photo-fp32", "attention-fp16-d128", "attention-fp32-d64"),
+    *(
+        "outliers-82944",
+        "repair-wide-fp32",
+        "upsample-photo-fp32",
+        "attention-fp16-d128",
+        "attention-fp32-d64",
+    ),
     *("weights-fp16-d1024-r5248", "weights-fp32-d1024-r5248"),
     *("product-fp16-v1024", "product-fp32-v1024"),
     *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
@@ -72,6 +79,9 @@ SIGNATURE = {
 def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Yields each kernel with every dtype and tile that its launcher can choose."""
     yield from neighbors(gpu)
+    for n in (1, 5184, 82944):
+        mask = meta(1, n, dtype=torch.bool)
+        yield f"outliers-{n}", outlier_mask_launch(meta(1, n), mask, 0.95)
     for name, dtype in DTYPES.items():
         yield from repairs(name, dtype)
         yield from upsamplings(name, dtype)

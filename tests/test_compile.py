@@ -8,6 +8,7 @@ import scclip_fast as sf
 from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
 from scclip_fast.ops.attention import _attention, _attention_backward
 from scclip_fast.ops.knn import nearest
+from scclip_fast.ops.lof import _outlier_mask
 from scclip_fast.ops.repair import _repair
 from scclip_fast.ops.upsample import _upsampled_labels
 
@@ -148,6 +149,10 @@ class TestOpcheck:
         x, queries = self.tensors((2, 20, 4), (2, 7, 4))
         self.check(nearest, x, 20, True, backend, queries, metric)
         self.check(nearest, x, 5, True, backend, None, metric)
+
+    def test_outlier_mask(self, backend):
+        (scores,) = self.tensors((2, 40))
+        self.check(_outlier_mask, scores, 0.1, backend)
 
     def test_repair(self, backend):
         (tokens,) = self.tensors((2, 20, 4), grad=True)
