@@ -128,6 +128,7 @@ class Launch:
         programs: the number of programs.
         num_warps: warps a program, as on Hopper.
         num_stages: stages of the software pipeline, as on Hopper; None for a kernel without one.
+        enable_fp_fusion: whether the compiler may fuse products and sums, whose rounding differs.
         arguments: all arguments of the kernel by name, its `tl.constexpr` ones included.
     """
 
@@ -139,12 +140,14 @@ class Launch:
         *,
         num_warps: int = 4,
         num_stages: int | None = None,
+        enable_fp_fusion: bool = True,
         **arguments: Any,
     ) -> None:
         self.kernel = kernel
         self.programs = programs
         self.num_warps = num_warps
         self.num_stages = num_stages
+        self.enable_fp_fusion = enable_fp_fusion
         self.arguments = arguments
 
     @property
@@ -158,12 +161,15 @@ class Launch:
         }
 
     def compile_options(self, gpu: Architecture) -> dict[str, int]:
-        """The warps and stages on a GPU, as Triton's options by name."""
-        if self.num_stages is None:
-            return dict(num_warps=self.num_warps)
-        least_warps = gpu.options.least_warps if self.num_stages > 1 else 1
-        stages = min(gpu.options.most_stages, self.num_stages)
-        return dict(num_warps=max(least_warps, self.num_warps), num_stages=stages)
+        """What differs from Triton's default options on a GPU, by name."""
+        options = dict(num_warps=self.num_warps)
+        if self.num_stages is not None:
+            least_warps = gpu.options.least_warps if self.num_stages > 1 else 1
+            options["num_warps"] = max(least_warps, self.num_warps)
+            options["num_stages"] = min(gpu.options.most_stages, self.num_stages)
+        if not self.enable_fp_fusion:
+            options["enable_fp_fusion"] = False
+        return options
 
     def run(self) -> None:
         """Enqueues the kernel on the device of its tensors.

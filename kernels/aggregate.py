@@ -5,7 +5,7 @@
     w_ij  = 1[s_ij >= floor] exp(gamma (s_ij - 1))   (SOFTMAX) as in softmax(gamma (s_ij - mu))
     out_i = sum_j w_ij v_j / (sum_j w_ij + eps)
 
-f (B, N, D), v (B, N, DV) any strides, r (B, N) and floor (B,) float32
+f (B, N, D), v (B, N, DV) any strides, floor (B,) float32
 -> out (B, N, DV), total (B, N) float32, the sums of the weights.
 
 A token j has no direction if r_j is not a finite number above 0. Then w_ij = 0 for all other i,
@@ -18,7 +18,8 @@ whatever v_j, and out_j and total_j are NaN.
 
 Half-precision operands are multiplied as they are. A float32 operand is split into two of fp16,
 x = x_1 + x_2 to 22 bits, of whose four products three are computed: fp16 and not tf32, as its
-tensor cores are twice as fast, and split once and not in every tile.
+tensor cores are twice as fast, and split once and not in every tile: `norms.py` splits features,
+`values.py` values.
 """
 
 from __future__ import annotations
@@ -26,20 +27,19 @@ from __future__ import annotations
 import torch
 
 from ._launch import cdiv
+from .aggregate_details.norms import inverse_norms, split_features
 from .aggregate_details.panel import product_launch, weights_launch
 from .aggregate_details.products import Operand
 from .aggregate_details.stream import stream_launch
+from .aggregate_details.values import split_values
 
 WORKSPACE_BYTES = 64 * 2**20
 LEAST_ROWS = 1024  # of a panel; fewer make too few programs of the second product
-FEATURE_SCALE = 64.0  # brings the second half of a unit feature into fp16's normal range
-VALUE_SCALE = 8  # log2 of the bound to which the largest value of a channel is scaled
 
 
 def aggregate_triton(
     values: torch.Tensor,
     features: torch.Tensor,
-    scale: torch.Tensor,
     floor: torch.Tensor,
     gamma: float | None,
     eps: float,
@@ -50,13 +50,12 @@ def aggregate_triton(
     total = torch.empty(batch, n, dtype=torch.float32, device=values.device)
     unit = None
     if torch.float32 in (values.dtype, features.dtype):
-        f = _split(features.float() * (scale * FEATURE_SCALE).unsqueeze(-1))
-        has_direction = (scale > 0) & scale.isfinite()
-        scale = torch.where(has_direction, 1 / FEATURE_SCALE, torch.nan)
-        v, unit = _split_values(values.float().where(has_direction.unsqueeze(-1), 0))
+        f, scale = split_features(features)
+        v, unit = split_values(values, scale)
     else:
         f, v = Operand(_in_rows(features), None), Operand(_in_rows(values), None)
-    scale, floor = scale.contiguous(), floor.contiguous()
+        scale = inverse_norms(f.first)
+    floor = floor.contiguous()
     halves = 1 if f.second is None else 2
     columns = cdiv(n, 128) * 128
     rows = WORKSPACE_BYTES // (2 * halves * columns)
@@ -103,17 +102,3 @@ def _images(operand: Operand, images: slice) -> Operand:
 def _in_rows(x: torch.Tensor) -> torch.Tensor:
     """x with each token's channels side by side: apart, they are read many times as slowly."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _split(x: torch.Tensor) -> Operand:
-    """Two float16 tensors whose sum is x to 22 bits."""
-    first = x.half()
-    return Operand(first, (x - first).half())
-
-
-def _split_values(values: torch.Tensor) -> tuple[Operand, torch.Tensor]:
-    """Values (B, N, DV), each channel over a power of two, and these powers (B, 1, DV)."""
-    largest = values.abs().amax(dim=1, keepdim=True)
-    largest = torch.where(largest.isfinite(), largest, 1)
-    exponent = torch.frexp(largest).exponent.clamp(min=-100) - VALUE_SCALE  # 2^108 is finite
-    return _split(torch.ldexp(values, -exponent)), torch.ldexp(torch.ones_like(largest), exponent)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from aot_elementwise import elementwise
 from aot_neighbors import neighbors
 from meta_tensors import DTYPES, meta
 from triton.backends.compiler import GPUTarget
@@ -30,9 +31,6 @@ from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_
 from scclip_fast.kernels.aggregate_details.products import Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.outlier_mask import outlier_mask_launch
-from scclip_fast.kernels.repair import repair_launch
-from scclip_fast.kernels.upsample import upsampled_labels_launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
@@ -60,6 +58,8 @@ LARGEST = (
         "attention-fp16-d128",
         "attention-fp32-d64",
     ),
+    *("norms-wide-fp32", "norms-split-wide-fp32", "norms-split-map-fp32", "largest-wide-fp32"),
+    *("largest-map-fp32", "split-wide-fp32", "split-map-fp32", "sums-wide-fp32", "mean-wide"),
     *("weights-fp16-d1024-r5248", "weights-fp32-d1024-r5248"),
     *("product-fp16-v1024", "product-fp32-v1024"),
     *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
@@ -79,12 +79,8 @@ SIGNATURE = {
 def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Yields each kernel with every dtype and tile that its launcher can choose."""
     yield from neighbors(gpu)
-    for n in (1, 5184, 82944):
-        mask = meta(1, n, dtype=torch.bool)
-        yield f"outliers-{n}", outlier_mask_launch(meta(1, n), mask, 0.95)
+    yield from elementwise()
     for name, dtype in DTYPES.items():
-        yield from repairs(name, dtype)
-        yield from upsamplings(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
@@ -92,31 +88,6 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
                 attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
         yield from aggregations(name, dtype, gpu)
-
-
-def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Yields wide tokens, narrow tokens, a map with its channels first, and sizes of 1."""
-    kinds = {
-        "wide": ((72, 72), meta(1, 5184, 1024, dtype=dtype)),
-        "narrow": ((14, 14), meta(64, 196, 17, dtype=dtype)),
-        "map": ((288, 288), meta(1, 256, 82944, dtype=dtype).mT),
-        "one": ((1, 1), meta(1, 1, 1, dtype=dtype)),
-    }
-    for kind, (grid, x) in kinds.items():
-        out, mask = meta(*x.shape, dtype=dtype), meta(*x.shape[:2], dtype=torch.bool)
-        yield f"repair-{kind}-{name}", repair_launch(x, mask, out, grid)
-
-
-def upsamplings(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Yields a photo, classes in the last dimension with labels of 16 bits, and sizes of 1."""
-    kinds = {
-        "photo": (meta(1, 151, 288, 288, dtype=dtype), (4000, 6000), torch.uint8),
-        "last": (meta(2, 72, 72, 1203, dtype=dtype).permute(0, 3, 1, 2), (720, 100), torch.int16),
-        "one": (meta(1, 1, 1, 1, dtype=dtype), (1, 1), torch.uint8),
-    }
-    for kind, (maps, size, labels) in kinds.items():
-        out = meta(len(maps), *size, dtype=labels), meta(len(maps), *size)
-        yield f"upsample-{kind}-{name}", upsampled_labels_launch(maps, *out)
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:

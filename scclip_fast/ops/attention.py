@@ -14,6 +14,21 @@ from . import _check
 from .aggregate import weighted_mean
 
 
+@torch.library.custom_op(f"{NAMESPACE}::mean_similarity", mutates_args=())
+def _mean_similarity(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`reference.mean_similarity` of features (B, N, D): mu (B,), computed in a dtype."""
+    if backend == "triton" and features.numel():
+        from ..kernels.mean_similarity import mean_similarity_triton
+
+        return mean_similarity_triton(features)
+    return reference.mean_similarity(features.to(dtype))
+
+
+@_mean_similarity.register_fake
+def _(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=dtype)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 @true_float32
 def _attention(
@@ -122,7 +137,7 @@ def blended_attention(
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
     """C v (B, H, N, dv), all heads at once by one product of width H dv."""
-    mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
+    mu = _mean_similarity(features.detach(), chunked.compute_dtype(values, features), backend)
     merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
     out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
     return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
