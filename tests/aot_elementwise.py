@@ -55,12 +55,10 @@ def upsamplings(name: str, dtype: torch.dtype) -> Launches:
 
 
 def operands(name: str, dtype: torch.dtype) -> Launches:
-    """Yields the norms, splits and mean similarity of tokens, of a map, and of sizes of 1."""
-    kinds = {
-        "wide": meta(1, 5184, 1024, dtype=dtype),
-        "map": meta(1, 256, 82944, dtype=dtype).mT,
-        "one": meta(1, 1, 1, dtype=dtype),
-    }
+    """Yields the norms, splits and mean similarity of tokens, and for float32 a map and one number."""
+    kinds = {"wide": meta(1, 5184, 1024, dtype=dtype)}
+    if name == "fp32":
+        kinds |= {"map": meta(1, 256, 82944).mT, "one": meta(1, 1, 1)}
     for kind, x in kinds.items():
         norms, bits = meta(*x.shape[:2]), integers(1, x.shape[2])
         halves = Operand(*(meta(*x.shape, dtype=torch.float16) for _ in range(2)))

@@ -6,7 +6,7 @@ from cases import GPU
 
 import scclip_fast as sf
 from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
-from scclip_fast.ops.attention import _attention, _attention_backward
+from scclip_fast.ops.attention import _attention, _attention_backward, _mean_similarity
 from scclip_fast.ops.knn import nearest
 from scclip_fast.ops.lof import _outlier_mask
 from scclip_fast.ops.repair import _repair
@@ -169,6 +169,10 @@ class TestOpcheck:
         values, features = self.tensors((2, 20, 4), (2, 20, 3), grad=True)
         floor = torch.full((2,), 0.1, device=self.device)
         self.check(weighted_mean, values, features, floor, gamma, backend)
+
+    def test_mean_similarity(self, backend):
+        (features,) = self.tensors((2, 20, 4))
+        self.check(_mean_similarity, features, torch.float32, backend)
 
     def test_attention(self, backend):
         q, k, v, content = self.tensors(*[(2, 2, 20, 4)] * 4, grad=True)
