@@ -197,6 +197,9 @@ def power_of_two(n: int, low: int, high: int) -> int:
 
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     """{"stride_<name><dim>": stride} for each letter of `dims`."""
-    return {
-        f"stride_{name}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)
-    }
+    return dict(zip(_stride_names(name, dims), tensor.stride(), strict=True))
+
+
+@functools.cache
+def _stride_names(name: str, dims: str) -> list[str]:
+    return [f"stride_{name}{dim}" for dim in dims]

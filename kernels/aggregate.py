@@ -84,7 +84,7 @@ def _by_panels(
     rows = min(columns, rows // 128 * 128)
     for image in range(0, batch, images):
         some = slice(image, image + images)
-        fs, vs = _images(f, some), _images(v, some)
+        fs, vs = f.images(some), v.images(some)
         for first in range(0, n, rows):
             shape = (len(fs.first), min(rows, columns - first), columns)
             panel = Operand(*(h if h is None else vs.first.new_empty(shape) for h in fs))
@@ -93,10 +93,6 @@ def _by_panels(
             last = min(n, first + rows)
             torch.sum(sums[..., : last - first], dim=1, out=total[some, first:last])
             product_launch(panel, vs, scale[some], total[some], eps, out[some], first).run()
-
-
-def _images(operand: Operand, images: slice) -> Operand:
-    return Operand(*(half if half is None else half[images] for half in operand))
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,8 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 
-from ._launch import Architecture, architecture, power_of_two
+from ._launch import Architecture, architecture, cdiv, power_of_two
 from .knn_details.bins import BLOCK_M, DEPTH, bins_launch, block_columns
 from .knn_details.certify import certify_launch
 from .knn_details.collect import collect_launch
@@ -131,12 +130,12 @@ def collect(
 ) -> None:
     """Writes all candidates of the undecided rows into the table; lists rows with over 64."""
     gpu = architecture(table.device)
-    programs = max(programs_for_lists(gpu) // len(table), triton.cdiv(table.shape[1], 64))
+    programs = max(programs_for_lists(gpu) // len(table), cdiv(table.shape[1], 64))
     collect_launch(rows, columns, exclude_self, undecided, table, first, programs).run()
 
 
 def _whole_blocks(rows: int) -> int:
-    return triton.cdiv(rows, BLOCK_M) * BLOCK_M
+    return cdiv(rows, BLOCK_M) * BLOCK_M
 
 
 def rounded(
@@ -163,8 +162,8 @@ def _rounded_set(
 ) -> Rounded:
     """Rounds x (B, N, D) and pads N to a multiple."""
     batch, n, d = x.shape
-    padded_n = triton.cdiv(n, multiple) * multiple
-    padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64
+    padded_n = cdiv(n, multiple) * multiple
+    padded_d = power_of_two(d, 64, 256) if d <= 256 else cdiv(d, 64) * 64
     y = x.new_empty(batch, padded_n, padded_d, dtype=torch.float16)
     a2, r = x.new_empty(2, batch, padded_n, dtype=torch.float32)
     tokens = Rounded(y, a2, r, x.new_zeros(batch, dtype=torch.float32), n, d)
@@ -174,7 +173,7 @@ def _rounded_set(
 
 def shares_of_columns(batch: int, m: int, n: int, gpu: Architecture) -> int:
     """The number of programs that share the columns of a block: enough for the GPU and for bins."""
-    blocks = batch * triton.cdiv(m, BLOCK_M)
+    blocks = batch * cdiv(m, BLOCK_M)
     least = 4 if n <= 1024 or blocks > gpu.multiprocessors else 3
     return max(least, min(8, gpu.multiprocessors // blocks))
 

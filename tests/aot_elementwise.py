@@ -55,7 +55,7 @@ def upsamplings(name: str, dtype: torch.dtype) -> Launches:
 
 
 def operands(name: str, dtype: torch.dtype) -> Launches:
-    """Yields the norms, splits and mean similarity of tokens, and for float32 a map and one number."""
+    """Yields the norms, splits and mean similarity of tokens, for float32 a map and one number."""
     kinds = {"wide": meta(1, 5184, 1024, dtype=dtype)}
     if name == "fp32":
         kinds |= {"map": meta(1, 256, 82944).mT, "one": meta(1, 1, 1)}

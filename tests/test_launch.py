@@ -217,7 +217,7 @@ def test_second_runs_take_what_triton_compiles(tmp_path):
 
 
 if __name__ == "__main__":
-    import fake_driver
+    import idle_driver
 
-    fake_driver.install()
+    idle_driver.install()
     sys.stdout.write(json.dumps(wrong_variants()))
