@@ -31,6 +31,9 @@ def main() -> None:
             k = min(k, n - 1)
             check(lambda x=x, k=k: sf.knn(x, k, backend="triton"))
             check(lambda x=x, k=k: sf.lof_scores(x, k, backend="triton"))
+            scores = x[..., 0].clone()
+            scores[0, ::5] = torch.nan
+            check(lambda s=scores: sf.outlier_mask(s, backend="triton"))
             image = x[:, : n // 3 * 3]
             outliers = torch.rand(image.shape[:2], device="cuda") < 0.3
             for tokens in (image, image.mT.contiguous().mT):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,29 @@ def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) -> dict:
-    """Measures one row of the results; `check` returns further fields from the result of a call."""
+def replayed(call: Callable[[], object], flush: Tensor) -> float:
+    """Returns the median time of replays of the call's CUDA graph."""
+    return milliseconds(graph_of(call), flush)
+
+
+def on_the_host(call: Callable[[], object], flush: Tensor) -> float:
+    """Returns the median time until a call returns, on an idle GPU that it does not wait for."""
+    times = []
+    for _ in range(10 * ROUNDS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2] * 1e3
+
+
+def entry(
+    op: str, shape: tuple, dtype: str, provider: str, call, check=None, clock=replayed
+) -> dict:
+    """Measures one row of the results.
+
+    `check` returns further fields from the result of a call, `clock` its time.
+    """
     row = dict(op=op, shape=shape, dtype=dtype, provider=provider)
     try:
         torch.cuda.empty_cache()
@@ -89,7 +111,7 @@ def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) ->
         peak = run.peak_bytes
         del run
         flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        row |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
+        row |= dict(milliseconds=clock(call, flush), peak_bytes=peak)
     except Exception as error:
         torch.cuda.synchronize()
         row |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
@@ -248,6 +270,35 @@ def upsampling(results: list[dict]) -> None:
             results.append(entry("upsampled_labels", shape, dtype, name, call, check))
 
 
+def host(results: list[dict]) -> None:
+    """Measures how long Python takes to enqueue a call; it takes longer than the GPU at times."""
+    shape = SHAPES[0]
+    for dtype in ("float16", "float32"):
+        x = harness.tokens("cuda", shape, dtype)
+        q, k, v = harness.heads("cuda", shape, dtype)
+        scores = sf.lof_scores(x)
+        calls = {
+            "knn": partial(sf.knn, x, bench_knn.K, backend="triton"),
+            "lof_scores": partial(sf.lof_scores, x, bench_knn.K, backend="triton"),
+            "outlier_mask": partial(sf.outlier_mask, scores, backend="triton"),
+            "aggregate": partial(sf.aggregate, x, x, backend="triton"),
+            "blended_attention": partial(bench_attention.ours("triton"), q, k, v, x),
+        }
+        for name, call in calls.items():
+            op = f"host time of {name}"
+            results.append(entry(op, shape, dtype, "scclip_fast", call, clock=on_the_host))
+
+
+def outliers(results: list[dict]) -> None:
+    """Compares the mask of outliers with a copy of the scores, and with a sort."""
+    for shape in ((1, 5184), (1, 82944), (64, 196)):
+        scores = torch.rand(shape, device="cuda")
+        results.append(entry("outlier_mask", shape, "float32", "floor", scores.clone))
+        for name, backend in {"scclip_fast": "triton", "sort": "torch"}.items():
+            call = partial(sf.outlier_mask, scores, backend=backend)
+            results.append(entry("outlier_mask", shape, "float32", name, call))
+
+
 def calibration(results: list[dict]) -> None:
     """Compares SC-CLIP with the frozen tower: ViT-L/14, 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
@@ -285,8 +336,8 @@ def ceilings() -> dict:
 PARTS = {
     part.__name__: part
     for part in (
-        *(neighbors, bank, aggregation, attention, repair, upsampling),
-        *(calibration, segmentation),
+        *(neighbors, bank, aggregation, attention, repair, upsampling, outliers),
+        *(host, calibration, segmentation),
     )
 }
 

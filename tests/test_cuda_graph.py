@@ -65,8 +65,9 @@ class Kernel:
 
 @pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("module", [None, "loaded"])
-def test_only_what_is_loaded_is_captured(capturing, module, monkeypatch):
-    monkeypatch.setattr(_run, "_has_compiled_kernels", lambda device: True)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_only_what_is_loaded_is_captured(capturing, module, keeps, monkeypatch):
+    monkeypatch.setattr(_run, "_has_compiled_kernels", lambda device: keeps)
     monkeypatch.setattr(_run, "_capturing", lambda device: capturing)
     kernel = Kernel(module)
     launch = _launch.Launch(kernel, 1, x=torch.zeros(1))
