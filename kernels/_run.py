@@ -8,11 +8,14 @@ kernel of that run, which takes 6 to 9 us, driver excluded.
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
-from typing import Any
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 if triton.knobs.runtime.interpret:
@@ -24,6 +27,39 @@ else:
 
 
 MOST_SPECIALISATIONS = 2048  # of all kernels, of which the least recently used are forgotten
+
+
+class Launched(NamedTuple):
+    """A launch that ran.
+
+    Attributes:
+        compiled: the compiled kernel.
+        arg_names: the names of its arguments in order.
+        programs: the number of programs.
+        arguments: the arguments by name.
+    """
+
+    compiled: Any
+    arg_names: list[str]
+    programs: int
+    arguments: dict[str, Any]
+
+
+class _Recording(threading.local):
+    launched: list[Launched] | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """Yields the list of the launches of this thread inside the `with` block."""
+    _recording.launched = []
+    try:
+        yield _recording.launched
+    finally:
+        _recording.launched = None
 
 
 def run(
@@ -45,18 +81,20 @@ def run(
     Raises:
         RuntimeError: the kernel is not loaded yet and a CUDA graph is being captured.
     """
-    with _on_device(device):
-        keeps = _has_compiled_kernels(device)
+    with on_device(device):
+        keeps = keeps_compiled(device)
         earlier = _compiled(key_of(kernel, arguments, options, device)) if keeps else []
         if earlier:
-            earlier[0][(programs, 1, 1)](*[arguments[name] for name in kernel.arg_names])
-            return
-        arguments = arguments | options
-        if _capturing(device):
-            _require_loaded(kernel, programs, arguments)
-        compiled = call(kernel, programs, arguments)
-        if isinstance(compiled, triton.compiler.CompiledKernel):  # not so in the interpreter
-            earlier.append(compiled)
+            compiled = earlier[0]
+            compiled[(programs, 1, 1)](*[arguments[name] for name in kernel.arg_names])
+        else:
+            if capturing(device):
+                _require_loaded(kernel, programs, arguments | options)
+            compiled = call(kernel, programs, arguments | options)
+            if isinstance(compiled, CompiledKernel):  # not so in the interpreter
+                earlier.append(compiled)
+    if _recording.launched is not None:
+        _recording.launched.append(Launched(compiled, kernel.arg_names, programs, arguments))
 
 
 def key_of(
@@ -66,12 +104,16 @@ def key_of(
 
     Triton specialises on dtypes, on the alignment of pointers to 16 bytes, and on integers that are
     1, multiples of 16 or wider than 32 bits. Numbers stand for themselves, as a call's sizes and
-    strides seldom change. The settings are those that Triton adds to every call.
+    strides seldom change.
     """
-    debug = triton.knobs.runtime.debug
-    instrumentation = getattr(triton.knobs.compilation, "instrumentation_mode", None)
     parts = [a if type(a) is int else _part(a) for a in arguments.values()]
-    return kernel.fn, device.index, debug, instrumentation, *options.items(), *parts
+    return kernel.fn, device.index, *compiler_settings(), *options.items(), *parts
+
+
+def compiler_settings() -> tuple[Any, ...]:
+    """Returns the settings of the process that Triton adds to every call."""
+    knobs = triton.knobs
+    return knobs.runtime.debug, getattr(knobs.compilation, "instrumentation_mode", None)
 
 
 def _part(argument: Any) -> tuple[Any, ...]:
@@ -88,7 +130,7 @@ def _compiled(key: tuple[Any, ...]) -> list[Any]:
     return []
 
 
-def _has_compiled_kernels(device: torch.device) -> bool:
+def keeps_compiled(device: torch.device) -> bool:
     # Triton for AMD specialises on more: whether a tensor has less than 2 GiB.
     return device.type == "cuda" and torch.version.hip is None
 
@@ -104,11 +146,11 @@ def _require_loaded(kernel: Any, programs: int, arguments: dict[str, Any]) -> No
         )
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_streamcapturing()
 
 
-def _on_device(device: torch.device):
+def on_device(device: torch.device):
     # Triton launches on the current device, which need not be that of the arguments ("Pointer
     # argument cannot be accessed").
     if device.type not in ("cuda", "xpu"):

@@ -18,6 +18,7 @@ import math
 import torch
 
 from ._launch import Architecture, architecture, cdiv, power_of_two
+from ._plan import planned
 from .knn_details.bins import BLOCK_M, DEPTH, bins_launch, block_columns
 from .knn_details.certify import certify_launch
 from .knn_details.collect import collect_launch
@@ -30,6 +31,8 @@ from .knn_details.table import CAPACITY, TILE, Rounded, Undecided, programs_for_
 LEAST_TOKENS_FOR_HALF = 128  # of rows and of columns: fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
 BINS_BYTES = 32 * 2**20
+#: With more tokens a GPU takes longer than Python, and a plan would hold the workspace of several passes.
+MOST_PLANNED_TOKENS = 16384
 
 
 def nearest_triton(
@@ -51,6 +54,16 @@ def nearest_triton(
         and the neighbours that are sure first, by column. A distance is +inf where it overflows,
         and NaN where one of its two tokens holds a NaN or an infinity.
     """
+    settings = k, measure_all
+    if x.shape[0] * x.shape[1] > MOST_PLANNED_TOKENS:
+        return _nearest(x, queries, *settings)
+    return planned(_nearest, (x, queries), settings)
+
+
+def _nearest(
+    x: torch.Tensor, queries: torch.Tensor | None, k: int, measure_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest_triton`, launch by launch."""
     exclude_self = queries is None
     rows = x if queries is None else queries
     batch, m, _ = rows.shape

@@ -67,8 +67,8 @@ class Kernel:
 @pytest.mark.parametrize("module", [None, "loaded"])
 @pytest.mark.parametrize("keeps", [False, True])
 def test_only_what_is_loaded_is_captured(capturing, module, keeps, monkeypatch):
-    monkeypatch.setattr(_run, "_has_compiled_kernels", lambda device: keeps)
-    monkeypatch.setattr(_run, "_capturing", lambda device: capturing)
+    monkeypatch.setattr(_run, "keeps_compiled", lambda device: keeps)
+    monkeypatch.setattr(_run, "capturing", lambda device: capturing)
     kernel = Kernel(module)
     launch = _launch.Launch(kernel, 1, x=torch.zeros(1))
     if capturing and module is None:

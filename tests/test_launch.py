@@ -100,7 +100,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(_run, "_has_compiled_kernels", lambda device: True)
+    monkeypatch.setattr(_run, "keeps_compiled", lambda device: True)
     monkeypatch.setattr(_run, "call", lambda kernel, programs, a: kernel[(programs,)](**a))
     _run._compiled.cache_clear()
     yield Kernel()
