@@ -1,14 +1,14 @@
 """Plans: the launches of a call, recorded once and repeated by later calls of the same shapes.
 
-A chain of eight launches takes 170 to 200 us of Python, most of it for the tensors of the workspace,
-their views and the arguments of the launches. A repetition allocates the workspace at once and
-hands addresses to the compiled kernels of the recorded call.
+The eight launches of `nearest_triton` take 175 us of Python, most of it for the tensors of the
+workspace, their views and the arguments of the launches. A repetition takes 35 us: it allocates the
+workspace at once and hands addresses to the compiled kernels of the recorded call.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -128,8 +128,13 @@ class Recorder(TorchDispatchMode):
         shapes = [(tuple(t.shape), t.dtype) for t in outputs]
         return Plan(shapes, size, zero_bytes, order, launches)
 
-    def _workspace(self, tensors, numbers: dict[int, int]) -> tuple[dict[int, int], int, int]:
-        """Returns the offset of each storage, the bytes of those with zeros, which lie first, and of all."""
+    def _workspace(
+        self, tensors: Iterable[torch.Tensor], numbers: dict[int, int]
+    ) -> tuple[dict[int, int], int, int]:
+        """Returns the offset of each storage but those of bases, the bytes of zeros, and all bytes.
+
+        The storages with zeros lie first.
+        """
         zeros = {_storage(t) for t in self.zeros}
         sizes = {_storage(t): t.untyped_storage().nbytes() for t in tensors}
         offsets, end, zero_bytes = {}, 0, 0

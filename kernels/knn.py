@@ -31,7 +31,8 @@ from .knn_details.table import CAPACITY, TILE, Rounded, Undecided, programs_for_
 LEAST_TOKENS_FOR_HALF = 128  # of rows and of columns: fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
 BINS_BYTES = 32 * 2**20
-#: With more tokens a GPU takes longer than Python, and a plan would hold the workspace of several passes.
+# With more tokens, a GPU takes longer than Python, and a plan would hold the workspaces of several
+# passes at once.
 MOST_PLANNED_TOKENS = 16384
 
 

@@ -18,7 +18,9 @@ HOPPER = _launch.Architecture(90, 227 * 1024)
 
 
 class Driver:
-    """The parts of a driver that compile, load and launch."""
+    """The parts of a driver that compile, load and launch, and a count of the launches."""
+
+    launches = 0
 
     utils = SimpleNamespace(
         load_binary=lambda name, kernel, shared, device: (1, 1, 32, 0, 1024),
@@ -28,9 +30,12 @@ class Driver:
         ),
     )
 
-    @staticmethod
-    def launcher_cls(src, metadata):
-        return lambda *arguments: None
+    @classmethod
+    def launcher_cls(cls, src, metadata):
+        def launch(*arguments):
+            cls.launches += 1
+
+        return launch
 
     get_current_device = staticmethod(lambda: 0)
     get_current_stream = staticmethod(lambda device: 0)
