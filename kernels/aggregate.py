@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 
 from ._launch import cdiv
+from ._plan import planned
 from .aggregate_details.norms import inverse_norms, split_features
 from .aggregate_details.panel import product_launch, weights_launch
 from .aggregate_details.products import Operand
@@ -45,6 +46,22 @@ def aggregate_triton(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, total) of the module's equations; gamma=None takes the similarity itself as weight."""
+    settings = gamma, eps
+    halves = 2 if torch.float32 in (values.dtype, features.dtype) else 1
+    if _panel_bytes(values, halves) > WORKSPACE_BYTES:  # a plan would hold all panels at once
+        return _aggregate(values, features, floor, *settings)
+    return planned(_aggregate, (values, None if features is values else features, floor), settings)
+
+
+def _aggregate(
+    values: torch.Tensor,
+    features: torch.Tensor | None,
+    floor: torch.Tensor,
+    gamma: float | None,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`aggregate_triton`, launch by launch; features=None if these are the values."""
+    features = values if features is None else features
     batch, n, _ = values.shape
     out = torch.empty(values.shape, dtype=values.dtype, device=values.device)
     total = torch.empty(batch, n, dtype=torch.float32, device=values.device)
@@ -59,40 +76,27 @@ def aggregate_triton(
     halves = 1 if f.second is None else 2
     columns = cdiv(n, 128) * 128
     rows = WORKSPACE_BYTES // (2 * halves * columns)
-    if rows >= min(n, LEAST_ROWS):
-        _by_panels(v, f, scale, floor, gamma, eps, out, total, rows, columns)
-    else:
-        stream_launch(v, f, scale, floor, gamma, eps, out, total).run()
-    return (out if unit is None else out.mul_(unit)), total
-
-
-def _by_panels(
-    v: Operand,
-    f: Operand,
-    scale: torch.Tensor,
-    floor: torch.Tensor,
-    gamma: float | None,
-    eps: float,
-    out: torch.Tensor,
-    total: torch.Tensor,
-    rows: int,
-    columns: int,
-) -> None:
-    """Fills out and total, by panels (images, rows, columns) within the workspace."""
-    batch, n, _ = out.shape
+    if rows < min(n, LEAST_ROWS):
+        stream_launch(v, f, scale, floor, unit, gamma, eps, out, total).run()
+        return out, total
     images = min(batch, max(1, rows // columns))
     rows = min(columns, rows // 128 * 128)
     for image in range(0, batch, images):
         some = slice(image, image + images)
-        fs, vs = f.images(some), v.images(some)
+        fs, vs, units = f.images(some), v.images(some), None if unit is None else unit[some]
         for first in range(0, n, rows):
             shape = (len(fs.first), min(rows, columns - first), columns)
             panel = Operand(*(h if h is None else vs.first.new_empty(shape) for h in fs))
             sums = total.new_empty(shape[0], columns // 128, shape[1])
             weights_launch(fs, scale[some], floor[some], gamma, panel, sums, first).run()
-            last = min(n, first + rows)
-            torch.sum(sums[..., : last - first], dim=1, out=total[some, first:last])
-            product_launch(panel, vs, scale[some], total[some], eps, out[some], first).run()
+            sums_and_out = sums, total[some], units, eps, out[some]
+            product_launch(panel, vs, scale[some], *sums_and_out, first).run()
+    return out, total
+
+
+def _panel_bytes(values: torch.Tensor, halves: int) -> int:
+    """The bytes of the weights of all pairs of tokens."""
+    return 2 * halves * len(values) * (128 * cdiv(values.shape[1], 128)) ** 2
 
 
 def _in_rows(x: torch.Tensor) -> torch.Tensor:

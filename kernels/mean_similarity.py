@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import Launch, architecture, cdiv, power_of_two, strides
+from ._plan import planned
 from .aggregate_details.norms import inverse_norms
 from .aggregate_details.products import has_direction
 
@@ -142,6 +143,10 @@ def mean_launch(sums: torch.Tensor, counts: torch.Tensor, mu: torch.Tensor) -> L
 
 def mean_similarity_triton(features: torch.Tensor) -> torch.Tensor:
     """mu (B,) of the module's equation."""
+    return planned(_mean_similarity, (features,), ())[0]
+
+
+def _mean_similarity(features: torch.Tensor) -> tuple[torch.Tensor]:
     batch, n, d = features.shape
     # As many parts as fill the GPU once, because one program reads all parts of an image.
     programs = architecture(features.device).multiprocessors // (batch * cdiv(d, BLOCK_D))
@@ -151,4 +156,4 @@ def mean_similarity_triton(features: torch.Tensor) -> torch.Tensor:
     mu = torch.empty(batch, dtype=torch.float32, device=features.device)
     sums_launch(features, inverse_norms(features), sums, counts).run()
     mean_launch(sums, counts, mu).run()
-    return mu
+    return (mu,)

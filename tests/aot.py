@@ -100,6 +100,7 @@ def operand(dtype: torch.dtype, *shape: int) -> Operand:
 def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
     for width in (17, 256, 1024):
+        unit = meta(1, 1, width) if dtype == torch.float32 else None
         f = operand(dtype, 1, 5184, width)
         for rows in (2560, 5248):
             panel = operand(dtype, 1, rows, 5248)
@@ -107,15 +108,17 @@ def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[t
                 kind = f"{name}-d{width}-r{rows}" + ("" if gamma else "-threshold")
                 launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0, gpu)
                 yield f"weights-{kind}", launch
-        product = product_launch(panel, f, sums[0], sums[0], 1e-6, out, 0, gpu)
+        product = product_launch(
+            panel, f, sums[0], meta(1, 41, 5248), sums[0], unit, 1e-6, out, 0, gpu
+        )
         yield f"product-{name}-v{width}", product
-        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        launch = stream_launch(f, f, *sums, unit, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-v{width}", launch
     if dtype != torch.float32:
         f = operand(dtype, 1, 5184, 4096)
         launch = weights_launch(f, *sums, 3.0, panel, meta(1, 41, rows), 0, gpu)
         yield f"weights-{name}-d4096", launch
-        launch = stream_launch(panel, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        launch = stream_launch(panel, f, *sums, None, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-d4096", launch
 
 

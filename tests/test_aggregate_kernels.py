@@ -129,8 +129,8 @@ def test_rows_of_a_large_image(device):
     sums, total = scale.new_empty(1, 41, 128), torch.full_like(scale, torch.nan)
     out = scale.new_empty(1, n, 128)
     weights_launch(f, scale, floor, None, panel, sums, first).run()
-    total[:, first : first + 128] = sums.sum(dim=1)
-    product_launch(panel, v, scale, total, EPS, out, first).run()
+    ones = torch.ones(1, 1, 128, device=device)
+    product_launch(panel, v, scale, sums, total, ones, EPS, out, first).run()
     s = unit[:, first : first + 128] @ unit.mT
     weight = torch.where(s < 0.4, 0, s)
     assert (weight > 0).sum() > 500
@@ -206,8 +206,8 @@ def steps(gpu):
 
     x, sums, one = meta(1, 5184, 256, dtype=torch.float16), meta(1, 5184), meta(1)
     split, panel = Operand(x, x), meta(1, 128, 5248, dtype=torch.float16)
-    product = product_launch(Operand(panel, panel), split, sums, sums, EPS, x, 0, gpu)
-    stream = stream_launch(split, split, sums, one, None, EPS, x, sums, gpu)
+    product = product_launch(Operand(panel, panel), split, *[sums] * 3, None, EPS, x, 0, gpu)
+    stream = stream_launch(split, split, sums, one, None, None, EPS, x, sums, gpu)
     return {launch.arguments["BLOCK_N"] for launch in (product, stream)}
 
 

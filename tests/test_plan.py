@@ -17,7 +17,9 @@ from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scclip_fast.kernels import _plan, _run
+from scclip_fast.kernels.aggregate import _aggregate, aggregate_triton
 from scclip_fast.kernels.knn import _nearest, nearest_triton
+from scclip_fast.kernels.mean_similarity import _mean_similarity, mean_similarity_triton
 
 pytestmark = pytest.mark.skipif(GPU, reason="the interpreter is off; other tests run plans there")
 
@@ -115,6 +117,18 @@ def test_layouts(repetitions):
         assert equal(nearest_triton(x, 3, True), _nearest(x, None, 3, True))
     assert len(repetitions) == 1 + len(layouts)
     assert len(set(repetitions)) == len(layouts) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_aggregate(dtype, repetitions):
+    values, features = torch.randn(2, 2, 40, 9).to(dtype)
+    floor, settings = torch.full((2,), 0.1), (3.0, 1e-6)
+    for _ in range(2):
+        for f in (features, values):
+            expected = _aggregate(values, f, floor, *settings)
+            assert equal(aggregate_triton(values, f, floor, *settings), expected)
+        assert torch.equal(mean_similarity_triton(features), _mean_similarity(features)[0])
+    assert len(repetitions) == 3
 
 
 def with_a_sum(x, k):
