@@ -121,7 +121,7 @@ def test_layouts(repetitions):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_aggregate(dtype, repetitions):
-    values, features = torch.randn(2, 2, 40, 9).to(dtype)
+    values, features = (torch.randn(2, 40, 9).to(dtype) for _ in range(2))
     floor, settings = torch.full((2,), 0.1), (3.0, 1e-6)
     for _ in range(2):
         for f in (features, values):
