@@ -1,7 +1,7 @@
 """Markdown tables of result files: python bench/report.py bench/results/*.json
 
-Results are those of `pytest --benchmark-json`, bench/by_hand.py, bench/targets.py and
-bench/ablation.py. Other files have no table.
+Results are those of `pytest --benchmark-json`, bench/by_hand.py, bench/targets.py,
+bench/vocabulary.py and bench/ablation.py. Other files have no table.
 """
 
 from __future__ import annotations
@@ -206,12 +206,28 @@ def by_hand_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def vocabulary_table(results: dict) -> str:
+    """Returns the CPU seconds a class and the memory of bench/vocabulary.py."""
+    height, width = results["size"]
+    lines = [_machine(results["machine_info"]["device_name"], results), ""]
+    lines.append("| photo | classes | provider | CPU seconds a class | peak extra memory |")
+    lines.append("|---|--:|---|--:|--:|")
+    for row in sorted(results["vocabulary"], key=lambda row: row["classes"]):
+        seconds = row["cpu_seconds"] / row["classes"]
+        lines.append(
+            f"| {height:,} × {width:,} | {row['classes']} | {row['provider']} | {seconds:.1f} "
+            f"| {_bytes(row['peak_bytes'])} |"
+        )
+    return "\n".join(lines)
+
+
 # The key that only the results of one script have, and the table of these results.
 WRITERS = {
     "benchmarks": race_table,
     "by_hand": by_hand_table,
     "results": target_table,
     "seeds": ablation_table,
+    "vocabulary": vocabulary_table,
 }
 
 

@@ -42,6 +42,7 @@ def main() -> None:
             check(partial(sf.upsampled_labels, maps, (d + 2, 3), backend="triton"))
             half = x[..., : d // 2 + 1]
             check(lambda v=half, x=x: sf.aggregate(v, x, backend="triton"))
+            check(lambda v=half, x=x: sf.content_attention(v, x, backend="triton"))
             q = x.unflatten(2, (1, d)).transpose(1, 2)
             check(lambda q=q, x=x: sf.blended_attention(q, q, q, x, backend="triton"))
     aggregate.WORKSPACE_BYTES, knn.BINS_BYTES = 2**12, 1  # runs `stream`, and several passes

@@ -30,6 +30,7 @@ import harness
 import nearest
 import torch
 import torch.nn.functional as F
+import vocabulary as vocabularies
 from measure import measure
 from torch import Tensor
 
@@ -322,6 +323,13 @@ def segmentation(results: list[dict]) -> None:
                 results.append(entry(op, bench_sam3.SHAPE, "bfloat16", provider, call))
 
 
+def vocabulary(results: list[dict]) -> None:
+    """Compares the labels of a photo with 151 classes by a full-size SAM3 with a prompt a pass."""
+    shape = (vocabularies.CLASSES[-1], *vocabularies.SIZE)
+    for name, call in vocabularies.calls(shape[0], "cuda", "bfloat16").items():
+        results.append(entry("Sam3Segmenter", shape, "bfloat16", name, call))
+
+
 def ceilings() -> dict:
     """Measures the best rates of the GPU: a half-precision product (FLOP/s), a copy (bytes/s)."""
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.float16)
@@ -337,7 +345,7 @@ PARTS = {
     part.__name__: part
     for part in (
         *(neighbors, bank, aggregation, attention, repair, upsampling, outliers),
-        *(host, calibration, segmentation),
+        *(host, calibration, segmentation, vocabulary),
     )
 }
 

@@ -79,6 +79,7 @@ def test_every_op_takes_every_backend():
         sf.aggregate(X, X, backend=name)
         sf.adaptive_aggregate(X, sf.similarity(X), backend=name)
         sf.blended_attention(q, q, q, X, backend=name)
+        sf.content_attention(X, X, backend=name)
 
 
 def test_a_backend_without_effect_is_deprecated(recwarn):

@@ -124,7 +124,7 @@ ERRORS = {
     "empty name": (("photo.png",), dict(classes="sky,|,tree"), "--classes has an empty name"),
     "empty synonym": (("photo.png",), dict(classes="sky|,tree"), "--classes has an empty name"),
     "twice": (("photo.png",), dict(classes="sky, tree,sky "), "--classes names sky more than once"),
-    "257": (("photo.png",), dict(classes=",".join(map(str, range(257)))), "at most 256"),
+    "65537": (("photo.png",), dict(classes=",".join(map(str, range(65537)))), "at most 65536"),
     "both": (("photo.png", "--classes-file", "x"), {}, "not allowed with"),
     "no file": (
         ("photo.png", "--classes-file", "no.txt"),

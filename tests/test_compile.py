@@ -46,6 +46,10 @@ OPS = {
         lambda v, f: sf.aggregate(v, f, 0.2),
         lambda: (torch.randn(3, 40, 6), torch.randn(3, 40, 8)),
     ),
+    "content_attention": (
+        lambda v, f: sf.content_attention(v, f, 10.0, ("mean", 1.2)),
+        lambda: (torch.randn(3, 40, 6), torch.rand(3, 40, 8)),
+    ),
     "adaptive_aggregate": (
         lambda x, s: sf.adaptive_aggregate(x, s),
         lambda: (torch.randn(3, 40, 8), torch.rand(3, 40, 40)),
@@ -91,7 +95,11 @@ def test_compile_with_inductor(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["repair", "similarity", "aggregate", "adaptive_aggregate", "blended_attention"]
+    "name",
+    [
+        *("repair", "similarity", "aggregate", "adaptive_aggregate"),
+        *("blended_attention", "content_attention"),
+    ],
 )
 def test_compiled_gradients(name):
     torch._dynamo.reset()

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from scclip_fast.plots import fonts, segmentation
-from scclip_fast.plots.palette import palette
+from scclip_fast.plots.palette import colors, palette
 from scclip_fast.scenes.draw import CLASSES, scene
 
 
@@ -37,6 +37,11 @@ def test_palette():
     lab = _oklab(colors[:42])
     distance = np.linalg.norm(lab[:, None] - lab, axis=2) + np.eye(42)
     assert distance.min() > 0.08  # random colours: about 0.02
+
+
+def test_colors_repeat():
+    classes = np.array([[0, 255], [256, 513]], np.uint16)
+    np.testing.assert_array_equal(colors(classes), palette()[[[0, 255], [0, 1]]])
 
 
 def test_oklab():
@@ -146,6 +151,27 @@ def test_shares_of_a_comparison(monkeypatch):
     before, after = np.array([[0, 0, 1, 1]], np.uint8), np.array([[0, 2, 2, 2]], np.uint8)
     segmentation.compare(Image.new("RGB", (4, 1)), None, before, after, ["a", "b", "c", "d"])
     assert shares == ["50.0 % → 25.0 %", "0.0 % → 75.0 %", "50.0 % → 0.0 %"]
+
+
+@pytest.mark.parametrize("count", [48, 49, 300])
+def test_legends_of_many_classes(count, monkeypatch):
+    """Class c has c + 1 pixels. Those beyond 48 entries are counted, the smallest first."""
+    drawn = []
+    monkeypatch.setattr(segmentation._Legend, "draw", lambda *args: drawn.append(args))
+    labels = np.repeat(np.arange(count), np.arange(count) + 1).astype(np.uint16)[None]
+    names = [f"name {index}" for index in range(count)]
+    segmentation.draw(Image.new("RGB", (labels.size, 1)), labels, names)
+    ((legend, _, _, fills),) = drawn
+    texts = [text for text, _ in legend.names]
+    largest = [count - 1 - index for index in range(48 if count == 48 else 47)]
+    others = count - len(largest)
+    assert texts == [names[index] for index in largest] + [f"{others} other classes"][: others > 0]
+    assert [fill for fill in fills if fill] == [tuple(colors(c).tolist()) for c in largest]
+    assert len(fills) == len(legend.shares) == len(texts) == 48
+    if others:
+        pixels = sum(range(others + 1))
+        assert fills[-1] is None
+        assert legend.shares[-1] == segmentation.percent(pixels / labels.size)
 
 
 def test_large_photos_are_compared_smaller():

@@ -78,14 +78,14 @@ def inputs(batch: int = 1, prompt: int = 7) -> dict[str, torch.Tensor]:
     return dict(pixel_values=pixels, input_ids=tokens, attention_mask=mask)
 
 
-def tiny_processor() -> Sam3Processor:
-    """A processor whose vocabulary is the letters."""
+def tiny_processor(side: int = SIDE) -> Sam3Processor:
+    """A processor whose vocabulary is the letters, for square inputs of `side` pixels."""
     letters = [*string.ascii_lowercase, *(f"{c}</w>" for c in string.ascii_lowercase)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters]
     tokenizer = CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
     # transformers 5.0 has the class under its older name.
     name = "Sam3ImageProcessor" + ("" if hasattr(transformers, "Sam3ImageProcessor") else "Fast")
-    images = getattr(transformers, name)(size={"height": SIDE, "width": SIDE})
+    images = getattr(transformers, name)(size={"height": side, "width": side})
     return Sam3Processor(images, tokenizer)
 
 

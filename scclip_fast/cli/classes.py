@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 
 from . import models
 from .options import CommandError
+
+MAX_CLASSES = 2**16  # a label PNG has 16 bits
 
 
 def from_options(args: argparse.Namespace) -> list[str]:
@@ -32,7 +35,9 @@ def from_options(args: argparse.Namespace) -> list[str]:
         entries = [line.rstrip(", \t").split(",") for line in _lines(args.classes_file)]
     if not models.is_sam3(args.model):
         return checked(entries, option)
-    classes = checked(entries, option, most=255)  # the background takes one of the 256 colours
+    from ..segment.sam3 import MAX_CLASSES as MOST_OF_SAM3
+
+    classes = checked(entries, option, MOST_OF_SAM3)
     if "background" in map(first_name, classes):
         raise CommandError(f"{option} names the background, which a SAM3 has besides its classes")
     return classes
@@ -47,13 +52,13 @@ def split(text: str) -> list[list[str]]:
     return [entry.split("|") for entry in re.split(r"[,\n]", text) if entry.strip()]
 
 
-def checked(entries: list[list[str]], source: str, most: int = 256) -> list[str]:
+def checked(entries: list[list[str]], source: str, most: int = MAX_CLASSES) -> list[str]:
     """Returns a string a class, its synonyms after commas.
 
     Args:
         entries: the names of each class.
         source: the option or file that the names come from, for errors.
-        most: the number of classes allowed, by default that of a palette's colours.
+        most: the number of classes allowed.
 
     Raises:
         CommandError: there is no class, a name is empty, a first name is repeated, or there are
@@ -66,8 +71,8 @@ def checked(entries: list[list[str]], source: str, most: int = 256) -> list[str]
         raise CommandError(f"{source} has an empty name")
     names = [entry[0] for entry in entries]
     if len(names) > most:
-        raise CommandError(f"{source} has {len(names)} classes; a palette PNG holds at most {most}")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise CommandError(f"{source} has {len(names)} classes; at most {most} are taken")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise CommandError(f"{source} names {', '.join(repeated)} more than once")
     return [", ".join(entry) for entry in entries]
 

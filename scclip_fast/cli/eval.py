@@ -75,9 +75,7 @@ def run(args: argparse.Namespace) -> None:
     names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
     names = names if args.dataset == "all" else [args.dataset]
     _check(args, evaluate.PROTOCOLS)
-    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with evaluate.process_group(models.device(args.device)) as ranks:
+    with evaluate.process_group(models.local_device(args)) as ranks:
         opened = {name: _open(args, name, ranks) for name in names}
         datasets = {name: dataset for name, dataset in opened.items() if dataset is not None}
         if not datasets:
@@ -159,6 +157,7 @@ def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, dig
             "name": args.model,
             "pretrained": None if models.brings_weights(args.model) else args.pretrained,
             "method": args.method,
+            "proxy": args.proxy,
             "precision": args.precision,
             "weights": digest,
         },

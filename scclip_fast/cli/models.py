@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -17,7 +18,11 @@ if TYPE_CHECKING:  # of the extras
 
     from ..clip import SCCLIP
 
-METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
+PROXY_METHODS = ("proxyclip",)  # those that need --proxy
+METHODS = (  # those of scclip_fast.clip
+    *("scclip", "clip", "maskclip", "sclip", "clearclip", "naclip", "resclip"),
+    *PROXY_METHODS,
+)
 SWITCHES = {  # stages in SCCLIPConfig, and the effect of switching each off
     "repair": "keep the outlier tokens as they are",
     "pre_aggregate": "do not aggregate before the last block",
@@ -60,7 +65,11 @@ def add_model(
         random: whether the sub-command takes untrained weights.
     """
     parser.set_defaults(
-        only_for={}, takes_random=random, method="scclip", **dict.fromkeys(SWITCHES, True)
+        only_for={},
+        takes_random=random,
+        method="scclip",
+        proxy=None,
+        **dict.fromkeys(SWITCHES, True),
     )
     add = parser.add_argument
     add(
@@ -88,6 +97,16 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     meaning = "how the features of the last block are made dense"
     add("--method", choices=METHODS, default="scclip", help=meaning, **CLIP)
+    add(
+        "--proxy",
+        metavar="NAME",
+        help="the second model that --method "
+        + " and ".join(PROXY_METHODS)
+        + " need: dino, dinov2 "
+        "or dinov3; a vision transformer of transformers by its name on the hub, or its folder; "
+        "timm:NAME for one of timm",
+        **CLIP,
+    )
     switched_off = dict(nargs=0, default=True, const=False, **CLIP)
     for stage, effect in SWITCHES.items():
         add(_switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
@@ -116,6 +135,9 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
     off = [stage for stage in SWITCHES if not getattr(args, stage)]
     if off and args.method != "scclip":
         raise CommandError(f"{_switch(off[0])} is for --method scclip, got {args.method}")
+    if (args.method in PROXY_METHODS) is not (args.proxy is not None):
+        need = "needs" if args.proxy is None else "has no use for"
+        raise CommandError(f"--method {args.method} {need} --proxy")
     model_source = source(args.model)
     if model_source.kind == "sam3":
         raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` alone takes")
@@ -131,7 +153,7 @@ def _create(
 ) -> tuple[SCCLIP, Callable]:
     from ..clip import create_model
 
-    options = {"method": args.method, "precision": args.precision, "device": device}
+    options = dict(method=args.method, proxy=args.proxy, precision=args.precision, device=device)
     try:
         tag = None if model_source.brings_weights else _tag(args)
         with torch.random.fork_rng(devices=[]):
@@ -201,6 +223,13 @@ def brings_weights(model: str) -> bool:
 def is_sam3(model: str) -> bool:
     """Whether a --model is a SAM3."""
     return source(model).kind == "sam3"
+
+
+def local_device(args: argparse.Namespace) -> torch.device:
+    """Returns the device of this process, or raises CommandError; of torchrun's, each has a GPU."""
+    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device(args.device)
 
 
 def device(name: str) -> torch.device:

@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calibration import find_outliers
+from ..calibration import find_outliers, scaled_index
 from ..ops import aggregate, blended_attention, repair
 from .config import SCCLIPConfig
 from .tower import Tower
 
 BlockOutputs = Sequence[Tensor]
 Grid = tuple[int, int]
+
+NACLIP_STD = 5.0  # patches
+RESCLIP_LAYERS = 5, 8  # the first and the last, 0-based, of 12
+RESCLIP_SHARE = 0.5
+OMEGA_BYTES = 64 * 2**20  # of NACLIP's bias in memory at a time
 
 
 def clip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
@@ -49,6 +54,68 @@ def clearclip(
     last = tower.blocks[-1]
     q, _, v = tower.qkv(last, block_outputs[-1])
     return tower.merge_heads(last, F.scaled_dot_product_attention(q, q, v))[:, 1:]
+
+
+def naclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
+    """NACLIP (Hajimiri et al., WACV 2025, arXiv 2404.08181): attention to keys and to neighbours.
+
+    The weights are softmax(k k^T / sqrt d + omega), without residual and MLP. omega_ij = exp(-||p_i
+    - p_j||^2 / (2 std^2)) for patches at p on the grid, and 0 for the class token. std = 5 patches
+    as published.
+    """
+    last = tower.blocks[-1]
+    _, k, v = tower.qkv(last, block_outputs[-1])
+    return tower.merge_heads(last, neighbour_attention(k, v, grid, NACLIP_STD))
+
+
+def resclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
+    """ResCLIP's residual cross-correlation (Yang et al., CVPR 2025, arXiv 2411.15851).
+
+    The weights of the last block are (1 - share) A_s + share A_c: A_s are those of `naclip`, and
+    A_c is the mean of the query-key attention of the blocks 6 to 9 of 12, or of the blocks at these
+    depths in other towers. share = 0.5; the published configurations of single benchmarks have
+    shares of 0.3 to 0.6 and a factor of 2 on the weights, which the equation does not have. The
+    paper's second module, which feeds the segmentation back, is left out: it needs the text.
+    """
+    last, layers = tower.blocks[-1], len(tower.blocks)
+    _, k, v = tower.qkv(last, block_outputs[-1])
+    first, end = (max(1, scaled_index(index, 12, layers)) for index in RESCLIP_LAYERS)
+    cross = torch.zeros_like(v[:, :, 1:])
+    for layer in range(first, end + 1):
+        q_layer, k_layer, _ = tower.qkv(tower.blocks[layer], block_outputs[layer - 1])
+        cross += F.scaled_dot_product_attention(q_layer[:, :, 1:], k_layer, v)
+    neighbours = neighbour_attention(k, v, grid, NACLIP_STD)
+    attended = torch.lerp(neighbours, cross / (end + 1 - first), RESCLIP_SHARE)
+    return tower.merge_heads(last, attended)
+
+
+def neighbour_attention(k: Tensor, v: Tensor, grid: Grid, std: float) -> Tensor:
+    """softmax(k k^T / sqrt d + omega) v for the patches, (B, heads, N, d); see `naclip`.
+
+    Args:
+        k, v: (B, heads, 1 + N, d), the class token first.
+        grid: (h, w), N = h w.
+        std: standard deviation of the Gaussian, in patches.
+    """
+    vertical, horizontal = (_gaussian(side, std, k) for side in grid)
+    row_bytes = grid[1] * k.shape[2] * k.element_size()  # of omega for one row of patches
+    step = max(1, OMEGA_BYTES // row_bytes)
+    attended = []
+    for top in range(0, grid[0], step):
+        omega = vertical[top : top + step, None, :, None] * horizontal[None, :, None, :]
+        omega = F.pad(omega.flatten(2).flatten(0, 1), (1, 0))  # [rows, 1 + N]
+        start = 1 + top * grid[1]
+        queries = k[:, :, start : start + len(omega)]
+        attended.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=omega))
+    return torch.cat(attended, dim=2)
+
+
+def _gaussian(side: int, std: float, like: Tensor) -> Tensor:
+    """exp(-(i - j)^2 / (2 std^2)), (side, side), in the dtype and on the device of `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    position = torch.arange(side, device=like.device, dtype=dtype)
+    distance = (position[:, None] - position) / std
+    return torch.exp(-0.5 * distance.square()).to(like.dtype)
 
 
 def scclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:

@@ -8,10 +8,12 @@ is a resumable loop over a data set on any number of processes, and `report` com
 from ..extras import needs
 
 with needs("eval"):
+    from ..ranks import Ranks, process_group
     from . import provenance
-    from .files import DataError, DatasetNotFoundError
-    from .loop import Ranks, process_group, run
+    from .files import DataError, DatasetNotFoundError, MissingFilesError, read_colors, read_list
+    from .loop import run
     from .metric import confidence_interval, confusion_matrix, summary
+    from .own_dataset import OwnDataset
     from .protocols import PROTOCOLS, Protocol
     from .published import PublishedSegmenter, resize_uint8
     from .record import RunRecord, SettingsChangedError
@@ -21,7 +23,9 @@ __all__ = [
     "PROTOCOLS",
     "DataError",
     "DatasetNotFoundError",
+    "MissingFilesError",
     "MissingResultsError",
+    "OwnDataset",
     "Protocol",
     "PublishedSegmenter",
     "Ranks",
@@ -31,6 +35,8 @@ __all__ = [
     "confusion_matrix",
     "process_group",
     "provenance",
+    "read_colors",
+    "read_list",
     "report",
     "resize_uint8",
     "run",

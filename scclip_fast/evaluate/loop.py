@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
-from typing import NamedTuple
+from collections.abc import Callable
 
-import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from ..ranks import Ranks
 from .datasets import Dataset
 from .files import DataError
 from .metric import confusion_matrix
 from .record import RunRecord, result
-
-_TIMEOUT = timedelta(days=7)  # the first process to finish waits for the last
-
-
-class Ranks(NamedTuple):
-    """The number of this process and the number of processes that share the work."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def wait(self) -> None:
-        """Waits until every process has reached this call."""
-        if self.world_size > 1:
-            dist.barrier()
-
-
-@contextmanager
-def process_group(device: torch.device) -> Iterator[Ranks]:
-    """Joins the processes that torchrun started; without torchrun, this process is alone.
-
-    They communicate through NCCL on CUDA, else through Gloo.
-    """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        yield Ranks()
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=_TIMEOUT)
-    try:
-        yield Ranks(dist.get_rank(), world_size)
-    finally:
-        dist.destroy_process_group()
 
 
 def run(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .folder_dataset import IGNORED
+IGNORED = -1  # in the labels that torchmetrics takes
 
 
 def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -
 
     Args:
         prediction: (H, W), class indices.
-        labels: (H, W), class indices, or 255 for pixels that do not count.
+        labels: (H, W), class indices; pixels with any other number do not count.
         num_classes: the number C of classes.
 
     Returns:
@@ -35,9 +35,10 @@ def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -
             f"prediction and labels must have one shape, got {tuple(prediction.shape)} "
             f"and {labels.shape}"
         )
+    target = torch.from_numpy(labels.astype(np.int64))
     return multiclass_confusion_matrix(
         prediction.cpu(),
-        torch.from_numpy(labels.astype(np.int64)),
+        target.masked_fill((target < 0) | (target >= num_classes), IGNORED),
         num_classes,
         ignore_index=IGNORED,
         validate_args=False,  # it would sort both maps, and the data set has checked the labels

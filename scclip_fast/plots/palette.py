@@ -12,8 +12,6 @@ from functools import cache
 
 import numpy as np
 
-MAX_CLASSES = 256
-
 _COLORS = """
 0072b2 e69f00 009e73 cc79a7 56b4e9 d55e00 f0e442 332288 882255 999999 005000 9f00ff
 ffcfff 40ffef 00df00 0000ff ff10ef cf008f 805000 8f80ff ff8fff 7040af 80cf8f ff0050
@@ -43,4 +41,9 @@ bf8fdf 80ef8f 509f50 208f50 0060af af9fcf bf8faf 8f8050 ef9fbf 605000 508f80 704
 @cache
 def palette() -> np.ndarray:
     """Returns the colours of class 0, 1, ..., as uint8 of shape (256, 3)."""
-    return np.frombuffer(bytes.fromhex(_COLORS), np.uint8).reshape(MAX_CLASSES, 3)
+    return np.frombuffer(bytes.fromhex(_COLORS), np.uint8).reshape(-1, 3)
+
+
+def colors(classes: np.ndarray) -> np.ndarray:
+    """Returns the colours (..., 3), uint8, of classes (...), which repeat after 256 classes."""
+    return palette().take(classes, axis=0, mode="wrap")

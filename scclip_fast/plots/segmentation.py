@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +10,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from . import fonts
-from .palette import MAX_CLASSES, palette
+from .palette import colors
 
 LONG_SIDE = 2048  # pixels; larger photos are drawn smaller
+LEGEND = 48  # entries; a longer legend is larger than most photos
 _OPACITY = 0.6  # of the class colours
 _SATURATION = 0.2  # of the photo, whose own colours would mix with those of the classes
 _LINE = 0.8  # opacity of the outlines
@@ -27,11 +27,12 @@ def draw(
     """Draws the photo in the colours of its classes, and a legend beside or below the photo.
 
     The legend has the name of each class and its share of the pixels. A name that no font can draw
-    is replaced by the number of its class.
+    is replaced by the number of its class. Of more than 48 classes, the legend has the largest 47,
+    and the number and the share of the others.
 
     Args:
         photo: RGB, (W, H).
-        labels: (H, W), uint8, indices into names.
+        labels: (H, W), uint8 or uint16, indices into names.
         names: one name a class.
         font: a font file for the names whose characters it has, see `fonts.faces`.
     """
@@ -53,8 +54,8 @@ def compare(
     Args:
         photo: RGB, (W, H).
         outliers: (h, w), bool, over a grid of tokens; None leaves the first panel out.
-        before: (H, W), uint8, the labels of the frozen model.
-        after: (H, W), uint8, the labels of the calibrated model.
+        before: (H, W), uint8 or uint16, the labels of the frozen model.
+        after: (H, W), uint8 or uint16, the labels of the calibrated model.
         names: see `draw`.
         font: see `draw`.
     """
@@ -75,7 +76,9 @@ def _fitted(photo: Image.Image, long_side: int) -> Image.Image:
 
 
 def _resized(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST))
+    # Pillow rounds the places of an image of 16 bits in another way than those of 8 and 32 bits.
+    wide = Image.fromarray(labels.astype(np.int32))
+    return np.asarray(wide.resize(size, Image.Resampling.NEAREST))
 
 
 def _em(photo: Image.Image) -> int:
@@ -88,20 +91,26 @@ def _with_legend(
 ) -> Image.Image:
     """Adds a legend with the share of each class in each of the label maps."""
     classes = ranked(*labels)
-    shares = [" → ".join(map(percent, each)) for each in classes.values()]
-    legend = _Legend(em, _entries(classes, names, font, em), shares)
+    shown = [*classes] if len(classes) <= LEGEND else [*classes][: LEGEND - 1]
+    entries = _entries(shown, names, font, em)
+    shares = [classes[index] for index in shown]
+    fills = [tuple(color) for color in colors(np.array(shown)).tolist()]
+    if others := [*classes.values()][len(shown) :]:
+        entries.append((f"{len(others)} other classes", fonts.DEFAULT.sized(em)))
+        shares.append([sum(share) for share in zip(*others, strict=True)])
+        fills.append(None)
+    legend = _Legend(em, entries, [" → ".join(map(percent, each)) for each in shares])
     place = legend.place(picture.size)
     canvas = Image.new("RGB", place.canvas, "white")
     canvas.paste(picture, (em, em))
-    legend.draw(canvas, place, [tuple(color) for color in palette()[[*classes]].tolist()])
+    legend.draw(canvas, place, fills)
     return canvas
 
 
 def _entries(
-    classes: Iterable[int], names: list[str], file: Path | None, em: int
+    classes: list[int], names: list[str], file: Path | None, em: int
 ) -> list[tuple[str, ImageFont.FreeTypeFont]]:
     """Returns the text of each class in the legend, and the font of that text."""
-    classes = list(classes)
     entries = []
     for index, face in zip(
         classes, fonts.faces([names[index] for index in classes], file), strict=True
@@ -114,9 +123,10 @@ def _entries(
 def ranked(*labels: np.ndarray) -> dict[int, list[float]]:
     """Returns the classes by size, the largest first, and their shares of each label map.
 
-    The label maps are uint8 of shape (H, W); classes without a pixel are left out.
+    The label maps are unsigned integers of shape (H, W); classes without a pixel are left out.
     """
-    counts = np.array([np.bincount(mask.ravel(), minlength=MAX_CLASSES) for mask in labels])
+    count = max(map(np.max, labels)) + 1
+    counts = np.array([np.bincount(mask.ravel(), minlength=count) for mask in labels])
     total = counts.sum(axis=0)
     order = (int(index) for index in np.argsort(-total, kind="stable") if total[index])
     return {index: (counts[:, index] / labels[0].size).tolist() for index in order}
@@ -148,9 +158,9 @@ def _muted(photo: Image.Image) -> Image.Image:
 def blend(photo: Image.Image, labels: np.ndarray) -> Image.Image:
     """Blends an RGB photo with the colours of its labels, and draws white lines between classes.
 
-    The labels are uint8 of shape (H, W).
+    The labels are integers of shape (H, W).
     """
-    colored = Image.blend(_muted(photo), Image.fromarray(palette()[labels]), _OPACITY)
+    colored = Image.blend(_muted(photo), Image.fromarray(colors(labels)), _OPACITY)
     width = max(1, round(math.sqrt(labels.size) / 450))
     colored.paste((255, 255, 255), mask=_outlines(labels, width))
     return colored
@@ -206,14 +216,15 @@ class _Legend:
             places.append(_Place(below, (em, height + em + em // 2), rows))
         return min(places, key=lambda place: _cost(*place.canvas))
 
-    def draw(self, canvas: Image.Image, place: _Place, colors: list[tuple[int, ...]]) -> None:
+    def draw(self, canvas: Image.Image, place: _Place, fills: list[tuple[int, ...] | None]) -> None:
+        """Draws the entries; one without a fill has no square of colour."""
         pen, em = ImageDraw.Draw(canvas), self.em
-        for index, color in enumerate(colors):
+        for index, fill in enumerate(fills):
             column, row = divmod(index, place.rows)
             x = place.corner[0] + column * (self.column + self.gap)
             middle = place.corner[1] + row * self.row + self.row // 2
             top = middle - em // 2
-            pen.rounded_rectangle((x, top, x + em, top + em), radius=em // 4, fill=color)
+            pen.rounded_rectangle((x, top, x + em, top + em), radius=em // 4, fill=fill)
             text = x + round(1.6 * em)
             name, font = self.names[index]
             pen.text((text, middle), name, _INK, font, anchor="lm")
