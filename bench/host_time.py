@@ -84,8 +84,8 @@ def main() -> None:
     idle_driver.install()
     sys.stdout.write("| call | launches | operations of torch | time |\n|---|--:|--:|--:|\n")
     for name, call in calls().items():
-        call()  # compiles
-        call()  # repeats a plan
+        for _ in range(3):  # compiles, records a plan, repeats it
+            call()
         before = idle_driver.Driver.launches
         with Operations() as operations:
             call()

@@ -1,4 +1,4 @@
-"""Plans: the launches of a call, recorded once and repeated by later calls of the same shapes.
+"""Plans: the launches of a call, recorded and repeated by later calls of the same shapes.
 
 The eight launches of `nearest_triton` take 175 us of Python, most of it for the tensors of the
 workspace, their views and the arguments of the launches. A repetition takes 35 us: it allocates the
@@ -22,7 +22,7 @@ ALIGNMENT = 512  # bytes, as torch aligns tensors on a GPU
 
 
 def planned(function: Callable, inputs: tuple, settings: tuple) -> tuple[torch.Tensor, ...]:
-    """Returns function(*inputs, *settings), by its plan if an earlier call has left one.
+    """Returns function(*inputs, *settings), by a plan from the third call of the same layout on.
 
     Args:
         function: makes tensors, views and zeros by torch, runs kernels on them, and returns a tuple
@@ -35,22 +35,32 @@ def planned(function: Callable, inputs: tuple, settings: tuple) -> tuple[torch.T
     device = inputs[0].device
     if not _run.keeps_compiled(device):
         return function(*inputs, *settings)
-    key = function, device.index, *_run.compiler_settings(), *settings, *map(_layout, inputs)
-    plans = _plans(key)
-    if plans:
-        return plans[0](inputs) if plans[0] else function(*inputs, *settings)
+    layouts = map(_layout, inputs)
+    calls = _calls((function, device.index, *_run.compiler_settings(), *settings, *layouts))
+    if calls.plan is not None:
+        return calls.plan(inputs)
     if _run.capturing(device):
+        return function(*inputs, *settings)
+    calls.count = count = calls.count + 1
+    if count != 2:  # to record takes three times as long as the call, too long for a size met once
         return function(*inputs, *settings)
     with Recorder() as recorder, _run.recorded() as launched:
         outputs = function(*inputs, *settings)
-    plans.append(recorder.plan(launched, inputs, outputs))
+    calls.plan = recorder.plan(launched, inputs, outputs)
     return outputs
 
 
+class Calls:
+    """The calls of a function with inputs of one layout: their number, and their plan."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.plan: Plan | None = None
+
+
 @functools.lru_cache(MOST_PLANS)
-def _plans(key: tuple[Any, ...]) -> list[Plan | None]:
-    """Returns the list of the plan of earlier calls with this key, empty at the first."""
-    return []
+def _calls(key: tuple[Any, ...]) -> Calls:
+    return Calls()
 
 
 class Pointer:

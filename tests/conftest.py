@@ -49,7 +49,7 @@ def no_plans():
     """No plan of launches is left from a test that changed what a kernel's launcher depends on."""
     from scclip_fast.kernels import _plan
 
-    _plan._plans.cache_clear()
+    _plan._calls.cache_clear()
 
 
 @pytest.fixture

@@ -140,6 +140,8 @@ def test_what_triton_tells_apart_is_compiled_again(kernel, monkeypatch):
     launched(kernel, x)
     assert len(kernel.calls) == len(others) + 2
     assert all(not compiled.launched for compiled in kernel.calls)
+    first, second = (_run.key_of(kernel, {}, {}, torch.device("cuda", i)) for i in (0, 1))
+    assert first != second
 
 
 def test_few_compiled_kernels_are_kept(kernel):
