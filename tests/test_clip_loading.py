@@ -126,26 +126,19 @@ def test_settings_of_another_type(changed, message):
         SCCLIP(tiny_clip(), replace(SCCLIPConfig(), **changed))
 
 
-class Timm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.visual = open_clip.timm_model.TimmModel("test_vit", embed_dim=8, image_size=32)
-
-
 RESNET = dict(layers=(1, 1, 1, 1), width=16, head_width=16, image_size=32)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny_clip(**RESNET), "VisionTransformer, got ModifiedResNet"),
-        (lambda: tiny_clip(layers=2, attentional_pool=True), "attention .CoCa"),
-        (Timm, "got timm's VisionTransformer"),
+        (lambda: tiny_clip(**RESNET), "open_clip's ModifiedResNet, which is convolutional"),
+        (lambda: tiny_clip(layers=2, attentional_pool="parallel"), "second attention pooling"),
         (lambda: tiny_clip(layers=2, qk_norm=True), "got CustomResidualAttentionBlock"),
         (lambda: tiny_clip(layers=1), "at least 2 blocks"),
         (lambda: nn.Linear(1, 1), r"open_clip or transformers, got torch\.nn\..*\.Linear"),
     ],
-    ids=["resnet", "coca", "timm", "qk-norm", "one-block", "no-clip"],
+    ids=["resnet", "two-pools", "qk-norm", "one-block", "no-clip"],
 )
 def test_towers_that_are_refused(make, message):
     with pytest.raises(ValueError, match=message):

@@ -132,7 +132,8 @@ class Explorer:
         """Returns scores and outliers (h, w) of the last photo, by the rule of SC-CLIP."""
         layers, grid = self._encoder.last
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
-        scores_and_mask = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
+        patches = self._encoder.tower.patches(layers[-1])
+        scores_and_mask = find_outliers(patches, k, contamination, config.outlier_score)
         if scores_and_mask is None:
             return None, None
         scores, mask = (each[0].unflatten(0, grid).cpu() for each in scores_and_mask)

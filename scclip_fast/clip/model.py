@@ -54,13 +54,14 @@ class SCCLIP(nn.Module):
     """Dense features of a frozen vision transformer of CLIP.
 
     Args:
-        model: any CLIP of open_clip whose vision tower is open_clip's VisionTransformer with a
-            class token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...); or transformers' CLIPModel,
-            CLIPVisionModelWithProjection or CLIPVisionModel, with any attention implementation. Its
-            weights, their dtype and its device stay as they are. Models that average tokens before
-            the last norm, as CLIPA does, have the norm applied to each token instead. The features
-            of a CLIPVisionModel, which has no projection to the text, are those after its last
-            norm.
+        model: any CLIP of open_clip whose vision tower is a plain vision transformer: open_clip's
+            own (ViT-B-32, B-16, L-14, L-14-336, H-14, ..., CoCa) or timm's (SigLIP, EVA02, PE-Core,
+            ...); or transformers' CLIPModel, CLIPVisionModelWithProjection or CLIPVisionModel, with
+            any attention implementation. Its weights, their dtype and its device stay as they are.
+            Models that average tokens before the last norm, as CLIPA does, have the norm applied to
+            each token instead. Where a model pools its tokens by attention, as CoCa and SigLIP do,
+            each patch is pooled alone, and a model without a class token adds none. The features of
+            a CLIPVisionModel, which has no projection to the text, are those after its last norm.
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
         method: "scclip", or a method to compare it with on the same path: "clip" (plain),
             "maskclip", "sclip", "clearclip", "naclip", "resclip"; see `scclip_fast.clip.methods`.
@@ -69,9 +70,9 @@ class SCCLIP(nn.Module):
             the methods that need it; None for the others.
 
     Raises:
-        ValueError: the model or proxy is of another kind, the vision tower has no text-aligned
-            patch tokens (ResNet, CoCa) or is untested (timm's), the method is unknown, needs a
-            proxy or has no use for one, or the configuration does not fit the depth.
+        ValueError: the model or proxy is of another kind, the vision tower is no plain vision
+            transformer (ResNet, ConvNeXt, ...), the method is unknown, needs a proxy or has no use
+            for one, or the configuration does not fit the depth.
     """
 
     def __init__(
@@ -120,7 +121,8 @@ class SCCLIP(nn.Module):
             ValueError: images are not (B, 3, H, W).
         """
         block_outputs, grid = self.layers(images)
-        arguments = tower, *_ = self.tower, block_outputs, grid, self.config
+        tower = self.tower.at(grid)
+        arguments = tower, block_outputs, grid, self.config
         if self.proxy is not None:
             features = self.proxy(_whole_patches(images, self.proxy.patch_size))
             return PROXY_METHODS[self.method](*arguments, features)
@@ -132,7 +134,8 @@ class SCCLIP(nn.Module):
         They do not depend on the method or the configuration. See `encode_dense` for the images.
 
         Returns:
-            (B, 1 + h w, D) for each block, the class token first, and the grid.
+            (B, P + h w, D) for each block, the class token and other tokens of no patch first, and
+            the grid.
         """
         tower = self.tower
         return tower.block_outputs(_whole_patches(images, tower.patch_size).to(tower.dtype))
@@ -182,7 +185,12 @@ def _tower_class(model: nn.Module) -> type[Tower]:
         from .transformers_tower import TransformersTower
 
         return TransformersTower
-    if is_of("open_clip", getattr(model, "visual", None)):
+    visual = getattr(model, "visual", None)
+    if is_of("open_clip", visual) and is_of("timm", getattr(visual, "trunk", None)):
+        from .timm_tower import TimmTower
+
+        return TimmTower
+    if is_of("open_clip", visual):
         from .openclip_tower import OpenClipTower
 
         return OpenClipTower

@@ -34,12 +34,12 @@ def proxyclip(
     are the smaller ones in the paper. Unit vectors.
     """
     last = tower.blocks[-1]
-    _, _, v = tower.qkv(last, block_outputs[-1][:, 1:])
+    _, _, v = tower.qkv(last, tower.patches(block_outputs[-1]))
     values = resized(v.transpose(1, 2).flatten(2), grid, proxy.grid)
     if values.shape[1] > 1:  # a single patch attends to itself
         threshold = ("mean", PROXYCLIP_BETA)
         values = content_attention(values, proxy.tokens, PROXYCLIP_GAMMA, threshold)
-    return tower.unit_features(tower.out_proj(last)(values)).unflatten(1, proxy.grid)
+    return tower.unit_features(tower.out_proj(last, values)).unflatten(1, proxy.grid)
 
 
 def resized(tokens: Tensor, grid: Grid, size: Grid) -> Tensor:
