@@ -56,7 +56,8 @@ def nearest_triton(
         and NaN where one of its two tokens holds a NaN or an infinity.
     """
     settings = k, measure_all
-    if x.shape[0] * x.shape[1] > MOST_PLANNED_TOKENS:
+    tokens = x.shape[1] if queries is None else max(x.shape[1], queries.shape[1])
+    if x.shape[0] * tokens > MOST_PLANNED_TOKENS:
         return _nearest(x, queries, *settings)
     return planned(_nearest, (x, queries), settings)
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.compiler import CompiledKernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scclip_fast.kernels import _plan, _run
+from scclip_fast.kernels import _plan, _run, aggregate, knn
 from scclip_fast.kernels.aggregate import _aggregate, aggregate_triton
 from scclip_fast.kernels.knn import _nearest, nearest_triton
 from scclip_fast.kernels.mean_similarity import _mean_similarity, mean_similarity_triton
@@ -147,6 +147,24 @@ def test_no_plan(repetitions):
         assert equal(found, _nearest(x, x[:, :7], 3, True)) and not repetitions
     x, queries = torch.randn(1, 40, 8), torch.randn(1, 40, 8)
     assert equal(nearest_triton(x, 3, True, queries[:, :7]), _nearest(x, queries[:, :7], 3, True))
+
+
+@pytest.mark.parametrize("n, n_queries", [(51, None), (40, 51), (51, 40)])
+def test_many_tokens_have_no_plan(n, n_queries, repetitions, monkeypatch):
+    """The workspaces of all passes would be held at once."""
+    monkeypatch.setattr(knn, "MOST_PLANNED_TOKENS", 100)
+    x = torch.randn(2, n, 8)
+    queries = None if n_queries is None else torch.randn(2, n_queries, 8)
+    for _ in range(3):
+        nearest_triton(x, 3, True, queries)
+    monkeypatch.setattr(aggregate, "WORKSPACE_BYTES", 2**17)  # a panel of 128 x 128 float32 is 2^16
+    floor = torch.full((2,), 0.1)
+    for _ in range(3):
+        aggregate_triton(x.repeat(2, 1, 1), x.repeat(2, 1, 1), floor.repeat(2), 3.0, 1e-6)
+    assert not repetitions
+    for _ in range(3):
+        aggregate_triton(x, x.clone(), floor, 3.0, 1e-6)
+    assert len(repetitions) == 1
 
 
 def test_a_capture_records_no_plan(repetitions, monkeypatch):
