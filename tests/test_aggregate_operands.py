@@ -1,7 +1,7 @@
 """Tests the kernels that prepare the operands of the aggregation: norms, their mean, and splits.
 
 Mutations, with the test that each made fail: no NaN for norms that are not finite, no least norm
-(`test_norms`); no mask of `has_direction` in `largest`, in `split` or in `sums` (`test_values`,
+(`test_norms`); no mask of `has_direction` in `_load_values` or in `sums` (`test_values`,
 `test_mean_similarity`); no exponent of its own for a channel of zeros or one that is not finite
 (`test_values`).
 """
