@@ -1,9 +1,9 @@
 """Plans of launches, whose compiled kernels Triton's interpreter stands in for.
 
 Mutations, with the test that each made fail: no zeros in the workspace, regions that overlap (both
-crash the interpreter in `test_nearest`); the pointer of another input (all); no alignment or strides
-in the key (`test_layouts`); operations of torch or shared storages that do not prevent a plan
-(`test_no_plan`).
+crash the interpreter in `test_nearest`); the pointer of another input (all); no alignment, or no
+strides, in the key (`test_layouts`); operations of torch or shared storages that do not prevent
+a plan (`test_no_plan`).
 """
 
 import ctypes
