@@ -17,6 +17,21 @@ from .aggregate import value_and_feature_tokens, weighted_mean
 Threshold = float | tuple[str, float] | None
 
 
+@torch.library.custom_op(f"{NAMESPACE}::mean_similarity", mutates_args=())
+def _mean_similarity(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`reference.mean_similarity` of features (B, N, D): mu (B,), computed in a dtype."""
+    if backend == "triton" and features.numel():
+        from ..kernels.mean_similarity import mean_similarity_triton
+
+        return mean_similarity_triton(features)
+    return reference.mean_similarity(features.to(dtype))
+
+
+@_mean_similarity.register_fake
+def _(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=dtype)
+
+
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
 @true_float32
 def _attention(
@@ -180,7 +195,7 @@ def _attend_to_content(
     if isinstance(threshold, float):
         similarity = torch.full(values.shape[:1], threshold, dtype=dtype, device=values.device)
     else:
-        similarity = reference.mean_similarity(features.detach().to(dtype))
+        similarity = _mean_similarity(features.detach(), dtype, backend)
         similarity = similarity if threshold is None else similarity * threshold[1]
     return weighted_mean(values, features, reference.content_floor(similarity), gamma, backend)[0]
 
