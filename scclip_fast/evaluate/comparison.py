@@ -6,10 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..clip import SCCLIPConfig
@@ -17,6 +16,9 @@ from ..clip.shared_layers import SharedLayers
 from ..sam3 import Sam3CalibrationConfig
 from ..sam3.config import STAGES, TRUNK_STAGES
 from ..segment import Sam3Segmenter, Segmenter
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _OTHER_STAGES = dict.fromkeys(set(STAGES) - set(TRUNK_STAGES), False)
 
