@@ -13,7 +13,6 @@ from pathlib import Path
 
 import harness
 import numpy as np
-import torch
 from report import FULL, ablation_table
 from tqdm import tqdm
 
