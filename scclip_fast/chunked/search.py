@@ -64,12 +64,10 @@ def nearest(
     """
     rows, first_token = (x, 0) if queries is None else (queries, None)
     if _is_captured(x):
-        found = _search(x, rows, first_token, k, None, kind, measure_all)
-        return found.distances, found.indices
+        return _search(x, rows, first_token, k, None, kind, measure_all)[:2]
     counts["product"] += rows.shape[0] * rows.shape[1]
-    found = None
-    if queries is None and kind is Candidates and has_room(x, k):
-        found = search_symmetric(x, k, measure_all)
+    among_itself = queries is None and kind is Candidates and has_room(x, k)
+    found = search_symmetric(x, k, measure_all) if among_itself else None
     if found is None:
         found = _search(x, rows, first_token, k, dtype or compute_dtype(x), kind, measure_all)
     for image, places in _finite_rows(rows, found.undecided):

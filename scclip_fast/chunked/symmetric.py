@@ -54,22 +54,27 @@ def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found | None:
     Returns:
         None if a token is not finite, or so far away that squares come near an overflow.
     """
+    in_float64 = measure_all and x.shape[1] <= FLOAT64_TOKENS
+    dtype = torch.float64 if in_float64 else compute_dtype(x)
     parts = []
-    for images in spans(len(x), images_per_step(*x.shape[1:])):
-        found = _search_images(x[images], k, measure_all)
+    for images in spans(len(x), images_per_step(x.shape[1], x.shape[2], dtype)):
+        found = _search_images(x[images], k, measure_all, dtype)
         if found is None:
             return None
         parts.append(found)
     return parts[0] if len(parts) == 1 else Found(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _search_images(x: Tensor, k: int, measure_all: bool) -> Found | None:
-    """`search_symmetric` of a few images."""
+def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> Found | None:
+    """`search_symmetric` of a few images.
+
+    Args:
+        dtype: of the products.
+    """
     batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
     by_products = measure_all and compute_dtype(x) == torch.float32
-    in_float64 = by_products and tokens <= FLOAT64_TOKENS
-    middle = centre(x, torch.float64 if in_float64 else compute_dtype(x))
+    middle = centre(x, dtype)
     lists = _candidates(x, middle, n)
     if lists is None:
         return None
@@ -78,8 +83,14 @@ def _search_images(x: Tensor, k: int, measure_all: bool) -> Found | None:
         lists.indices.view(batch, tokens, n).add_(first_token)
     rows = x.reshape(-1, width)
     if by_products:
-        squares = lists.squares if in_float64 else distances_by_products(x, middle, lists.indices)
-        found = _distances(lists, k, squares, width)
+        found = _distances(
+            lists,
+            k,
+            lists.squares
+            if dtype == torch.float64
+            else distances_by_products(x, middle, lists.indices),
+            width,
+        )
     elif measure_all:
         found = _nothing_found(lists, k)
     else:
@@ -178,10 +189,9 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> Lists | None:
     norms = middle.new_empty(batch, total)
     pairs = tile_pairs(total, middle.dtype)
     side = pairs[0][0].stop
-    workspace = middle.new_empty(batch * side * (side + TILE_MULTIPLE))
-    flipped = middle.new_empty(
-        batch * FLIPPED_ROWS * (side + TILE_MULTIPLE) if len(pairs) > 1 else 0
-    )
+    tile_width = side + TILE_MULTIPLE
+    workspace = middle.new_empty(batch * side * tile_width)
+    flipped = middle.new_empty(batch * FLIPPED_ROWS * tile_width if len(pairs) > 1 else 0)
     for rows, columns in tiles.each_tile.get()(pairs):
         y = tokens[:, columns].to(middle.dtype) - middle
         norms[:, columns] = norm = torch.linalg.vector_norm(y, dim=-1)
