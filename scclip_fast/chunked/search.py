@@ -225,7 +225,7 @@ def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
     workspace.
     """
     rows_per_step = max(1, tiles.WORKSPACE_BYTES // 16 // (8 * rows.shape[-1]))
-    for image in is_open.any(dim=1).nonzero()[:, 0].tolist():
+    for image in is_open.any(dim=1).nonzero()[:, 0].tolist() if is_open.any() else ():
         places = is_open[image].nonzero()[:, 0]
         places = places[finite_tokens(rows[image, places])]
         for some in places.split(rows_per_step):
