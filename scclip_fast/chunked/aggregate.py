@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import NORM_EPS, normaliser_eps, weights
+from ..reference import NORM_EPS, content_floor, normaliser_eps, weights
 from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, plan, spans
 
@@ -80,6 +80,28 @@ def _aggregate_symmetric(
                 add(images, columns, rows, w.mT)
     sums /= (total + normaliser_eps(gamma)).unsqueeze(-1)
     return sums.to(values.dtype), total
+
+
+def content_weights(features: Tensor, gamma: float) -> Tensor:
+    """The weights C (b, N, N) of content attention, softmax of gamma (S - mu) over S >= mu.
+
+    A token that is not finite has the weight 0 in other rows, and NaN in its own.
+
+    Args:
+        features: (b, N, D) on a CPU, in the dtype of the weights.
+    """
+    scale = inverse_norms(features)
+    broken = scale.isnan() if scale.isnan().any() else None
+    unit = features * scale
+    if broken is not None:
+        unit.masked_fill_(broken, 0)
+    n_finite = features.shape[1] if broken is None else (~broken).sum(dim=1).clamp(min=1)
+    mu = (unit.sum(dim=1) / n_finite).square().sum(dim=-1)
+    w = gram(unit, unit, unit.new_empty(len(unit), unit.shape[1], unit.shape[1]))
+    w = weights_(w, content_floor(mu)[:, None, None], gamma)
+    if broken is not None:
+        w.masked_fill_(broken.mT, 0).masked_fill_(broken, torch.nan)
+    return w.div_(w.sum(dim=-1, keepdim=True).add_(normaliser_eps(gamma)))
 
 
 def weights_(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
