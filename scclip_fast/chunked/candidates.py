@@ -136,7 +136,11 @@ def centre(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
     Any point is right. This one is near most tokens however far away a few of them are.
     """
-    return remedian(tokens[:, sample(tokens.shape[1], tokens.device)].to(dtype))
+    n = tokens.shape[1]
+    step = (n - 1) // 8
+    # A slice takes a tenth of the time of an index, which images of 196 tokens notice.
+    drawn = tokens[:, : 8 * step + 1 : step] if step else tokens[:, sample(n, tokens.device)]
+    return remedian(drawn.to(dtype))
 
 
 def sample(tokens: int, device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ share rho of it, gamma with the u of the measured distances. With the margin
 
     M = gamma (2 a + r)^2 + 2 rho r^2
 
-a row is decided if both of these hold:
+a row is decided if both of these hold, with `<` for `<=`:
 
 - Complete: a token that would be measured to be as near as r has d^2 <= r^2 / (1 - rho), and so
   c <= r^2 + M. Every token that the search dropped has a larger c.
@@ -104,13 +104,15 @@ def undecided(
     r2 = k_distance.to(norms.dtype)
     margin = error_bound(norms, r2.sqrt(), width)
     margin.add_(r2, alpha=2 * relative_bound(width, k_distance.dtype))
-    decided = r2 < torch.inf
-    if dropped is not None:
+    if unmeasured is None:
+        if dropped is None:
+            return ~(r2 < torch.inf)
         # Equal tokens tie at the distance 0, where no token can be nearer.
-        decided &= (dropped - r2 > margin).logical_or_(r2 == 0)
-    if unmeasured is not None:
-        decided &= r2 - unmeasured.clamp(min=0) >= margin
-    return decided.logical_not_()
+        return ~((dropped - r2 > margin) | (r2 == 0))
+    gap = r2 - unmeasured.clamp(min=0)
+    if dropped is not None:
+        gap = torch.minimum(gap, dropped - r2)
+    return ~(gap > margin)  # undecided where r2 is infinite or NaN
 
 
 def undecided_lists(

@@ -22,7 +22,7 @@ from .certificate import Found, counts, error_bound, undecided, undecided_lists
 from .distances import distances_by_products, settle_last, squared_differences
 from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, spans
-from .topk import STRIDED, smallest_unordered
+from .topk import STRIDED, largest, smallest_unordered
 
 FLIPPED_ROWS = 512  # rows of a tile below the diagonal, which is copied from the one above
 TILE_MULTIPLE = STRIDED**2  # columns of a tile, for two steps of `smallest_unordered`
@@ -95,7 +95,7 @@ def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> 
         found = _joined([_distances(lists, k, x, middle, some) for some in steps])
     places = found.undecided.nonzero()[:, 0]
     counts["candidates"] += len(places)
-    for some in places.split(rows_per_step):
+    for some in places.split(rows_per_step) if len(places) else ():
         _measure_candidates(found, lists, some, k, n_measured, rows, complete=n == tokens - 1)
     found = Found(*(t.view(batch, tokens, *t.shape[1:]) for t in found))
     if batch > 1:
@@ -107,7 +107,7 @@ def _k_distances(lists: Lists, k: int, rows: Tensor) -> Found:
     """Measures the k-th candidate of each row, and keeps the ones before it as they are."""
     n_rows, n = lists.indices.shape
     # Descending: the n - k candidates after the k-th, the k-th, and the one before it.
-    last, places = lists.squares.topk(min(n, n - k + 2))
+    last, places = largest(lists.squares, min(n, n - k + 2))
     kth = lists.indices.gather(1, places[:, n - k, None])
     distances = squared_differences(rows[None], kth[None], rows[None])[0]
     is_open = undecided(

@@ -45,15 +45,29 @@ def smallest_grouped(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def smallest_unordered(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k smallest of the last dimension, and their positions, both in any order.
 
-    Numbers that are not negative are in the order of their bits. `torch.topk` takes a third less
-    time for integers than for numbers that may be NaN.
-
     Args:
         values: not NaN. Of negative numbers, all of which count as smaller than 0, any are chosen.
     """
-    integer = torch.int32 if values.dtype == torch.float32 else torch.int64
-    keys, positions = _smallest_keys(values.view(integer), k)
+    keys, positions = _smallest_keys(_keys(values), k)
     return keys.view(values.dtype), positions
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of the last dimension, descending, and their positions; equal: in any order.
+
+    Args:
+        values: not NaN. Negative numbers come last, in any order.
+    """
+    keys, positions = _keys(values).topk(k)
+    return keys.view(values.dtype), positions
+
+
+def _keys(values: Tensor) -> Tensor:
+    """The bits of numbers as integers, whose order is that of numbers that are not negative.
+
+    `torch.topk` takes a third less time for integers than for numbers that may be NaN.
+    """
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int64)
 
 
 def _smallest_keys(keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
