@@ -102,8 +102,7 @@ def simplified_lof(k_distance: Tensor, neighbors: Tensor, rows: slice = slice(No
     ratios = kappa[:, rows].unsqueeze(-1) / _gather_tokens(kappa, neighbors)
     # The sum of the ratios may overflow although their mean does not.
     scale = 2.0 ** -neighbors.shape[-1].bit_length()
-    scores = ((ratios * scale).mean(dim=-1) / scale).clamp(max=limits.max)
-    return torch.where(kappa[:, rows].isnan(), torch.nan, scores)
+    return ((ratios * scale).mean(dim=-1) / scale).clamp(max=limits.max)
 
 
 def breunig_lof(distances: Tensor, neighbors: Tensor) -> Tensor:
@@ -195,7 +194,7 @@ def unit_vectors(f: Tensor) -> Tensor:
     norm is held above 1e-12, as in torch.nn.functional.normalize.
     """
     norm = torch.linalg.vector_norm(f, dim=-1, keepdim=True)
-    return f / torch.where(norm.isfinite(), norm.clamp(min=NORM_EPS), torch.nan)
+    return f / norm.clamp(min=NORM_EPS).masked_fill(norm.isinf(), torch.nan)
 
 
 def cosine_similarity(f: Tensor) -> Tensor:
@@ -223,9 +222,8 @@ def adaptive_aggregate(features: Tensor, similarity_matrix: Tensor) -> Tensor:
 def mean_similarity(f: Tensor) -> Tensor:
     """mu = mean of S over all pairs of finite tokens of an image = ||mean_i f_hat_i||^2, (B,)."""
     unit = unit_vectors(f)
-    finite = unit[..., :1].isfinite()
-    mean = torch.where(finite, unit, 0).sum(dim=1) / finite.sum(dim=1).clamp(min=1)
-    return mean.square().sum(dim=-1)
+    n_finite = unit[..., 0].isfinite().sum(dim=1, keepdim=True)
+    return (unit.nansum(dim=1) / n_finite.clamp(min=1)).square().sum(dim=-1)
 
 
 def content_floor(threshold: Tensor) -> Tensor:

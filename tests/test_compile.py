@@ -6,7 +6,12 @@ from cases import GPU
 
 import scclip_fast as sf
 from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
-from scclip_fast.ops.attention import _attention, _attention_backward, _mean_similarity
+from scclip_fast.ops.attention import (
+    _attention,
+    _attention_backward,
+    _blended_attention,
+    _mean_similarity,
+)
 from scclip_fast.ops.knn import nearest
 from scclip_fast.ops.lof import _outlier_mask
 from scclip_fast.ops.repair import _repair
@@ -185,6 +190,11 @@ class TestOpcheck:
     def test_attention(self, backend):
         q, k, v, content = self.tensors(*[(2, 2, 20, 4)] * 4, grad=True)
         self.check(_attention, q, k, v, content, 0.5, 0.5, backend)
+
+
+def test_opcheck_without_gradients():
+    q, k, v = torch.randn(3, 2, 2, 20, 4)
+    torch.library.opcheck(_blended_attention, (q, k, v, torch.rand(2, 20, 3), 3.0, 0.5, 0.5))
 
 
 def test_opcheck_backward():

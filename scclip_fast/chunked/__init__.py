@@ -7,7 +7,7 @@ float64, and `repair`, which has no tiles, a few times the memory of its tokens.
 """
 
 from .aggregate import aggregate, aggregate_backward, inverse_norms
-from .attention import attention, attention_backward
+from .attention import attention, attention_backward, blended_attention, can_blend_weights
 from .metrics import nearest, settle_by_cosine, unit_tokens
 from .repair import repair, repair_backward
 from .tiles import compute_dtype
@@ -18,6 +18,8 @@ __all__ = [
     "aggregate_backward",
     "attention",
     "attention_backward",
+    "blended_attention",
+    "can_blend_weights",
     "compute_dtype",
     "inverse_norms",
     "label_dtype",

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..reference import NORM_EPS, normaliser_eps, weights
+from ..reference import NORM_EPS, content_floor, normaliser_eps, weights
 from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, plan, spans
 
@@ -16,11 +16,11 @@ def aggregate(
     values: Tensor, features: Tensor, floor: Tensor, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
     """`reference.aggregate`: means (B, N, Dv) and sums of the weights (B, N); floor is (B,)."""
-    if values.device.type == "cpu" and values.numel():
-        return _aggregate_symmetric(values, features, floor, gamma)
+    scale = inverse_norms(features)
+    if values.device.type == "cpu" and values.numel() and not scale.isnan().any():
+        return _aggregate_symmetric(values, features, scale, floor, gamma)
     batch, tokens, _ = values.shape
     dtype = compute_dtype(values, features)
-    scale = inverse_norms(features)
     tile = plan(batch, tokens, values.shape[-1] + features.shape[-1], dtype)
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     total = torch.empty(batch, tokens, dtype=dtype, device=values.device)
@@ -40,50 +40,73 @@ def aggregate(
 
 
 def _aggregate_symmetric(
-    values: Tensor, features: Tensor, floor: Tensor, gamma: float | None
+    values: Tensor, features: Tensor, scale: Tensor, floor: Tensor, gamma: float | None
 ) -> tuple[Tensor, Tensor]:
     """`aggregate` with each similarity of two tokens computed once, as weights are symmetric too.
 
     The sums of all rows are held at once, in the dtype of the sums.
+
+    Args:
+        scale: `inverse_norms` of the features, all of which are finite.
     """
     batch, tokens, width = values.shape
     dtype = compute_dtype(values, features)
-    scale = inverse_norms(features)
-    broken = scale.isnan()
-    sums = torch.zeros(batch, tokens, width, dtype=dtype)
-    total = torch.zeros(batch, tokens, dtype=dtype)
+    sums = torch.empty(batch, tokens, width, dtype=dtype)
+    total = torch.empty(batch, tokens, dtype=dtype)
     pairs = tile_pairs(tokens, dtype)
-    step = images_per_step(tokens, max(width, features.shape[-1]))
+    step = images_per_step(tokens, max(width, features.shape[-1]), dtype)
     workspace = torch.empty(min(step, batch) * pairs[0][0].stop ** 2, dtype=dtype)
 
-    def operands(images: slice, part: slice) -> tuple[Tensor, Tensor]:
-        unit = features[images, part].to(dtype) * scale[images, part]
-        # A weight of 0 times an infinity would be NaN.
-        return unit, values[images, part].to(dtype).masked_fill(broken[images, part], 0)
+    def add(images: slice, rows: slice, columns: slice, w: Tensor) -> None:
+        column_values = values[images, columns].to(dtype)
+        if columns.start == 0:  # the first tile of these rows
+            torch.bmm(w, column_values, out=sums[images, rows])
+            total[images, rows] = w.sum(dim=-1)
+        else:
+            sums[images, rows].baddbmm_(w, column_values)
+            total[images, rows] += w.sum(dim=-1)
 
     for images in spans(batch, step):
         limit = floor[images, None, None]
         for rows, columns in pairs:
-            unit, row_values = operands(images, rows)
-            on_diagonal = rows == columns
-            others, column_values = (unit, row_values) if on_diagonal else operands(images, columns)
-            shape = len(unit), unit.shape[1], others.shape[1]
-            w = weights_(
-                gram(unit, others, workspace[: math.prod(shape)].view(shape)), limit, gamma
-            )
-            sums[images, rows].baddbmm_(w, column_values)
-            total[images, rows] += w.sum(dim=-1)
-            if not on_diagonal:
-                sums[images, columns].baddbmm_(w.mT, row_values)
-                total[images, columns] += w.sum(dim=-2)
-    total.masked_fill_(broken.squeeze(-1), torch.nan)
+            unit = unit_rows = features[images, rows].to(dtype) * scale[images, rows]
+            if rows != columns:
+                unit = features[images, columns].to(dtype) * scale[images, columns]
+            shape = len(unit), unit_rows.shape[1], unit.shape[1]
+            tile = gram(unit_rows, unit, workspace[: math.prod(shape)].view(shape))
+            w = weights_(tile, limit, gamma)
+            add(images, rows, columns, w)
+            if rows != columns:
+                add(images, columns, rows, w.mT)
     sums /= (total + normaliser_eps(gamma)).unsqueeze(-1)
     return sums.to(values.dtype), total
 
 
+def content_weights(features: Tensor, gamma: float) -> Tensor:
+    """The weights C (b, N, N) of content attention, softmax of gamma (S - mu) over S >= mu.
+
+    A token that is not finite has the weight 0 in other rows, and NaN in its own.
+
+    Args:
+        features: (b, N, D) on a CPU, in the dtype of the weights.
+    """
+    scale = inverse_norms(features)
+    broken = scale.isnan() if scale.isnan().any() else None
+    unit = features * scale
+    if broken is not None:
+        unit.masked_fill_(broken, 0)
+    n_finite = features.shape[1] if broken is None else (~broken).sum(dim=1).clamp(min=1)
+    mu = (unit.sum(dim=1) / n_finite).square().sum(dim=-1)
+    w = gram(unit, unit, unit.new_empty(len(unit), unit.shape[1], unit.shape[1]))
+    w = weights_(w, content_floor(mu)[:, None, None], gamma)
+    if broken is not None:
+        w.masked_fill_(broken.mT, 0).masked_fill_(broken, torch.nan)
+    return w.div_(w.sum(dim=-1, keepdim=True).add_(normaliser_eps(gamma)))
+
+
 def weights_(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
-    """`reference.weights` in the memory of the similarities s."""
-    without = (s >= floor).logical_not_()
+    """`reference.weights` in the memory of the similarities s, none of which is NaN."""
+    without = s < floor
     if gamma is not None:
         s.sub_(1).mul_(gamma).exp_()
     return s.masked_fill_(without, 0)
@@ -172,4 +195,4 @@ def aggregate_backward(
 def inverse_norms(features: Tensor) -> Tensor:
     """1 / ||f||, (B, N, 1), with the norm held above `NORM_EPS`; NaN for tokens not finite."""
     norms = torch.linalg.vector_norm(features, dim=-1, keepdim=True, dtype=compute_dtype(features))
-    return norms.clamp(min=NORM_EPS).reciprocal().masked_fill_(~norms.isfinite(), torch.nan)
+    return norms.clamp(min=NORM_EPS).reciprocal().masked_fill_(norms == torch.inf, torch.nan)

@@ -1,4 +1,8 @@
-"""Blended attention and its gradients, a chunk of queries at a time."""
+"""Blended attention and its gradients, a chunk of queries at a time.
+
+Without gradients, images whose weights fit one tile are blended before the product with the values,
+which then is one product in place of two (`blended_attention`).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import tiles
+from .aggregate import content_weights
+from .gram import tile_pairs
 from .tiles import compute_dtype, spans
 
 
@@ -29,6 +35,36 @@ def attention(
     for images, rows in chunks:
         self_attention = attend(q[images, :, rows], k[images], v[images], scale=scale)
         torch.lerp(self_attention, content[images, :, rows], alpha, out=out[images, :, rows])
+    return out
+
+
+def can_blend_weights(v: Tensor, features: Tensor) -> bool:
+    """True if `blended_attention` takes values v (B, H, N, dv) and features (B, N, D)."""
+    one_tile = len(tile_pairs(v.shape[2], v.dtype)) == 1
+    return v.device.type == "cpu" and compute_dtype(v, features) == v.dtype and one_tile
+
+
+def blended_attention(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor, gamma: float, alpha: float, scale: float
+) -> Tensor:
+    """[(1 - alpha) softmax(scale q k^T) + alpha C] v, (B, H, N, dv), on a CPU.
+
+    The weights C (N, N) of one image are held at a time. 12 heads of 196 tokens take 2.5 ms on one
+    core, and 3.1 ms where C has a product of its own.
+    """
+    batch, heads, n, _ = v.shape
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    # Chunks of half that many bytes are a tenth slower, and scores of all heads a half.
+    chunk = max(1, tiles.WORKSPACE_BYTES // 32 // v.itemsize)
+    n_rows = max(1, min(n, chunk // n))
+    n_heads = max(1, chunk // (n * n_rows)) if n_rows == n else 1
+    for image in range(batch):
+        content = content_weights(features[image, None].to(v.dtype), gamma)[0]
+        for some in spans(heads, n_heads):
+            for rows in spans(n, n_rows):
+                at = image, some, rows
+                weights = torch.softmax((q[at] * scale) @ k[image, some].mT, dim=-1)
+                torch.matmul(weights.lerp_(content[rows], alpha), v[image, some], out=out[at])
     return out
 
 

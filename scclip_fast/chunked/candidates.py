@@ -90,6 +90,10 @@ class Candidates:
             self._leave_out_self(tile, span, first)
             _keep_smallest(self.scores[:, span], self.indices[:, span], tile, first)
 
+    def squares(self) -> Tensor:
+        """The estimates (B, M, n) of squared distances that the scores are, for the certificate."""
+        return self.scores + self.norms.square().unsqueeze(-1)
+
     def _columns(self, tokens: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
         """The operand of products, and the numbers that are added to them, of tokens (B, c, D)."""
         return centred(tokens, centre, multiple=GROUP)
@@ -132,7 +136,11 @@ def centre(tokens: Tensor, dtype: torch.dtype) -> Tensor:
 
     Any point is right. This one is near most tokens however far away a few of them are.
     """
-    return remedian(tokens[:, sample(tokens.shape[1], tokens.device)].to(dtype))
+    n = tokens.shape[1]
+    step = (n - 1) // 8
+    # A slice takes a tenth of the time of an index, which images of 196 tokens notice.
+    drawn = tokens[:, : 8 * step + 1 : step] if step else tokens[:, sample(n, tokens.device)]
+    return remedian(drawn.to(dtype))
 
 
 def sample(tokens: int, device: torch.device) -> Tensor:
@@ -154,9 +162,7 @@ def remedian(tokens: Tensor) -> Tensor:
     return medians.nan_to_num(nan=0, posinf=0, neginf=0)
 
 
-def centred(
-    tokens: Tensor, centre: Tensor, multiple: int = 1, depth: int | None = None
-) -> tuple[Tensor, Tensor]:
+def centred(tokens: Tensor, centre: Tensor, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """tokens (b, n, D) - centre and the squared norms (b, n), with n filled up to a multiple.
 
     A token whose norm is not finite is replaced by 0 with the largest finite norm. A token that
@@ -172,9 +178,7 @@ def centred(
     else:
         result[:, :n].copy_(tokens)  # a subtraction of two dtypes would convert to another tensor
         result[:, :n] -= centre
-    squares = torch.linalg.vector_norm(result[..., :depth], dim=-1).square_()
-    for channels in result.split(depth or width, dim=-1)[1:]:
-        squares += torch.linalg.vector_norm(channels, dim=-1).square_()
+    squares = torch.linalg.vector_norm(result, dim=-1).square_()
     broken = ~squares.isfinite()
     if broken.device.type != "cpu" or broken.any():  # a GPU would have to be waited for
         squares.masked_fill_(broken, torch.finfo(squares.dtype).max)

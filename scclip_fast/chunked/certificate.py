@@ -1,27 +1,30 @@
 """A bound on the rounding of a search by products, row by row.
 
-A search (`search.py`, `distributed/search.py`) ranks the tokens j of a row i by a rounded value
-c_ij of
+A search (`search.py`, `symmetric.py`, `distributed/search.py`) ranks the tokens j of a row i by a
+rounded value c_ij of the squared distance d^2 of y_i and y_j,
 
-    s_ij = ||y_j||^2 - 2 y_i y_j,        y = fl(x - m)
+    ||y_i||^2 + ||y_j||^2 - 2 y_i y_j,        y = fl(x - m),
 
-and measures the distances of the last few candidates. With a = ||y_i||, d the true distance of x_i
-and x_j, u half the unit of the products' dtype, and ||y_j|| <= a + d:
+and measures the distances of the last few candidates. With a = ||y_i||, u half the unit of the
+products' dtype, and ||y_j|| <= a + d:
 
-    |c_ij - (d^2 - a^2)| <= gamma (||y_j||^2 + 2 a ||y_j||) <= g(d)
-    g(d) = gamma ((a + d)^2 + 2 a (a + d)),    gamma = (D + 16) u
+    |c_ij - d^2| <= gamma (||y_i|| + ||y_j||)^2 <= gamma (2 a + d)^2,    gamma = n u / (1 - 8 n u)
 
-where D u bounds the sum of D products in any order, and 16 u the rounding of x - m and that of the
-bounds themselves. Sums over pieces of the channels, products and norms alike, round fewer times
-than D (`gram.roundings`).
+where n = D + 16: D roundings in the sum of D products in any order, and 16 for x - m and the bounds
+themselves. The denominator covers products of roundings. `UNDERFLOW`, which is added to 2 a, covers
+what underflows.
 
-Let r be the measured distance of the k-th neighbour, whose own rounding is at most a share rho =
-(D + 16) u' of it, with the u' of the measured distances. A row is decided if both of these hold:
+Let r^2 be the measured squared distance of the k-th neighbour, whose own rounding is at most a
+share rho of it, gamma with the u of the measured distances. With the margin
 
-- Complete: a token that would be measured to be as near as r has d <= V = r (1 + rho), and so
-  c <= V^2 - a^2 + g(V). Every token that the search dropped has a larger c.
-- Settled: a candidate that was not measured, because it ranks so far ahead, has c <= tau, and so
-  d^2 - g(d) <= tau + a^2. It would be measured to be as near as r.
+    M = gamma (2 a + r)^2 + 2 rho r^2
+
+a row is decided if both of these hold, with `<` for `<=`:
+
+- Complete: a token that would be measured to be as near as r has d^2 <= r^2 / (1 - rho), and so
+  c <= r^2 + M. Every token that the search dropped has a larger c.
+- Settled: a candidate that was not measured, because it ranks so far ahead, has c <= r^2 - M, and
+  so d^2 (1 + rho) <= r^2. It would be measured to be as near as r.
 
 The bounds hold for one huge token among small ones, as no row's bound depends on another token's
 norm. Data that suit the dtype badly leave rows undecided, never wrong.
@@ -43,6 +46,7 @@ huge token would spoil.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import NamedTuple
 
@@ -55,6 +59,11 @@ from torch import Tensor
 counts: Counter[str] = Counter()
 
 
+#: At least the root of what underflows in c and in a measured distance, divided by gamma: sums of D
+#: numbers below the smallest normal one, 1.2e-38, over gamma >= D 2^-24.
+UNDERFLOW = 1e-15
+
+
 class Found(NamedTuple):
     """The result of one pass of a search."""
 
@@ -63,49 +72,70 @@ class Found(NamedTuple):
     undecided: Tensor  # (...) bool, rows whose neighbours may be others
 
 
-def error_bound(norm: Tensor, distance: Tensor, roundings: int) -> Tensor:
-    """g(d) of rows with the norms a, in the dtype of the products."""
-    gamma = (roundings + 16) * torch.finfo(norm.dtype).eps / 2
-    reach = norm + distance
-    return reach.mul(gamma).mul_(reach.add_(norm, alpha=2))
+def relative_bound(width: int, dtype: torch.dtype) -> float:
+    """gamma of sums over `width` channels in a dtype; infinite where the bound is none."""
+    rounding = (width + 16) * torch.finfo(dtype).eps / 2
+    return rounding / (1 - 8 * rounding) if 8 * rounding < 1 else math.inf
+
+
+def error_bound(norms: Tensor, distances: Tensor, width: int) -> Tensor:
+    """gamma (2 a + d)^2 of rows with the norms a, in the dtype of the norms."""
+    reach = distances.add(norms, alpha=2).add_(UNDERFLOW)
+    return reach.square_().mul_(relative_bound(width, norms.dtype))
 
 
 def undecided(
-    scores: Tensor,
     norms: Tensor,
     k_distance: Tensor,
-    n_measured: int,
     width: int,
-    complete: bool,
-    roundings: int | None = None,
+    dropped: Tensor | None,
+    unmeasured: Tensor | None,
 ) -> Tensor:
-    """The rows (B, M) bool for which the conditions of this module do not hold.
+    """The rows (...) bool for which the conditions of this module do not hold.
 
     Args:
-        scores: (B, M, n), the n smallest c of each row, ascending.
-        norms: (B, M), a.
-        k_distance: (B, M), r^2.
-        n_measured: number of these n candidates that were measured, the last ones.
+        norms: (...), a, in the dtype of the products.
+        k_distance: (...), r^2.
         width: D.
-        complete: True if the candidates are all tokens there are.
-        roundings: the number of roundings in a product; by default D.
+        dropped: (...), the smallest c that a token without a place among the candidates may have;
+            None if all tokens are candidates.
+        unmeasured: (...), the largest c of the candidates that were not measured; None if all were.
     """
-    roundings = width if roundings is None else roundings
-    gamma = (roundings + 16) * torch.finfo(scores.dtype).eps / 2
-    rho = (width + 16) * torch.finfo(k_distance.dtype).eps / 2
-    a, r = norms, k_distance.to(scores.dtype).sqrt()
-    decided = r.isfinite()
-    if not complete:
-        V = r * (1 + rho)
-        # c > V^2 - a^2 + g(V). Equal tokens tie at the distance 0, where no token can be nearer.
-        decided &= (scores[..., -1] > (V - a) * (V + a) + error_bound(a, V, roundings)) | (r == 0)
-    n_unmeasured = scores.shape[-1] - n_measured
-    if n_unmeasured > 0:
-        # Solves d^2 - g(d) = tau + a^2 for the largest d that such a candidate can have.
-        tau = torch.addcmul(scores[..., n_unmeasured - 1], a, a, value=1 + 3 * gamma)
-        root = torch.addcmul(tau.clamp_(min=0), a, a, value=4 * gamma**2).sqrt_()
-        decided &= root.add_(a, alpha=2 * gamma) <= r * ((1 - rho) * (1 - gamma))
-    return ~decided
+    r2 = k_distance.to(norms.dtype)
+    margin = error_bound(norms, r2.sqrt(), width)
+    margin.add_(r2, alpha=2 * relative_bound(width, k_distance.dtype))
+    if unmeasured is None:
+        if dropped is None:
+            return ~(r2 < torch.inf)
+        # Equal tokens tie at the distance 0, where no token can be nearer.
+        return ~((dropped - r2 > margin) | (r2 == 0))
+    gap = r2 - unmeasured.clamp(min=0)
+    if dropped is not None:
+        gap = torch.minimum(gap, dropped - r2)
+    return ~(gap > margin)  # undecided where r2 is infinite or NaN
+
+
+def undecided_lists(
+    squares: Tensor, norms: Tensor, k_distance: Tensor, n_measured: int, width: int, complete: bool
+) -> Tensor:
+    """`undecided` for lists of candidates.
+
+    Args:
+        squares: (..., n), the n smallest c of each row, ascending.
+        norms, k_distance, width: as for `undecided`.
+        n_measured: number of these n candidates that were measured, the last ones.
+        complete: True if the candidates are all tokens there are.
+    """
+    n_unmeasured = squares.shape[-1] - n_measured
+    is_open = undecided(
+        norms,
+        k_distance,
+        width,
+        dropped=None if complete else squares[..., -1],
+        unmeasured=squares[..., n_unmeasured - 1] if n_unmeasured > 0 else None,
+    )
+    # For a row at m, c is ||y_j||^2 without an error: candidates before one at 0 are at 0 too.
+    return is_open & (norms + k_distance != 0)
 
 
 def product_margin(norms: Tensor, width: int) -> Tensor:

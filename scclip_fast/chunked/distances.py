@@ -7,6 +7,7 @@ sum in float64.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from . import tiles
 from .tiles import compute_dtype, longest_dtype, spans
+
+CHANNELS = 256  # channels of one step of `distances_by_products`; fewer are slower
 
 
 def pair_distances(
@@ -51,6 +54,38 @@ def squared_differences(x: Tensor, neighbors: Tensor, queries: Tensor) -> Tensor
         queries: (B, M, D).
     """
     return _sums(x, neighbors, queries, compute_dtype(x), lambda a, b: a.sub_(b).square_())
+
+
+def distances_by_products(x: Tensor, middle: Tensor, neighbors: Tensor, rows: slice) -> Tensor:
+    """||x_i - x_j||^2 (R, m) in float64, by products of each token with its neighbours alone.
+
+    Rounding can make the distance of near duplicates less than 0.
+
+    Args:
+        x: (B, N, D) on a CPU.
+        middle: (B, 1, D), a point near the tokens of an image, which is subtracted from them.
+        neighbors: (R, m), indices among all B N tokens.
+        rows: the R tokens i, among all.
+    """
+    asked, m = neighbors.shape
+    total = x.shape[0] * x.shape[1]
+    channels_per_step = min(CHANNELS, max(1, tiles.WORKSPACE_BYTES // 8 // (8 * total)))
+    norms = torch.zeros(total, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        products = torch.sparse_csr_tensor(
+            torch.arange(0, asked * m + 1, m),
+            neighbors.flatten(),
+            torch.zeros(asked * m, dtype=torch.float64),
+            (asked, total),
+            check_invariants=False,
+        )
+    for channels in spans(x.shape[-1], channels_per_step):
+        y = (x[..., channels].double() - middle[..., channels].double()).flatten(0, 1)
+        norms += torch.linalg.vector_norm(y, dim=-1).square_()
+        torch.sparse.sampled_addmm(products, y[rows], y.mT, out=products)
+    squares = norms[neighbors].add_(norms[rows].unsqueeze(1))
+    return squares.sub_(products.values().view(asked, m), alpha=2)
 
 
 def _sums(

@@ -15,7 +15,10 @@ from torch import Tensor
 from . import tiles
 from .tiles import spans
 
-ROWS = 128  # rows of one product; 64 are as fast
+ROWS = 128  # rows of one product
+#: The least number of products of a tile on the diagonal. On one core 196 tokens take 0.51 ms in
+#: three products, 0.53 ms in two and 0.60 ms in one.
+STRIPS = 3
 
 
 def tile_pairs(tokens: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
@@ -29,33 +32,35 @@ def tile_pairs(tokens: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
     return list(combinations_with_replacement(spans(tokens, side), 2))
 
 
-def images_per_step(tokens: int, width: int) -> int:
-    """The number of images whose tokens and tiles, in float32, fit an eighth of the workspace."""
-    return max(1, tiles.WORKSPACE_BYTES // 8 // (tokens * max(1, tokens, width) * 4))
+def images_per_step(tokens: int, width: int, dtype: torch.dtype) -> int:
+    """The number of images whose tokens and tiles fit a 16th of the workspace, 4 MiB.
+
+    The allocator returns much larger tensors to the system and fetches their pages anew at every
+    step: 64 images of 196 tokens of 768 channels took 165 ms in steps of 16 MiB, and 119 ms so.
+    """
+    row_bytes = max(1, tokens, width) * dtype.itemsize
+    return max(1, tiles.WORKSPACE_BYTES // 16 // (tokens * row_bytes))
 
 
-def gram(rows: Tensor, columns: Tensor, out: Tensor, depth: int | None = None) -> Tensor:
+def gram(
+    rows: Tensor, columns: Tensor, out: Tensor, squares: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Writes the products of rows (b, r, D) and columns (b, c, D) to out (b, r, c).
 
     Args:
         columns: the same tensor as rows for a tile of the diagonal.
-        depth: channels of one product; the products of all channels are added up.
+        squares: the squared norms (b, r) of the rows and (b, c) of the columns, to write squared
+            distances in place of products.
     """
-    for part in spans(rows.shape[1], ROWS):
-        first = part.start if columns is rows else 0
-        strip = out[:, part, first:]
-        for channels in spans(rows.shape[-1], depth or rows.shape[-1]):
-            operands = rows[:, part, channels], columns[:, first:, channels].mT
-            if channels.start == 0:
-                torch.bmm(*operands, out=strip)
-            else:
-                # A matrix library that adds to `strip` itself may round once a channel.
-                strip += torch.bmm(*operands)
-        if columns is rows and part.stop < rows.shape[1]:
+    on_diagonal, n_rows = columns is rows, rows.shape[1]
+    for part in spans(n_rows, min(ROWS, -(-n_rows // STRIPS))):
+        first = part.start if on_diagonal else 0
+        strip, others = out[:, part, first:], columns[:, first:].mT
+        if squares is None:
+            torch.bmm(rows[:, part], others, out=strip)
+        else:
+            torch.add(squares[0][:, part, None], squares[1][:, None, first:], out=strip)
+            strip.baddbmm_(rows[:, part], others, alpha=-2)
+        if on_diagonal and part.stop < n_rows:
             out[:, part.stop :, part] = out[:, part, part.stop :].mT
     return out
-
-
-def roundings(width: int, depth: int) -> int:
-    """The number of roundings in a sum over `width` channels, `depth` of them at a time."""
-    return min(width, depth) + (-(-width // depth) - 1)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import tiles
 from .candidates import Candidates, list_sizes
-from .certificate import Found, counts, undecided, undecided_products
+from .certificate import Found, counts, undecided_lists, undecided_products
 from .distances import finite_tokens, settle_last
 from .symmetric import has_room, search_symmetric
 from .tiles import Tile, compute_dtype, plan, spans
@@ -64,12 +64,11 @@ def nearest(
     """
     rows, first_token = (x, 0) if queries is None else (queries, None)
     if _is_captured(x):
-        found = _search(x, rows, first_token, k, None, kind, measure_all)
-        return found.distances, found.indices
+        return _search(x, rows, first_token, k, None, kind, measure_all)[:2]
     counts["product"] += rows.shape[0] * rows.shape[1]
-    if queries is None and kind is Candidates and has_room(x, k):
-        found = search_symmetric(x, k, measure_all)
-    else:
+    among_itself = queries is None and kind is Candidates and has_room(x, k)
+    found = search_symmetric(x, k, measure_all) if among_itself else None
+    if found is None:
         found = _search(x, rows, first_token, k, dtype or compute_dtype(x), kind, measure_all)
     for image, places in _finite_rows(rows, found.undecided):
         one = slice(image, image + 1)
@@ -170,12 +169,14 @@ def _search(
             )
             distances[images, span] = nearest_distances[..., -n_distances:]
             if dtype is not None:
-                row_scores = candidates.scores, candidates.norms, nearest_distances[..., -1]
+                row_norms = candidates.norms, nearest_distances[..., -1]
                 complete = n_candidates == others
                 is_open[images, span] = (
-                    undecided(*row_scores, n_measured, x.shape[-1], complete)
+                    undecided_lists(
+                        candidates.squares(), *row_norms, n_measured, x.shape[-1], complete
+                    )
                     if kind is Candidates
-                    else undecided_products(*row_scores, x.shape[-1], complete)
+                    else undecided_products(candidates.scores, *row_norms, x.shape[-1], complete)
                 )
     return Found(distances, indices, is_open)
 
@@ -224,7 +225,7 @@ def _finite_rows(rows: Tensor, is_open: Tensor) -> Iterator[tuple[int, Tensor]]:
     workspace.
     """
     rows_per_step = max(1, tiles.WORKSPACE_BYTES // 16 // (8 * rows.shape[-1]))
-    for image in is_open.any(dim=1).nonzero()[:, 0].tolist():
+    for image in is_open.any(dim=1).nonzero()[:, 0].tolist() if is_open.any() else ():
         places = is_open[image].nonzero()[:, 0]
         places = places[finite_tokens(rows[image, places])]
         for some in places.split(rows_per_step):

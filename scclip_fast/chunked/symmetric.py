@@ -5,40 +5,38 @@ first look measures as little as it can, and only rows that it leaves open have 
 measured as in `search.py`:
 
 - For a k-distance, the k-th candidate alone is measured.
-- For all distances among at most `FLOAT64_TOKENS` tokens, nothing is measured: the products are
-  float64's. Rows with neighbours that are nearly equal to the token, or equally far, stay open.
+- For all distances, the candidates' products in float64 stand for measured distances. Rows with
+  neighbours that are nearly equal to the token, or equally far, stay open.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import tiles
-from .candidates import centre, centred, list_sizes
-from .certificate import Found, counts, error_bound, undecided
-from .distances import pair_distances, settle_last, squared_differences
-from .gram import gram, images_per_step, roundings, tile_pairs
+from .candidates import centre, list_sizes
+from .certificate import Found, counts, error_bound, undecided, undecided_lists
+from .distances import distances_by_products, settle_last, squared_differences
+from .gram import gram, images_per_step, tile_pairs
 from .tiles import compute_dtype, spans
+from .topk import STRIDED, largest, smallest_unordered
 
-#: Channels of one product. More channels are summed over products, so that rounding grows with
-#: DEPTH + D / DEPTH instead of D, for 5 % of the time of the products.
-DEPTH = 256
 FLIPPED_ROWS = 512  # rows of a tile below the diagonal, which is copied from the one above
-FLOAT64_TOKENS = 3072  # above, measuring the candidates takes less time than products in float64
+TILE_MULTIPLE = STRIDED**2  # columns of a tile, for two steps of `smallest_unordered`
+#: Images of at most that many tokens have all products in float64, if all distances are asked for.
+#: With more, it is faster to repeat the candidates' products: 1.6 instead of 2.0 ms on 441 tokens.
+FLOAT64_TOKENS = 320
 
 
 class Lists(NamedTuple):
-    """The candidates of each row, as `Candidates` has them, but equal scores in any order."""
+    """The candidates of the rows of all images, in any order."""
 
-    scores: Tensor  # (R, n)
-    indices: Tensor  # (R, n)
-    norms: Tensor  # (R,)
+    squares: Tensor  # (R, n), the estimates c of `certificate.py`
+    indices: Tensor  # (R, n), among the tokens of all images
+    norms: Tensor  # (R,), of the centred rows
 
 
 def has_room(x: Tensor, k: int) -> bool:
@@ -47,138 +45,203 @@ def has_room(x: Tensor, k: int) -> bool:
     return x.device.type == "cpu" and 0 < len(x) and x.shape[1] * row_bytes <= tiles.WORKSPACE_BYTES
 
 
-def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found:
+def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found | None:
     """The first pass of `search.nearest`, by products, for every token of x (B, N, D).
 
     Args:
         measure_all: as for `nearest`.
+
+    Returns:
+        None if a token is not finite, or so far away that squares come near an overflow.
     """
-    batch, tokens, width = x.shape
-    steps = spans(batch, images_per_step(tokens, width))
-    parts = [_search_images(x[images], k, measure_all) for images in steps]
+    in_float64 = measure_all and x.shape[1] <= FLOAT64_TOKENS
+    dtype = torch.float64 if in_float64 else compute_dtype(x)
+    parts = []
+    for images in spans(len(x), images_per_step(x.shape[1], x.shape[2], dtype)):
+        found = _search_images(x[images], k, measure_all, dtype)
+        if found is None:
+            return None
+        parts.append(found)
+    return _joined(parts)
+
+
+def _joined(parts: list[Found]) -> Found:
     return parts[0] if len(parts) == 1 else Found(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _search_images(x: Tensor, k: int, measure_all: bool) -> Found:
-    """`search_symmetric` of a few images."""
+def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> Found | None:
+    """`search_symmetric` of a few images.
+
+    Args:
+        dtype: of the products.
+    """
     batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
-    in_float32 = compute_dtype(x) == torch.float32
-    by_products = measure_all and in_float32 and tokens <= FLOAT64_TOKENS
-    lists, finite = _candidates(x, centre(x, torch.float64 if by_products else compute_dtype(x)), n)
-    first_token = torch.arange(0, batch * tokens, tokens)[:, None, None]
-    lists.indices.add_(first_token)  # among the tokens of all images
-    lists = Lists(*(t.flatten(0, 1) for t in lists))
-    rows = x.flatten(0, 1)
-    measure = partial(squared_differences if finite else pair_distances, rows[None])
-    certify = partial(undecided, width=width, roundings=roundings(width, DEPTH))
-    if by_products:
-        found = _distances_by_products(lists, k, width)
-    elif measure_all:
-        found = _nothing_found(lists, k, rows)
+    middle = centre(x, dtype)
+    lists = _candidates(x, middle, n)
+    if lists is None:
+        return None
+    if batch > 1:
+        first_token = torch.arange(0, batch * tokens, tokens)[:, None, None]
+        lists.indices.view(batch, tokens, n).add_(first_token)
+    rows = x.reshape(-1, width)
+    rows_per_step = max(1, tiles.WORKSPACE_BYTES // 4 // (n * 48))
+    if not measure_all:
+        found = _k_distances(lists, k, rows)
+    elif compute_dtype(x) == torch.float64:
+        found = _nothing_found(lists, k)
     else:
-        found = _k_distances(lists, k, partial(measure, queries=rows[None]), certify)
+        steps = spans(len(rows), rows_per_step)
+        found = _joined([_distances(lists, k, x, middle, some) for some in steps])
     places = found.undecided.nonzero()[:, 0]
     counts["candidates"] += len(places)
-    for some in places.split(max(1, tiles.WORKSPACE_BYTES // 4 // (n * 48))):
-        kept = Lists(*(t[None, some] for t in lists))
-        asking = partial(measure, queries=rows[None, some])
-        distances, indices = settle_last(kept.indices, k, n_measured, asking)
-        is_open = certify(
-            kept.scores, kept.norms, distances[..., -1], n_measured, complete=n == tokens - 1
-        )
-        if measure_all:  # more than k equal tokens, which go by their index
-            is_open |= distances[..., -1] == 0
-        found.distances[some] = distances[0, :, -found.distances.shape[1] :]
-        found.indices[some], found.undecided[some] = indices[0], is_open[0]
-    found = Found(*(t.unflatten(0, (batch, tokens)) for t in found))
-    found.indices.sub_(first_token)
+    for some in places.split(rows_per_step) if len(places) else ():
+        _measure_candidates(found, lists, some, k, n_measured, rows, complete=n == tokens - 1)
+    found = Found(*(t.view(batch, tokens, *t.shape[1:]) for t in found))
+    if batch > 1:
+        found.indices.sub_(first_token)
     return found
 
 
-def _k_distances(
-    lists: Lists, k: int, measure: Callable[[Tensor], Tensor], certify: Callable[..., Tensor]
-) -> Found:
-    """Measures the k-th candidate of each row, and keeps the ones before it as they are.
+def _k_distances(lists: Lists, k: int, rows: Tensor) -> Found:
+    """Measures the k-th candidate of each row, and keeps the ones before it as they are."""
+    n_rows, n = lists.indices.shape
+    # Descending: the n - k candidates after the k-th, the k-th, and the one before it.
+    last, places = largest(lists.squares, min(n, n - k + 2))
+    kth = lists.indices.gather(1, places[:, n - k, None])
+    distances = squared_differences(rows[None], kth[None], rows[None])[0]
+    is_open = undecided(
+        lists.norms,
+        distances[:, 0],
+        rows.shape[1],
+        dropped=last[:, n - k - 1] if n > k else None,
+        unmeasured=last[:, n - k + 1] if k > 1 else None,
+    )
+    kept = torch.ones(n_rows, n, dtype=torch.bool).scatter_(1, places[:, : n - k], False)
+    return Found(distances, lists.indices.masked_select(kept).view(n_rows, k), is_open)
+
+
+def _distances(lists: Lists, k: int, x: Tensor, middle: Tensor, rows: slice) -> Found:
+    """The nearest candidates of some rows of all images, by products in float64.
+
+    The rounding of these squared distances is at most a quarter of float32's.
 
     Args:
-        measure: takes candidates (1, R, m) to their squared distances.
-        certify: `undecided` for the products of the lists.
+        x, middle: as for `distances_by_products`.
     """
-    indices = lists.indices[:, :k]
-    distances = measure(indices[None, :, -1:])[0]
-    # With the next candidate as the last of the list, the certificate holds all others back.
-    scores = lists.scores[:, : k + 1]
-    n_measured, complete = scores.shape[1] - k + 1, scores.shape[1] == k
-    is_open = certify(scores, lists.norms, distances[:, 0], n_measured, complete=complete)
-    return Found(distances, indices, is_open)
-
-
-def _distances_by_products(lists: Lists, k: int, width: int) -> Found:
-    """Distances from products in float64. Their rounding is at most a quarter of float32's."""
-    squares = lists.scores[:, : k + 1] + lists.norms.square().unsqueeze(1)
-    distances = squares.clamp(min=0).float()
-    error = error_bound(lists.norms, squares[:, 0].clamp(min=0).sqrt(), roundings(width, DEPTH))
-    is_open = ~(error <= 2**-26 * squares[:, 0])  # the nearest has the largest relative error
+    lists = Lists(*(t[rows] for t in lists))
+    in_float64 = middle.dtype == torch.float64
+    squares = lists.squares if in_float64 else distances_by_products(x, middle, lists.indices, rows)
+    # Integers in the order of the distances are sorted in two thirds of the time.
+    keys, order = squares.clamp(min=0).float().view(torch.int32).sort(dim=1)
+    distances = keys[:, : k + 1].view(torch.float32)
+    nearest = distances[:, 0].double()  # with the largest relative error
+    error = error_bound(lists.norms.double(), nearest.sqrt(), x.shape[-1])
+    is_open = ~(error <= 2**-26 * nearest)
     is_open |= (distances[:, 1:] == distances[:, :-1]).any(dim=1)  # equal ones go by their index
-    is_open |= ~distances[:, k - 1].isfinite()
-    return Found(distances[:, :k], lists.indices[:, :k], is_open)
+    if not in_float64 and lists.squares.shape[1] > k:
+        dropped = lists.squares.amax(dim=1)
+        is_open |= undecided(lists.norms, distances[:, k - 1], x.shape[-1], dropped, None)
+    return Found(distances[:, :k].contiguous(), lists.indices.gather(1, order[:, :k]), is_open)
 
 
-def _nothing_found(lists: Lists, k: int, rows: Tensor) -> Found:
+def _nothing_found(lists: Lists, k: int) -> Found:
     """Leaves every row undecided."""
-    distances = rows.new_empty(len(rows), k, dtype=compute_dtype(rows))
-    is_open = torch.ones(len(rows), dtype=torch.bool)
+    distances = torch.empty_like(lists.squares[:, :k])
+    is_open = torch.ones(len(distances), dtype=torch.bool)
     return Found(distances, torch.empty_like(lists.indices[:, :k]), is_open)
 
 
-def _candidates(tokens: Tensor, middle: Tensor, n: int) -> tuple[Lists, bool]:
-    """The n others with the smallest scores for each of the tokens (b, N, D), n < N.
+def _measure_candidates(
+    found: Found, lists: Lists, some: Tensor, k: int, n_measured: int, rows: Tensor, complete: bool
+) -> None:
+    """Overwrites what was found for some rows (r,), by measuring their last candidates.
+
+    Args:
+        n_measured, complete: as for `undecided_lists`.
+        rows: (R, D), the tokens of all images.
+    """
+    squares, order = lists.squares[some].sort(dim=1)
+    candidates = lists.indices[some].gather(1, order)
+
+    def measure(candidates: Tensor) -> Tensor:
+        return squared_differences(rows[None], candidates[None], rows[None, some])[0]
+
+    distances, indices = settle_last(candidates, k, n_measured, measure)
+    k_distance = distances[:, -1]
+    is_open = undecided_lists(
+        squares, lists.norms[some], k_distance, n_measured, rows.shape[1], complete
+    )
+    n_distances = found.distances.shape[1]
+    if n_distances == k > 1:  # more than k equal tokens, which go by their index
+        is_open |= k_distance == 0
+    found.distances[some] = distances[:, -n_distances:]
+    found.indices[some], found.undecided[some] = indices, is_open
+
+
+def _candidates(tokens: Tensor, middle: Tensor, n: int) -> Lists | None:
+    """The n others with the smallest squared distances for each of the tokens (b, N, D), n < N.
 
     Args:
         middle: (b, 1, D), as for `Candidates`; its dtype is that of the products.
 
     Returns:
-        The lists of (b, N) rows, and whether the norms of all tokens are finite.
+        The lists of (b N) rows, with indices among the tokens of an image. None if the norm of a
+        centred token is not finite, or its square is more than a 16th of the largest number.
     """
     batch, total, _ = tokens.shape
-    scores = middle.new_full((batch, total, n), torch.inf)
-    indices = torch.zeros(batch, total, n, dtype=torch.int64)
-    squares = middle.new_empty(batch, total)
+    largest = torch.finfo(middle.dtype).max ** 0.5 / 4
+    best = middle.new_empty(batch, total, n), torch.empty(batch, total, n, dtype=torch.int64)
+    norms = middle.new_empty(batch, total)
     pairs = tile_pairs(total, middle.dtype)
     side = pairs[0][0].stop
-    workspace = middle.new_empty(batch * side * side)
-    flipped = middle.new_empty(batch, side if len(pairs) > 1 else 0, FLIPPED_ROWS)
+    tile_width = side + TILE_MULTIPLE
+    workspace = middle.new_empty(batch * side * tile_width)
+    flipped = middle.new_empty(batch * FLIPPED_ROWS * tile_width if len(pairs) > 1 else 0)
     for rows, columns in tiles.each_tile.get()(pairs):
-        y, squares[:, columns] = centred(tokens[:, columns], middle, depth=DEPTH)
+        y = tokens[:, columns].to(middle.dtype) - middle
+        norms[:, columns] = norm = torch.linalg.vector_norm(y, dim=-1)
+        if not norm.amax() < largest:
+            return None
+        squares = norm.square()
         on_diagonal = rows == columns
         if on_diagonal:  # the first tile of these rows
-            y_rows = y
-        shape = batch, y_rows.shape[1], y.shape[1]
-        tile = gram(y_rows, y, workspace[: math.prod(shape)].view(shape), DEPTH)
-        for part in () if on_diagonal else spans(shape[2], FLIPPED_ROWS):
-            turned = flipped.view(batch, -1)[:, : shape[1] * (part.stop - part.start)]
-            turned = turned.view(batch, -1, shape[1])
-            torch.sub(squares[:, None, rows], tile[:, :, part].mT, alpha=2, out=turned)
+            y_rows, row_squares = y, squares
+        tile = _tile(workspace, batch, y_rows.shape[1], y.shape[1])
+        gram(y_rows, y, tile[..., : y.shape[1]], (row_squares, squares))
+        for part in () if on_diagonal else spans(y.shape[1], FLIPPED_ROWS):
+            turned = _tile(flipped, batch, part.stop - part.start, y_rows.shape[1])
+            turned[..., : y_rows.shape[1]] = tile[..., part].mT
             own = slice(columns.start + part.start, columns.start + part.stop)
-            _merge(scores[:, own], indices[:, own], turned, rows.start)
-        torch.sub(squares[:, None, columns], tile, alpha=2, out=tile)
+            _merge(best, own, turned, rows.start)
         if on_diagonal:
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        _merge(scores[:, rows], indices[:, rows], tile, columns.start)
-    finite = bool((squares < torch.finfo(squares.dtype).max).all())
-    return Lists(scores, indices, squares.sqrt()), finite
+        _merge(best, rows, tile, columns.start)
+    return Lists(best[0].flatten(0, 1), best[1].flatten(0, 1), norms.flatten())
 
 
-def _merge(best_scores: Tensor, best_indices: Tensor, scores: Tensor, first: int) -> None:
-    """Merges scores (b, r, c), whose columns count from `first`, into the best so far (b, r, n).
+def _tile(workspace: Tensor, batch: int, rows: int, columns: int) -> Tensor:
+    """A tile (batch, rows, c) in the workspace, where columns that only fill it up are infinite."""
+    width = -(-columns // TILE_MULTIPLE) * TILE_MULTIPLE
+    tile = workspace[: batch * rows * width].view(batch, rows, width)
+    tile[..., columns:] = torch.inf
+    return tile
 
-    The tiles of the first columns are the first ones of all rows.
+
+def _merge(best: tuple[Tensor, Tensor], rows: slice, tile: Tensor, first: int) -> None:
+    """Merges a tile (b, r, c), whose columns count from `first`, into the best of some rows so far.
+
+    Args:
+        best: squared distances and indices (b, N, n). The tiles of the first columns are the first
+            ones of all rows.
     """
-    n = best_scores.shape[-1]
-    values, indices = scores.topk(min(n, scores.shape[-1]), largest=False)
+    n = best[0].shape[-1]
+    values, indices = smallest_unordered(tile, min(n, tile.shape[-1]))
     if first:
-        values = torch.cat([best_scores, values], dim=-1)
-        values, order = values.topk(n, largest=False)
-        indices = torch.cat([best_indices, indices.add_(first)], dim=-1).gather(-1, order)
-    best_scores[..., : values.shape[-1]], best_indices[..., : values.shape[-1]] = values, indices
+        values = torch.cat([best[0][:, rows], values], dim=-1)
+        indices = torch.cat([best[1][:, rows], indices.add_(first)], dim=-1)
+        values, order = smallest_unordered(values, n)
+        indices = indices.gather(-1, order)
+    found = values.shape[-1]
+    best[0][:, rows, :found], best[1][:, rows, :found] = values, indices
+    best[0][:, rows, found:] = torch.inf

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..chunked import tiles
 from ..chunked.candidates import Candidates, list_sizes, remedian, sample
-from ..chunked.certificate import Found, undecided
+from ..chunked.certificate import Found, undecided_lists
 from ..chunked.distances import finite_tokens, pair_distances, settle_last
 from ..chunked.search import search_again, tile_of
 from ..chunked.tiles import Tile, compute_dtype
@@ -75,8 +75,8 @@ def _search(
     distances, indices = settle_last(candidates.indices[:, kept], k, n_measured, measure)
     is_open = torch.zeros(distances.shape[:2], dtype=torch.bool, device=x.device)
     if centre is not None:
-        is_open = undecided(
-            candidates.scores[:, kept],
+        is_open = undecided_lists(
+            candidates.squares()[:, kept],
             candidates.norms[:, kept],
             distances[..., -1],
             n_measured,

@@ -133,11 +133,38 @@ def blended_attention(
     scale = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
     resolved = resolve(backend, queries, f)
     queries, keys, values, f = operands(resolved, queries, keys, values, f)
-    merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv): C is shared by all heads
-    content = _attend_to_content(merged, f, gamma, None, resolved)
-    content = content.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
+    needs_gradient = any(t.requires_grad for t in (queries, keys, values, f))
+    if resolved == "torch" and not (needs_gradient and torch.is_grad_enabled()):
+        return _blended_attention(queries, keys, values, f, gamma, alpha, scale).view_as(v)
+    content = _content_attention(values, f, gamma, resolved)
     out = _attention(queries, keys, values, content, alpha, scale, resolved)
     return out.to(v.dtype).view_as(v)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::blended_attention", mutates_args=())
+@true_float32
+def _blended_attention(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor, gamma: float, alpha: float, scale: float
+) -> Tensor:
+    """`blended_attention` on the torch path, without gradients."""
+    if v.numel() and chunked.can_blend_weights(v, features):
+        return chunked.blended_attention(q, k, v, features, gamma, alpha, scale)
+    content = _content_attention(v, features, gamma, "torch")
+    return chunked.attention(q, k, v, content, alpha, scale)
+
+
+@_blended_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, features: Tensor, gamma: float, alpha: float, scale: float
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
+    """C v (B, H, N, dv), all heads at once by one product of width H dv."""
+    merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
+    out = _attend_to_content(merged, features, gamma, None, backend)
+    return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
 
 
 def content_attention(
