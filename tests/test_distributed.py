@@ -8,8 +8,8 @@ from tolerance import assert_close
 from scclip_fast import distributed
 from scclip_fast.distributed.shards import rows_of
 
-CASES = [name for name, *_ in ranks.cases()]
-OPS = ("knn", "scclip", "breunig", "aggregate")
+CASES = [(name, op) for name, *_ in ranks.cases() for op in ranks.OPS]
+CASES += [(f"kernels-{kind}", op) for kind, (_, op) in ranks.KERNEL_CASES.items()]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def found(tmp_path_factory):
 
 def of_all(found, case, op, world):
     """The tensors that an op returned to the ranks of a group, concatenated in their order."""
-    members = found[1:] if world == 2 else found[:world]
+    members = [rank for rank in found if world in rank[case]]
     return [torch.cat(parts) for parts in zip(*(m[case][world][op] for m in members), strict=True)]
 
 
@@ -30,18 +30,14 @@ def assert_same(out, expected):
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, op", CASES)
 def test_the_bits_of_one_process(found, case, op):
     alone = of_all(found, case, op, world=1)
     for world in (2, 3):
         assert_same(of_all(found, case, op, world), alone)
-    for rank in found[1:]:
-        assert_same([*rank[case][1][op]], alone)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, op", CASES)
 def test_what_the_op_itself_gives(found, case, op):
     """The op shares products between two tokens and sums neighbours in another order."""
     expected = found[0][case]["op"][op]
@@ -57,11 +53,12 @@ def test_what_the_op_itself_gives(found, case, op):
 
 def test_cases_have_what_they_are_for(found):
     """There are several pieces and tiles, ties at the k-th place, and tokens without a score."""
-    assert {"pieces", "whole"} == {case.split("-")[0] for case in CASES}
-    distances, indices = found[0]["pieces-ties-float32"]["op"]["knn"]
-    assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
-    scores = found[0]["pieces-broken-float32"]["op"]["scclip"][0]
-    assert scores.isnan().sum() == 3
+    assert {"pieces", "whole", "kernels"} == {case.split("-")[0] for case, _ in CASES}
+    for case in ("pieces-ties-float32", "kernels-ties"):
+        distances, indices = found[0][case]["op"]["knn"]
+        assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
+    for case in ("pieces-broken-float32", "kernels-broken"):
+        assert found[0][case]["op"]["scclip"][0].isnan().sum() == 3
 
 
 @pytest.mark.parametrize("op", ["knn", "lof_scores", "aggregate"])
@@ -70,6 +67,11 @@ def test_no_rank_holds_all_rows(found, op):
     tokens, width = ranks.LARGE
     for rank in found:
         assert tokens * width / 3 <= rank["largest"][op] < tokens * width / 2
+
+
+def test_what_the_kernels_do_not_take(found):
+    """The torch path has the place of the kernels for more neighbours than they find."""
+    assert [rank["many neighbors"] for rank in found] == [[True] * 2] * ranks.WORLD
 
 
 def test_no_gradient(found):
@@ -94,6 +96,8 @@ FAULTS = {
         "ValueError: rank 2 has an error: features requires",
         "ValueError: features requires a gradient, which is not computed: detach it",
     ),
+    "backend": "ValueError: all ranks must agree on the backend, got 'torch' on rank 0 and",
+    "no kernels": 'ValueError: backend "triton" cannot run here: the kernels take',
     "no channel": "ValueError: x must be (n, D), the rows of one rank, with D of at least 1, got",
     "k of 30": "ValueError: k must be smaller than the number of tokens, got k=30 with N=30 tokens",
     "no k": "TypeError: k must be an int, got float",
