@@ -63,9 +63,9 @@ def _numbers(results: list[dict], classes: list[str]) -> dict:
     """Returns the numbers of the results of images by one setting."""
     numbers = {}
     if results:
-        confusions = [confusion(result, len(classes)) for result in results]
-        numbers = metric.summary(sum(map(metric.areas, confusions)))
-        interval = metric.confidence_interval(confusions)
+        count = len(classes)  # the matrices of all images may not fit in memory
+        numbers = metric.summary(sum(metric.areas(confusion(each, count)) for each in results))
+        interval = metric.confidence_interval(confusion(each, count) for each in results)
         numbers["miou_ci95"] = [None if math.isnan(end) else end for end in interval]
         columns = (classes, numbers.pop("IoU"), numbers.pop("Acc"))
         numbers["classes"] = [
