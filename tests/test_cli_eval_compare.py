@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import cli_runs
@@ -11,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from test_datasets import LAYOUTS, write_dataset
-from tiny_sam3 import save_tiny_sam3
+from tiny_clip import tiny_clip, tokenizer
+from tiny_sam3 import NONE, save_tiny_sam3, tiny_processor, tiny_sam3
 from transformers import Sam3Model
 
+from scclip_fast.clip import SCCLIP, SCCLIPConfig
 from scclip_fast.clip.shared_layers import SharedLayers
 from scclip_fast.clip.tower import Tower
-from scclip_fast.evaluate import PROTOCOLS, Sam3Labels
+from scclip_fast.evaluate import PROTOCOLS, Sam3Labels, SharedTrunk, compare_clip, compare_sam3
 from scclip_fast.evaluate.metric import areas, miou_difference, summary
+from scclip_fast.sam3 import Sam3CalibrationConfig
+from scclip_fast.segment import Sam3Segmenter, Segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = ["scclip", "maskclip", "scclip/no-repair/no-multi-level"]
 SAM3 = ["none", "trunk_repair+trunk_fusion", "trunk_repair+trunk_fusion+mask_threshold"]
+SLEEP = 0.2  # seconds
 WINDOWS = ["--slide-crop", "112", "--slide-stride", "56", "--limit", "2"]
 
 
@@ -40,6 +47,12 @@ def command(models, tmp_path, monkeypatch):
         return cli_runs.run("eval", *words, "--model", models[kind], "--device", "cpu")
 
     return command
+
+
+def seconds():
+    """The seconds of each setting."""
+    contents = json.loads(Path("eval.json").read_text())
+    return [values["seconds"] for values in contents["settings"].values()]
 
 
 def numbers(path):
@@ -76,11 +89,13 @@ def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
 
     def block_outputs(tower, images):
         batches.append(len(images))
+        time.sleep(SLEEP)
         return original(tower, images)
 
     monkeypatch.setattr(Tower, "block_outputs", block_outputs)
     assert command("clip", "scenes", *WINDOWS, "--compare", ",".join(CLIP))[0] == 0
     assert batches == [9, 9]  # the windows of each image, once
+    assert min(seconds()) > 2 * SLEEP  # of each setting alone
     monkeypatch.setattr("scclip_fast.clip.shared_layers._KEPT_BYTES", 0)
     monkeypatch.setattr(SharedLayers, "forget", lambda encoder: setattr(encoder, "kept", []))
     assert command("clip", "scenes", *WINDOWS, "--compare", "clip,sclip", "--force")[0] == 0
@@ -88,17 +103,32 @@ def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
 
 
 def test_settings_of_a_sam3_share_its_trunk(command, monkeypatch):
-    """The second and the third setting agree about the trunk."""
+    """The first and the third setting agree about the trunk, and so do the others."""
     passes = []
     original = Sam3Model.get_vision_features
 
     def get_vision_features(model, *args, **kwargs):
         passes.append(1)
+        time.sleep(SLEEP)
         return original(model, *args, **kwargs)
 
     monkeypatch.setattr(Sam3Model, "get_vision_features", get_vision_features)
-    assert command("sam3", "scenes", "--limit", 2, "--compare", ",".join(SAM3))[0] == 0
+    names = [*SAM3[:2], "mask_repair", SAM3[2]]
+    assert command("sam3", "scenes", "--limit", 2, "--compare", ",".join(names))[0] == 0
     assert len(passes) == 2 * 2
+    assert list(numbers("eval.json")) == names
+    assert min(seconds()) > 2 * SLEEP
+
+
+def test_features_are_of_the_present_image():
+    """Also where the next image is written into the memory of the last."""
+    shared = SharedTrunk(tiny_sam3(), tiny_processor(), ["sky", "tree"], NONE, prob_thd=0)
+    alone = Sam3Segmenter(tiny_sam3(), tiny_processor(), ["sky", "tree"], NONE, prob_thd=0)
+    photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    first = shared.probabilities(photo)
+    photo[:] = 255 - photo
+    second = shared.probabilities(photo)
+    assert not torch.equal(first, second) and torch.equal(second, alone.probabilities(photo))
 
 
 def test_an_interrupted_comparison_goes_on(command):
@@ -155,6 +185,31 @@ def test_errors(command, kind, words, message):
     last = stderr.splitlines()[-1]
     assert (code, stdout) == (2, "") and last.startswith("scclip-fast eval: error: ")
     assert message in last
+
+
+def test_comparisons_check_their_settings():
+    encoder, config = SCCLIP(tiny_clip()), SCCLIPConfig.for_depth(12)
+    plain = Segmenter(encoder, tokenizer(), ["sky", "tree"])
+    shared = Segmenter(SharedLayers(encoder.model), tokenizer(), ["sky", "tree"])
+    with pytest.raises(TypeError, match="must be a SharedLayers, got SCCLIP"):
+        compare_clip(plain, {"a": ("clip", config)})
+    with pytest.raises(ValueError, match="one of scclip, .* got 'magic'"):
+        compare_clip(shared, {"a": ("clip", config), "b": ("magic", config)})
+    with pytest.raises(ValueError, match="one of scclip, .* got 'proxyclip'"):
+        compare_clip(shared, {"a": ("proxyclip", config)})
+    with pytest.raises(ValueError, match="pre_adjust_idx must be in"):
+        compare_clip(shared, {"a": ("scclip", SCCLIPConfig.for_depth(24))})
+    with pytest.raises(ValueError, match="at least one setting"):
+        compare_clip(shared, {})
+
+    def labels(kind):
+        make = partial(kind, tiny_sam3(), tiny_processor())
+        return Sam3Labels(make, ["sky", "tree"], None)
+
+    with pytest.raises(TypeError, match="must be a SharedTrunk, got Sam3Segmenter"):
+        compare_sam3(labels(Sam3Segmenter), {"a": None})
+    with pytest.raises(ValueError, match="pre_adjust_idx must be in"):
+        compare_sam3(labels(SharedTrunk), {"a": None, "b": Sam3CalibrationConfig()})
 
 
 @pytest.mark.parametrize("key", LAYOUTS)

@@ -115,7 +115,8 @@ def _settings_table(report: dict) -> str:
             f"{beside:<{len(first) + 13}}  {numbers['seconds'] / report['images']:.3f}"
         )
     lines.append(
-        f"\n{report['images']} images; the time of the work that settings share is the first's"
+        f"\n{report['images']} images; s/image is the time of a setting alone, and intervals are "
+        "over images"
     )
     return "\n".join(lines)
 
