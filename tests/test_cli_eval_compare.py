@@ -176,6 +176,14 @@ ERRORS = {
     "method of a sam3": ("sam3", ["--method", "clip"], "--method is for CLIP, not for"),
     "batch": ("sam3", ["--batch", "2"], "--batch is for CLIP, not for"),
     "heads": ("clip", ["--heads", "both"], "--heads is for SAM3, not for"),
+    "prob": (
+        "clip",
+        ["--prob-thd", "0.3"],
+        "--prob-thd is for the data set folder, not for scenes",
+    ),
+    "prob of a sam3": ("sam3", ["--prob-thd", "0.3"], "sets with a background, not scenes"),
+    "margin": ("clip", ["--margin-thd", "0.3"], "--margin-thd is for SAM3, not for"),
+    "margin of a sam3": ("sam3", ["--margin-thd", "0.3"], "sets with a background, not scenes"),
 }
 
 
@@ -193,9 +201,9 @@ def test_comparisons_check_their_settings():
     shared = Segmenter(SharedLayers(encoder.model), tokenizer(), ["sky", "tree"])
     with pytest.raises(TypeError, match="must be a SharedLayers, got SCCLIP"):
         compare_clip(plain, {"a": ("clip", config)})
-    with pytest.raises(ValueError, match="one of scclip, .* got 'magic'"):
+    with pytest.raises(ValueError, match=r"one of scclip, .* got 'magic'"):
         compare_clip(shared, {"a": ("clip", config), "b": ("magic", config)})
-    with pytest.raises(ValueError, match="one of scclip, .* got 'proxyclip'"):
+    with pytest.raises(ValueError, match=r"one of scclip, .* got 'proxyclip'"):
         compare_clip(shared, {"a": ("proxyclip", config)})
     with pytest.raises(ValueError, match="pre_adjust_idx must be in"):
         compare_clip(shared, {"a": ("scclip", SCCLIPConfig.for_depth(24))})
@@ -230,34 +238,51 @@ def test_sam3_on_every_format(command, tmp_path, key):
     assert code == 0 and "1 images" in stdout
     contents = json.loads((tmp_path / "eval.json").read_text())
     protocol = PROTOCOLS[key]
-    assert contents["protocol"] == {"background": protocol.background, "prob_thd": 0.5}
+    prob_thd = 0.0 if protocol.background is None else 0.5
+    assert contents["protocol"] == {
+        "background": protocol.background,
+        "prob_thd": prob_thd,
+        "margin_thd": 0.0,
+    }
     assert [row["name"] for row in contents["classes"]] == [
         prompt.partition(",")[0] for prompt in protocol.class_names()
     ]
 
 
+@pytest.mark.parametrize("option", ["--prob-thd", "--margin-thd"])
+def test_thresholds_of_a_sam3(command, tmp_path, option):
+    """At 1, every pixel is background: of VOC21 the first class, whose pixels alone are right."""
+    write_dataset(tmp_path, "voc21")
+    words = ["voc21", "--root", tmp_path, "--heads", "semantic", "--sam3-stages", "none"]
+    assert command("sam3", *words, option, "1")[0] == 0
+    contents = json.loads((tmp_path / "eval.json").read_text())
+    assert contents["protocol"][option[2:].replace("-", "_")] == 1
+    assert [row["accuracy"] for row in contents["classes"] if row["accuracy"]] == [1]
+    assert contents["classes"][0]["accuracy"] == 1
+
+
 class Fixed:
     """Stands for a Sam3Segmenter that finds every class once, its background first."""
 
-    def __init__(self, classes, prob_thd):
-        self.classes, self.prob_thd = classes, prob_thd
+    def __init__(self, classes, prob_thd, margin_thd):
+        self.classes, self.thresholds = classes, (prob_thd, margin_thd)
 
     def __call__(self, image):
         return torch.arange(len(self.classes) + 1)[None]
 
 
 @pytest.mark.parametrize(
-    ("prompts", "background", "classes", "threshold", "owners"),
+    ("prompts", "background", "classes", "thresholds", "owners"),
     [
-        (["cat, kitten", "dog"], None, ["cat, kitten", "dog"], 0, [0, 0, 1]),
-        (["background", "dog", "cat"], 0, ["dog", "cat"], 0.4, [0, 1, 2]),
-        (["sky, Dog, wall", "dog"], 0, ["sky, wall", "dog"], 0.4, [0, 0, 1]),
-        (["dog", "Background, sky"], 1, ["dog", "sky"], 0.4, [1, 0, 1]),
+        (["cat, kitten", "dog"], None, ["cat, kitten", "dog"], (0, 0), [0, 0, 1]),
+        (["background", "dog", "cat"], 0, ["dog", "cat"], (0.4, 0.1), [0, 1, 2]),
+        (["sky, Dog, wall", "dog"], 0, ["sky, wall", "dog"], (0.4, 0.1), [0, 0, 1]),
+        (["dog", "Background, sky"], 1, ["dog", "sky"], (0.4, 0.1), [1, 0, 1]),
     ],
 )
-def test_backgrounds_of_data_sets(prompts, background, classes, threshold, owners):
-    labels = Sam3Labels(Fixed, prompts, background, prob_thd=0.4)
-    assert (labels.segmenter.classes, labels.segmenter.prob_thd) == (classes, threshold)
+def test_backgrounds_of_data_sets(prompts, background, classes, thresholds, owners):
+    labels = Sam3Labels(Fixed, prompts, background, prob_thd=0.4, margin_thd=0.1)
+    assert (labels.segmenter.classes, labels.segmenter.thresholds) == (classes, thresholds)
     assert labels(None).tolist() == [owners]
 
 

@@ -189,16 +189,18 @@ def _check_some(settings: Mapping[str, object]) -> None:
 class Sam3Labels:
     """The labels of a data set's classes by a Sam3Segmenter.
 
-    A data set with a background has it where no class reaches `prob_thd`, and where one of the
-    background's names, which are prompts of one class, has the best score. The word "background"
+    A data set with a background has it where no class reaches `prob_thd`, where the best two are
+    closer than `margin_thd`, and where one of the background's names, which are prompts of one
+    class, has the best score. The word "background"
     itself is no prompt, and a name that another class has is that class's. Without a background
     every pixel gets the best class.
 
     Args:
-        make: makes the segmenter of classes and `prob_thd`.
+        make: makes the segmenter of classes, `prob_thd` and `margin_thd`.
         prompts: a string a class of the data set, with commas between synonyms.
         background: the index of the background's class, or None.
-        prob_thd: the threshold of the background, see `Sam3Segmenter`; without one it is 0.
+        prob_thd, margin_thd: the thresholds of the background, see `Sam3Segmenter`; without a
+            background they are 0.
     """
 
     def __init__(
@@ -207,6 +209,7 @@ class Sam3Labels:
         prompts: list[str],
         background: int | None,
         prob_thd: float = 0.5,
+        margin_thd: float = 0.0,
     ) -> None:
         names = [[name.strip() for name in prompt.split(",")] for prompt in prompts]
         if background is not None:
@@ -222,6 +225,7 @@ class Sam3Labels:
         self.segmenter = make(
             [", ".join(names[index]) for index in used],
             prob_thd=0.0 if background is None else prob_thd,
+            margin_thd=0.0 if background is None else margin_thd,
         )
         # No pixel is below a threshold of 0, so that its class does not matter.
         self._owners = torch.tensor([background or 0, *used])
