@@ -81,6 +81,12 @@ def test_a_comparison_equals_single_runs(command, kind, settings, options):
         assert command(kind, "scenes", *options, *single, "--force", "--out", "one.json")[0] == 0
         assert numbers("one.json") == {None: found[name]}
         assert f"{name} " in stdout and f"{100 * found[name]['mIoU']:.2f}" in stdout
+        row = next(line for line in stdout.splitlines() if f"  {name} " in line)
+        assert f"{100 * found[name]['aAcc']:.2f}" in row
+    by_class = list(zip(*(found[name]["classes"] for name in settings), strict=True))
+    for row in by_class:
+        ious = ["-" if each["IoU"] is None else f"{100 * each['IoU']:.2f}" for each in row]
+        assert [*row[0]["name"].split(), *ious] in list(map(str.split, stdout.splitlines()))
 
 
 def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
@@ -165,6 +171,17 @@ ERRORS = {
     "stage": ("clip", ["--compare", "scclip/no-x"], "'no-x' is none of no-repair, "),
     "baseline": ("clip", ["--compare", "clip/no-repair"], "only scclip has stages to leave out"),
     "twice": ("clip", ["--compare", "clip,sclip,clip"], "--compare names clip more than once"),
+    "same": (
+        "clip",
+        ["--compare", "scclip/no-repair/no-multi-level,clip,scclip/no-multi-level/no-repair"],
+        "scclip/no-repair/no-multi-level and scclip/no-multi-level/no-repair are the same",
+    ),
+    "same stages": (
+        "sam3",
+        ["--compare", "none,trunk_fusion+trunk_repair,trunk_repair+trunk_fusion"],
+        "trunk_fusion+trunk_repair and trunk_repair+trunk_fusion are the same",
+    ),
+    "several images": ("clip", ["--compare", "clip", "--batch", "2"], "so that --batch has no use"),
     "empty": ("clip", ["--compare", "clip,,sclip"], "has an empty setting, got 'clip,,sclip'"),
     "one": ("clip", ["--compare", "clip", "--method", "clip"], "and --method one: give one of"),
     "proxy": ("clip", ["--compare", "clip,proxyclip"], "--method proxyclip needs --proxy"),
@@ -237,6 +254,7 @@ def test_sam3_on_every_format(command, tmp_path, key):
     code, stdout, _ = command("sam3", *words)
     assert code == 0 and "1 images" in stdout
     contents = json.loads((tmp_path / "eval.json").read_text())
+    assert "transformers" in contents["versions"]
     protocol = PROTOCOLS[key]
     prob_thd = 0.0 if protocol.background is None else 0.5
     assert contents["protocol"] == {
