@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import cli_runs
@@ -11,17 +13,22 @@ import numpy as np
 import pytest
 import torch
 from test_datasets import LAYOUTS, write_dataset
-from tiny_sam3 import save_tiny_sam3
+from tiny_clip import tiny_clip, tokenizer
+from tiny_sam3 import NONE, save_tiny_sam3, tiny_processor, tiny_sam3
 from transformers import Sam3Model
 
+from scclip_fast.clip import SCCLIP, SCCLIPConfig
 from scclip_fast.clip.shared_layers import SharedLayers
 from scclip_fast.clip.tower import Tower
-from scclip_fast.evaluate import PROTOCOLS, Sam3Labels
+from scclip_fast.evaluate import PROTOCOLS, Sam3Labels, SharedTrunk, compare_clip, compare_sam3
 from scclip_fast.evaluate.metric import areas, miou_difference, summary
+from scclip_fast.sam3 import Sam3CalibrationConfig
+from scclip_fast.segment import Sam3Segmenter, Segmenter
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP = ["scclip", "maskclip", "scclip/no-repair/no-multi-level"]
 SAM3 = ["none", "trunk_repair+trunk_fusion", "trunk_repair+trunk_fusion+mask_threshold"]
+SLEEP = 0.2  # seconds
 WINDOWS = ["--slide-crop", "112", "--slide-stride", "56", "--limit", "2"]
 
 
@@ -40,6 +47,12 @@ def command(models, tmp_path, monkeypatch):
         return cli_runs.run("eval", *words, "--model", models[kind], "--device", "cpu")
 
     return command
+
+
+def seconds():
+    """The seconds of each setting."""
+    contents = json.loads(Path("eval.json").read_text())
+    return [values["seconds"] for values in contents["settings"].values()]
 
 
 def numbers(path):
@@ -68,6 +81,12 @@ def test_a_comparison_equals_single_runs(command, kind, settings, options):
         assert command(kind, "scenes", *options, *single, "--force", "--out", "one.json")[0] == 0
         assert numbers("one.json") == {None: found[name]}
         assert f"{name} " in stdout and f"{100 * found[name]['mIoU']:.2f}" in stdout
+        row = next(line for line in stdout.splitlines() if f"  {name} " in line)
+        assert f"{100 * found[name]['aAcc']:.2f}" in row
+    by_class = list(zip(*(found[name]["classes"] for name in settings), strict=True))
+    for row in by_class:
+        ious = ["-" if each["IoU"] is None else f"{100 * each['IoU']:.2f}" for each in row]
+        assert [*row[0]["name"].split(), *ious] in list(map(str.split, stdout.splitlines()))
 
 
 def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
@@ -76,11 +95,13 @@ def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
 
     def block_outputs(tower, images):
         batches.append(len(images))
+        time.sleep(SLEEP)
         return original(tower, images)
 
     monkeypatch.setattr(Tower, "block_outputs", block_outputs)
     assert command("clip", "scenes", *WINDOWS, "--compare", ",".join(CLIP))[0] == 0
     assert batches == [9, 9]  # the windows of each image, once
+    assert min(seconds()) > 2 * SLEEP  # of each setting alone
     monkeypatch.setattr("scclip_fast.clip.shared_layers._KEPT_BYTES", 0)
     monkeypatch.setattr(SharedLayers, "forget", lambda encoder: setattr(encoder, "kept", []))
     assert command("clip", "scenes", *WINDOWS, "--compare", "clip,sclip", "--force")[0] == 0
@@ -88,17 +109,32 @@ def test_settings_of_a_clip_share_its_blocks(command, monkeypatch):
 
 
 def test_settings_of_a_sam3_share_its_trunk(command, monkeypatch):
-    """The second and the third setting agree about the trunk."""
+    """The first and the third setting agree about the trunk, and so do the others."""
     passes = []
     original = Sam3Model.get_vision_features
 
     def get_vision_features(model, *args, **kwargs):
         passes.append(1)
+        time.sleep(SLEEP)
         return original(model, *args, **kwargs)
 
     monkeypatch.setattr(Sam3Model, "get_vision_features", get_vision_features)
-    assert command("sam3", "scenes", "--limit", 2, "--compare", ",".join(SAM3))[0] == 0
+    names = [*SAM3[:2], "mask_repair", SAM3[2]]
+    assert command("sam3", "scenes", "--limit", 2, "--compare", ",".join(names))[0] == 0
     assert len(passes) == 2 * 2
+    assert list(numbers("eval.json")) == names
+    assert min(seconds()) > 2 * SLEEP
+
+
+def test_features_are_of_the_present_image():
+    """Also where the next image is written into the memory of the last."""
+    shared = SharedTrunk(tiny_sam3(), tiny_processor(), ["sky", "tree"], NONE, prob_thd=0)
+    alone = Sam3Segmenter(tiny_sam3(), tiny_processor(), ["sky", "tree"], NONE, prob_thd=0)
+    photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    first = shared.probabilities(photo)
+    photo[:] = 255 - photo
+    second = shared.probabilities(photo)
+    assert not torch.equal(first, second) and torch.equal(second, alone.probabilities(photo))
 
 
 def test_an_interrupted_comparison_goes_on(command):
@@ -135,6 +171,17 @@ ERRORS = {
     "stage": ("clip", ["--compare", "scclip/no-x"], "'no-x' is none of no-repair, "),
     "baseline": ("clip", ["--compare", "clip/no-repair"], "only scclip has stages to leave out"),
     "twice": ("clip", ["--compare", "clip,sclip,clip"], "--compare names clip more than once"),
+    "same": (
+        "clip",
+        ["--compare", "scclip/no-repair/no-multi-level,clip,scclip/no-multi-level/no-repair"],
+        "scclip/no-repair/no-multi-level and scclip/no-multi-level/no-repair are the same",
+    ),
+    "same stages": (
+        "sam3",
+        ["--compare", "none,trunk_fusion+trunk_repair,trunk_repair+trunk_fusion"],
+        "trunk_fusion+trunk_repair and trunk_repair+trunk_fusion are the same",
+    ),
+    "several images": ("clip", ["--compare", "clip", "--batch", "2"], "so that --batch has no use"),
     "empty": ("clip", ["--compare", "clip,,sclip"], "has an empty setting, got 'clip,,sclip'"),
     "one": ("clip", ["--compare", "clip", "--method", "clip"], "and --method one: give one of"),
     "proxy": ("clip", ["--compare", "clip,proxyclip"], "--method proxyclip needs --proxy"),
@@ -146,6 +193,14 @@ ERRORS = {
     "method of a sam3": ("sam3", ["--method", "clip"], "--method is for CLIP, not for"),
     "batch": ("sam3", ["--batch", "2"], "--batch is for CLIP, not for"),
     "heads": ("clip", ["--heads", "both"], "--heads is for SAM3, not for"),
+    "prob": (
+        "clip",
+        ["--prob-thd", "0.3"],
+        "--prob-thd is for the data set folder, not for scenes",
+    ),
+    "prob of a sam3": ("sam3", ["--prob-thd", "0.3"], "sets with a background, not scenes"),
+    "margin": ("clip", ["--margin-thd", "0.3"], "--margin-thd is for SAM3, not for"),
+    "margin of a sam3": ("sam3", ["--margin-thd", "0.3"], "sets with a background, not scenes"),
 }
 
 
@@ -155,6 +210,31 @@ def test_errors(command, kind, words, message):
     last = stderr.splitlines()[-1]
     assert (code, stdout) == (2, "") and last.startswith("scclip-fast eval: error: ")
     assert message in last
+
+
+def test_comparisons_check_their_settings():
+    encoder, config = SCCLIP(tiny_clip()), SCCLIPConfig.for_depth(12)
+    plain = Segmenter(encoder, tokenizer(), ["sky", "tree"])
+    shared = Segmenter(SharedLayers(encoder.model), tokenizer(), ["sky", "tree"])
+    with pytest.raises(TypeError, match="must be a SharedLayers, got SCCLIP"):
+        compare_clip(plain, {"a": ("clip", config)})
+    with pytest.raises(ValueError, match=r"one of scclip, .* got 'magic'"):
+        compare_clip(shared, {"a": ("clip", config), "b": ("magic", config)})
+    with pytest.raises(ValueError, match=r"one of scclip, .* got 'proxyclip'"):
+        compare_clip(shared, {"a": ("proxyclip", config)})
+    with pytest.raises(ValueError, match="pre_adjust_idx must be in"):
+        compare_clip(shared, {"a": ("scclip", SCCLIPConfig.for_depth(24))})
+    with pytest.raises(ValueError, match="at least one setting"):
+        compare_clip(shared, {})
+
+    def labels(kind):
+        make = partial(kind, tiny_sam3(), tiny_processor())
+        return Sam3Labels(make, ["sky", "tree"], None)
+
+    with pytest.raises(TypeError, match="must be a SharedTrunk, got Sam3Segmenter"):
+        compare_sam3(labels(Sam3Segmenter), {"a": None})
+    with pytest.raises(ValueError, match="pre_adjust_idx must be in"):
+        compare_sam3(labels(SharedTrunk), {"a": None, "b": Sam3CalibrationConfig()})
 
 
 @pytest.mark.parametrize("key", LAYOUTS)
@@ -174,35 +254,53 @@ def test_sam3_on_every_format(command, tmp_path, key):
     code, stdout, _ = command("sam3", *words)
     assert code == 0 and "1 images" in stdout
     contents = json.loads((tmp_path / "eval.json").read_text())
+    assert "transformers" in contents["versions"]
     protocol = PROTOCOLS[key]
-    assert contents["protocol"] == {"background": protocol.background, "prob_thd": 0.5}
+    prob_thd = 0.0 if protocol.background is None else 0.5
+    assert contents["protocol"] == {
+        "background": protocol.background,
+        "prob_thd": prob_thd,
+        "margin_thd": 0.0,
+    }
     assert [row["name"] for row in contents["classes"]] == [
         prompt.partition(",")[0] for prompt in protocol.class_names()
     ]
 
 
+@pytest.mark.parametrize("option", ["--prob-thd", "--margin-thd"])
+def test_thresholds_of_a_sam3(command, tmp_path, option):
+    """At 1, every pixel is background: of VOC21 the first class, whose pixels alone are right."""
+    write_dataset(tmp_path, "voc21")
+    words = ["voc21", "--root", tmp_path, "--heads", "semantic", "--sam3-stages", "none"]
+    assert command("sam3", *words, option, "1")[0] == 0
+    contents = json.loads((tmp_path / "eval.json").read_text())
+    assert contents["protocol"][option[2:].replace("-", "_")] == 1
+    assert [row["accuracy"] for row in contents["classes"] if row["accuracy"]] == [1]
+    assert contents["classes"][0]["accuracy"] == 1
+
+
 class Fixed:
     """Stands for a Sam3Segmenter that finds every class once, its background first."""
 
-    def __init__(self, classes, prob_thd):
-        self.classes, self.prob_thd = classes, prob_thd
+    def __init__(self, classes, prob_thd, margin_thd):
+        self.classes, self.thresholds = classes, (prob_thd, margin_thd)
 
     def __call__(self, image):
         return torch.arange(len(self.classes) + 1)[None]
 
 
 @pytest.mark.parametrize(
-    ("prompts", "background", "classes", "threshold", "owners"),
+    ("prompts", "background", "classes", "thresholds", "owners"),
     [
-        (["cat, kitten", "dog"], None, ["cat, kitten", "dog"], 0, [0, 0, 1]),
-        (["background", "dog", "cat"], 0, ["dog", "cat"], 0.4, [0, 1, 2]),
-        (["sky, Dog, wall", "dog"], 0, ["sky, wall", "dog"], 0.4, [0, 0, 1]),
-        (["dog", "Background, sky"], 1, ["dog", "sky"], 0.4, [1, 0, 1]),
+        (["cat, kitten", "dog"], None, ["cat, kitten", "dog"], (0, 0), [0, 0, 1]),
+        (["background", "dog", "cat"], 0, ["dog", "cat"], (0.4, 0.1), [0, 1, 2]),
+        (["sky, Dog, wall", "dog"], 0, ["sky, wall", "dog"], (0.4, 0.1), [0, 0, 1]),
+        (["dog", "Background, sky"], 1, ["dog", "sky"], (0.4, 0.1), [1, 0, 1]),
     ],
 )
-def test_backgrounds_of_data_sets(prompts, background, classes, threshold, owners):
-    labels = Sam3Labels(Fixed, prompts, background, prob_thd=0.4)
-    assert (labels.segmenter.classes, labels.segmenter.prob_thd) == (classes, threshold)
+def test_backgrounds_of_data_sets(prompts, background, classes, thresholds, owners):
+    labels = Sam3Labels(Fixed, prompts, background, prob_thd=0.4, margin_thd=0.1)
+    assert (labels.segmenter.classes, labels.segmenter.thresholds) == (classes, thresholds)
     assert labels(None).tolist() == [owners]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from . import models
 from .options import CommandError
@@ -12,6 +12,8 @@ from .options import CommandError
 if TYPE_CHECKING:  # of the extras
     from ..clip import SCCLIPConfig
     from ..sam3 import Sam3CalibrationConfig
+
+Setting = TypeVar("Setting")
 
 ABLATION = "ablation"
 _STANDS_FOR = {  # the settings that "ablation" stands for, by the kind of model
@@ -47,6 +49,8 @@ def names(args: argparse.Namespace) -> list[str]:
     if chosen := [option for option in _ONE if option in args.only_for]:
         raise CommandError(f"--compare chooses the settings, and {chosen[0]} one: give one of both")
     kind = "SAM3" if models.is_sam3(args.model) else "CLIP"
+    if args.batch is not None and kind == "CLIP":
+        raise CommandError("--compare takes one image at a time, so that --batch has no use")
     given = [name.strip() for name in args.compare.split(",")]
     given = _STANDS_FOR[kind] if given == [ABLATION] else given
     if not all(given):
@@ -76,7 +80,7 @@ def clip_settings(names: list[str], config: SCCLIPConfig) -> dict[str, tuple[str
             allowed = ", ".join(stages)
             raise CommandError(f"--compare: {unknown[0]!r} is none of {allowed}")
         settings[name] = method, replace(config, **{stages[part]: False for part in off})
-    return settings
+    return _distinct(settings)
 
 
 def sam3_settings(
@@ -108,4 +112,14 @@ def sam3_settings(
                 settings[name].check(layers, decoder_layers)
             except ValueError as error:
                 raise CommandError(f"--compare: {name} does not fit: {error}") from None
+    return _distinct(settings)
+
+
+def _distinct(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Returns the settings, or raises CommandError if two of them are the same."""
+    by_setting: dict[Setting, str] = {}
+    for name, setting in settings.items():
+        if setting in by_setting:
+            raise CommandError(f"--compare: {by_setting[setting]} and {name} are the same")
+        by_setting[setting] = name
     return settings

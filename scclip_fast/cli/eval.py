@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     protocols = _protocols(args)
     options.check_windows(args)
     files.check_output("--out", args.out, (".json",), force=True)
-    eval_models.check(args)
+    eval_models.check(args, list(protocols.values()))
     with evaluate.process_group(models.local_device(args)) as ranks:
         opened = {name: _open(args, protocol, ranks) for name, protocol in protocols.items()}
         datasets = {name: dataset for name, dataset in opened.items() if dataset is not None}

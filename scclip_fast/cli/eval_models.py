@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import comparisons, models, segment_sam3
+from .options import CommandError
 
 if TYPE_CHECKING:  # of the extras
     from ..evaluate import Protocol
@@ -105,13 +106,14 @@ class Sam3Model:
 
     def settings(self, protocol: Protocol) -> Settings:
         """Returns the settings of an evaluation."""
-        args = self.args
+        args, has_background = self.args, protocol.background is not None
         about = dict(name=args.model, precision=args.precision, weights=self.digest)
         settings = {
             # The published thresholds are for a CLIP's softmax.
             "protocol": {
                 "background": protocol.background,
-                "prob_thd": 0.5 if args.prob_thd is None else args.prob_thd,
+                "prob_thd": segment_sam3.prob_thd(args) if has_background else 0.0,
+                "margin_thd": args.margin_thd if has_background else 0.0,
             },
             "model": about | {"heads": args.heads, "preview": args.preview},
         }
@@ -132,9 +134,15 @@ class Sam3Model:
         return compare_sam3(labels, self.compared) if self.compared else labels
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises CommandError for options that do not fit the model or each other."""
+def check(args: argparse.Namespace, protocols: list[Protocol]) -> None:
+    """Raises CommandError for options that do not fit the model, the data sets or each other."""
     models.check_kind(args)
     comparisons.names(args)
-    if models.is_sam3(args.model):
-        segment_sam3.stages(args.sam3_stages)
+    if not models.is_sam3(args.model):
+        return
+    segment_sam3.stages(args.sam3_stages)
+    if all(protocol.background is None for protocol in protocols):
+        for option, value in (("--prob-thd", args.prob_thd), ("--margin-thd", args.margin_thd)):
+            if value:
+                dataset = protocols[0].name
+                raise CommandError(f"{option} is for data sets with a background, not {dataset}")

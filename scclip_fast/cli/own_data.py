@@ -80,7 +80,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--prob-thd",
         metavar="P",
         type=options.share,
-        help="of `folder`: see --background; by default 0.5 for a SAM3",
+        help="of `folder`: see --background; with a SAM3, of every data set with a background, "
+        "where it is 0.5 by default",
     )
     add(
         "--area-thd",
@@ -96,6 +97,8 @@ def check(args: argparse.Namespace) -> None:
     """Raises CommandError for options of `folder` elsewhere, and for those that it lacks."""
     given = [name for name in _OPTIONS if getattr(args, name) is not None]
     if args.dataset != NAME:
+        if given == ["prob_thd"] and models.is_sam3(args.model):
+            return
         if given:
             option = f"--{given[0].replace('_', '-')}"
             raise CommandError(f"{option} is for the data set {NAME}, not for {args.dataset}")

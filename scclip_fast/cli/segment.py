@@ -114,9 +114,8 @@ def _add_clip(parser: argparse.ArgumentParser) -> None:
         "--prob-thd",
         metavar="P",
         type=options.share,
-        default=0.0,
-        help="pixels whose best class is less probable than this become the background",
-        **CLIP,
+        help="pixels whose best class is less probable than this become the background; by default "
+        "0 with a CLIP and 0.5 with a SAM3",
     )
     add(
         "--area-thd",
@@ -193,6 +192,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     models.check_kind(args)
     if models.is_sam3(args.model):
         return segment_sam3.settings(args, classes)
+    args.prob_thd = args.prob_thd or 0.0
     names = list(map(class_lists.first_name, classes))
     if args.background is not None and args.background not in names:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")

@@ -1,4 +1,4 @@
-"""The options of `scclip-fast segment` for a SAM3, and the segmenter that they make."""
+"""The options of `segment` and `eval` for a SAM3, and the segmenter of `segment`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADS = {  # the heads of `Sam3Segmenter` by the value of --heads
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the calibration and the prompts of a SAM3."""
+    """Adds the calibration, the prompts and the margin of a SAM3."""
     add = parser.add_argument
     add(
         "--sam3-stages",
@@ -66,6 +66,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "32 at most",
         **SAM3,
     )
+    add(
+        "--margin-thd",
+        metavar="P",
+        type=options.share,
+        default=0.0,
+        help="pixels whose best class is more probable than the second by less than this become "
+        "the background",
+        **SAM3,
+    )
 
 
 def settings(args: argparse.Namespace, classes: list[str]) -> dict:
@@ -80,7 +89,14 @@ def settings(args: argparse.Namespace, classes: list[str]) -> dict:
         "sam3_stages": stages(args.sam3_stages),
         "heads": args.heads,
         "preview": args.preview,
+        "prob_thd": prob_thd(args),
+        "margin_thd": args.margin_thd,
     }
+
+
+def prob_thd(args: argparse.Namespace) -> float:
+    """Returns --prob-thd, which is 0.5 by default."""
+    return 0.5 if args.prob_thd is None else args.prob_thd
 
 
 def segmenter(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
@@ -106,6 +122,8 @@ def segmenter_options(args: argparse.Namespace) -> dict:
         "heads": _HEADS[args.heads],
         "preview": None if args.preview is None else Preview(share=args.preview),
         "prompts_per_pass": args.prompts_per_pass,
+        "prob_thd": prob_thd(args),
+        "margin_thd": args.margin_thd,
     }
 
 

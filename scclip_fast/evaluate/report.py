@@ -63,9 +63,9 @@ def _numbers(results: list[dict], classes: list[str]) -> dict:
     """Returns the numbers of the results of images by one setting."""
     numbers = {}
     if results:
-        confusions = [confusion(result, len(classes)) for result in results]
-        numbers = metric.summary(sum(map(metric.areas, confusions)))
-        interval = metric.confidence_interval(confusions)
+        count = len(classes)  # the matrices of all images may not fit in memory
+        numbers = metric.summary(sum(metric.areas(confusion(each, count)) for each in results))
+        interval = metric.confidence_interval(confusion(each, count) for each in results)
         numbers["miou_ci95"] = [None if math.isnan(end) else end for end in interval]
         columns = (classes, numbers.pop("IoU"), numbers.pop("Acc"))
         numbers["classes"] = [
@@ -101,22 +101,40 @@ def table(report: dict) -> str:
 
 
 def _settings_table(report: dict) -> str:
-    settings = report["settings"]
-    first, *_ = settings
-    width = max(map(len, ["setting", *settings]))
-    lines = [f"{'setting':<{width}}    mIoU  95 % interval    minus {first} (95 %)  s/image"]
-    for name, numbers in settings.items():
-        low, high = map(_percent, numbers["miou_ci95"])
-        change = numbers["minus_first"]
-        ends = " to ".join(_signed(end) for end in change["ci95"])
-        beside = "" if name == first else f"{_signed(change['mIoU'])} ({ends})"
-        lines.append(
-            f"{name:<{width}}{_percent(numbers['mIoU']):>8}  {low + ' to ' + high:<17}"
-            f"{beside:<{len(first) + 13}}  {numbers['seconds'] / report['images']:.3f}"
+    """Returns a table of the settings, and one of the classes with a column a setting."""
+    settings, images = report["settings"], report["images"]
+    change = f"minus {next(iter(settings))} (95 %)"
+    rows = [("", "setting", "mIoU", "95 % interval", change, "accuracy", "s/image")]
+    for number, (name, numbers) in enumerate(settings.items(), 1):
+        difference = numbers["minus_first"]
+        ends = " to ".join(map(_signed, difference["ci95"]))
+        cells = (
+            _percent(numbers["mIoU"]),
+            " to ".join(map(_percent, numbers["miou_ci95"])),
+            "" if number == 1 else f"{_signed(difference['mIoU'])} ({ends})",
+            _percent(numbers["aAcc"]),
+            f"{numbers['seconds'] / images:.3f}",
         )
-    lines.append(
-        f"\n{report['images']} images; the time of the work that settings share is the first's"
+        rows.append((str(number), name, *cells))
+    classes = [("", "IoU of class", *(number for number, *_ in rows[1:]))]
+    for row in zip(*(numbers["classes"] for numbers in settings.values()), strict=True):
+        classes.append(("", row[0]["name"], *(_percent(each["IoU"]) for each in row)))
+    return (
+        f"{_columns(rows)}\n\n{_columns(classes)}\n\n{images} images; s/image is the time of a "
+        "setting alone, and intervals are over images"
     )
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    """Joins the cells of rows. All columns but the second are aligned at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 1 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
     return "\n".join(lines)
 
 
