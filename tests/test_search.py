@@ -19,7 +19,7 @@ Of `chunked/symmetric.py`:
 - no row of `_k_distances` left undecided: test_every_neighbour
 - the k-th candidate as the last of the list, and not the next one: test_every_neighbour
 - the error of products in float64 left out: test_knn's duplicates at distance zero
-- candidates of float32 taken for complete: test_every_neighbour_among_candidates_of_float32
+- candidates of float32 taken for complete: test_candidates_that_float32_misses
 - equal distances left in any order: test_ties_beyond_the_candidates
 - distances of 0 left in any order: test_float64
 - no flipped tiles: test_ties_beyond_the_candidates
@@ -117,6 +117,14 @@ def test_every_neighbour_among_candidates_of_float32(monkeypatch, kind):
     monkeypatch.setattr(symmetric, "FLOAT64_TOKENS", 0)
     x = EXTREMES[kind]()
     assert_neighbors(sf.knn(x, 9, backend="torch")[1][None], x=x[None], k=9)
+
+
+def test_candidates_that_float32_misses():
+    """A cluster far from the centre, as far as distances by products in float64 are exact."""
+    x = torch.randn(symmetric.FLOAT64_TOKENS + 80, 64)
+    x[::2, 0] += 6000
+    _, indices = sf.knn(x, 9, backend="torch")
+    assert torch.equal(indices, reference.knn(x[None].double(), 9)[1][0])
 
 
 @pytest.mark.parametrize("kind", EXTREMES)
@@ -263,7 +271,7 @@ def test_k_distances_of_duplicates_are_searched_once():
     assert torch.equal(indices, reference.knn(x[None].double(), 9)[1][0])
     assert (distances[:100] == 0).all()
     search.counts.clear()
-    distances, indices = search.nearest(x[None], 9, measure_all=False)
+    distances, indices = search.nearest(x[None, :150], 9, measure_all=False)
     assert (distances[0, :100] == 0).all() and (indices[0, :100] < 100).all()
     assert search.counts["float64"] == 0
 
