@@ -12,13 +12,15 @@ Each clause was broken by hand, and these tests failed:
 - no second pass: test_every_neighbour, test_clusters_as_scikit_learn_finds_them
 - no third pass: test_every_neighbour of quanta, test_ties_beyond_the_candidates
 - the mean for the remedian: test_one_far_token_leaves_the_others_decided
+- gamma before the square, which then is finite: test_rows_whose_squares_overflow_are_undecided
 
 Of `chunked/symmetric.py`:
 
 - no row of `_k_distances` left undecided: test_every_neighbour
 - the k-th candidate as the last of the list, and not the next one: test_every_neighbour
 - the error of products in float64 left out: test_knn's duplicates at distance zero
-- equal distances left in any order: test_k_distances_of_duplicates_are_searched_once
+- candidates of float32 taken for complete: test_candidates_that_float32_misses
+- equal distances left in any order: test_ties_beyond_the_candidates
 - distances of 0 left in any order: test_float64
 - no flipped tiles: test_ties_beyond_the_candidates
 """
@@ -31,8 +33,9 @@ from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.chunked import search, symmetric
+from scclip_fast.chunked import search, symmetric, tiles, topk
 from scclip_fast.chunked.certificate import undecided_lists
+from scclip_fast.chunked.distances import distances_by_products
 
 
 def far_clusters(gap, n=200):
@@ -106,6 +109,22 @@ def test_every_neighbour(device, backend, kind):
     assert torch.allclose(scores.double()[sure & ~overflow], expected[sure & ~overflow], rtol=1e-4)
     assert scores[overflow].isfinite().all()
     assert (scores[overflow] > scores[~overflow].max()).all()
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+def test_every_neighbour_among_candidates_of_float32(monkeypatch, kind):
+    """Large images have their candidates' products alone in float64, small ones all."""
+    monkeypatch.setattr(symmetric, "FLOAT64_TOKENS", 0)
+    x = EXTREMES[kind]()
+    assert_neighbors(sf.knn(x, 9, backend="torch")[1][None], x=x[None], k=9)
+
+
+def test_candidates_that_float32_misses():
+    """A cluster far from the centre, as far as distances by products in float64 are exact."""
+    x = torch.randn(symmetric.FLOAT64_TOKENS + 80, 64)
+    x[::2, 0] += 6000
+    _, indices = sf.knn(x, 9, backend="torch")
+    assert torch.equal(indices, reference.knn(x[None].double(), 9)[1][0])
 
 
 @pytest.mark.parametrize("kind", EXTREMES)
@@ -190,6 +209,21 @@ def assert_same_neighbors(found, expected):
     assert torch.allclose(found[0], expected[0], rtol=1e-6)
 
 
+def test_rows_whose_squares_overflow_are_undecided():
+    """Two clusters on either side of the centre, so far away that products rank none of them."""
+    n, far = 41, 1e20
+    sample = [i * (n - 1) // 8 for i in range(9)]
+    sides = torch.ones(n, 1)
+    sides[1::2] = -1
+    sides[sample] = torch.tensor([0.0] * 3 + [1] * 3 + [-1] * 3)[:, None]
+    x = far * (sides + 1e-5 * torch.randn(n, 3))
+    x[sample[:3]] /= far
+    search.counts.clear()
+    _, indices = search.nearest(x[None], 1, measure_all=False)
+    assert torch.equal(indices, reference.knn(x[None].double(), 1)[1])
+    assert search.counts["float64"] == n - 3
+
+
 @pytest.mark.parametrize("every", [True, False])
 def test_the_set_does_not_depend_on_the_products(monkeypatch, every):
     """The neighbours are the same if every pass leaves all rows to the next one."""
@@ -230,12 +264,14 @@ def test_queries_among_tokens_of_any_size():
 
 def test_k_distances_of_duplicates_are_searched_once():
     x = torch.randn(200, 16)
-    x[:100] = 3
+    x[:100], x[150:] = 3, 7  # at the centre and beside it
+    search.counts.clear()
     distances, indices = sf.knn(x, 9, backend="torch")
+    assert search.counts["differences"] == 0
     assert torch.equal(indices, reference.knn(x[None].double(), 9)[1][0])
     assert (distances[:100] == 0).all()
     search.counts.clear()
-    distances, indices = search.nearest(x[None], 9, measure_all=False)
+    distances, indices = search.nearest(x[None, :150], 9, measure_all=False)
     assert (distances[0, :100] == 0).all() and (indices[0, :100] < 100).all()
     assert search.counts["float64"] == 0
 
@@ -245,6 +281,34 @@ def test_two_tokens_one_of_them_not_finite():
         torch.tensor([[0.0], [torch.nan]]), 1, variant="breunig", backend="torch"
     )
     assert scores.isnan().all()
+
+
+def test_the_smallest_in_any_order():
+    """Rows of one step and of two, of every number of columns, with ties and infinite numbers."""
+    for columns in (1, 7, 64, 203, 1000, 1024, 2304):
+        values = torch.randint(50, (5, columns)).float()
+        values[2, ::3] = torch.inf
+        values[3] = 4.0
+        for dtype in (torch.float32, torch.float64):
+            for k in {1, min(30, columns), columns}:
+                found, positions = topk.smallest_unordered(values.to(dtype), k)
+                assert torch.equal(found, values.to(dtype).gather(1, positions))
+                assert torch.equal(found.sort().values, values.to(dtype).sort().values[:, :k])
+                assert (positions.sort().values.diff() > 0).all()
+
+
+@pytest.mark.parametrize("workspace", [tiles.WORKSPACE_BYTES, 2**16])
+def test_distances_by_products_of_some_rows(monkeypatch, workspace):
+    """With a small workspace, all channels take several steps."""
+    monkeypatch.setattr(tiles, "WORKSPACE_BYTES", workspace)
+    x = torch.randn(2, 50, 300) + 10
+    neighbors, rows = torch.randint(100, (31, 7)), slice(40, 71)
+    found = distances_by_products(x, x[:, :1], neighbors, rows)
+    flat = x.double().flatten(0, 1)
+    # Both images have a centre of their own, so that only neighbours of one image are compared.
+    same = neighbors // 50 == torch.arange(40, 71)[:, None] // 50
+    expected = (flat[rows, None] - flat[neighbors]).square().sum(dim=-1)
+    assert torch.allclose(found[same], expected[same], rtol=1e-12)
 
 
 class TestCertificate:

@@ -79,7 +79,11 @@ def relative_bound(width: int, dtype: torch.dtype) -> float:
 
 
 def error_bound(norms: Tensor, distances: Tensor, width: int) -> Tensor:
-    """gamma (2 a + d)^2 of rows with the norms a, in the dtype of the norms."""
+    """gamma (2 a + d)^2 of rows with the norms a, in the dtype of the norms.
+
+    A row whose own square overflows has the largest norm, whose square is finite. The bound of such
+    a row is infinite.
+    """
     reach = distances.add(norms, alpha=2).add_(UNDERFLOW)
     return reach.square_().mul_(relative_bound(width, norms.dtype))
 
