@@ -6,7 +6,7 @@ import torch
 from tolerance import assert_close
 
 from scclip_fast import distributed
-from scclip_fast.distributed.shards import rows_of
+from scclip_fast.distributed.shards import Shards, rows_of
 
 CASES = [(name, op) for name, *_ in ranks.cases() for op in ranks.OPS]
 CASES += [(f"kernels-{kind}", op) for kind, (_, op) in ranks.KERNEL_CASES.items()]
@@ -127,6 +127,16 @@ def test_all_faults_are_looked_at_and_none_blocks_the_group(found):
         [[2], [3], [4]],
         [[5], [6], [7]],
     ]
+
+
+def test_tiles_are_filled_by_own_rows(monkeypatch):
+    """Zeros could lie far from all tokens, without a certificate."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    x = torch.randn(2, 3).T.contiguous().T
+    shards = Shards(None, [5, 2, 6], x.device)
+    rows, first, kept = shards.whole_tiles(x, 4)
+    assert first == 4 and kept == slice(1, 3) and rows.is_contiguous()
+    assert torch.equal(rows[0], x[[1, 0, 1, 0]])
 
 
 def test_rows_are_dense():
