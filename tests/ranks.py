@@ -52,12 +52,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHARES = {1: [()], 2: [(70,), (1,), (N,)], 3: [(17, 60), (1, 0), (65, 65), (0, 0)]}
 
 OPS = {
-    "knn": lambda module, values, x, **group: module.knn(x, K, **group),
-    "scclip": lambda module, values, x, **group: (module.lof_scores(x, K, **group),),
-    "breunig": lambda module, values, x, **group: (
-        module.lof_scores(x, K, variant="breunig", **group),
-    ),
-    "aggregate": lambda module, values, x, **group: (module.aggregate(values, x, 0.3, **group),),
+    "knn": lambda lib, values, x, **group: lib.knn(x, K, **group),
+    "scclip": lambda lib, values, x, **group: [lib.lof_scores(x, K, **group)],
+    "breunig": lambda lib, values, x, **group: [lib.lof_scores(x, K, variant="breunig", **group)],
+    "aggregate": lambda lib, values, x, **group: [lib.aggregate(values, x, 0.3, **group)],
 }
 
 
@@ -82,13 +80,8 @@ def cases() -> Iterator[tuple[str, int, Tensor, Tensor]]:
         yield f"{where}-{kind}-{str(dtype).removeprefix('torch.')}", WORKSPACES[where], values, x
 
 
-Groups = dict[int, dist.ProcessGroup | None]
-
-
-def results(
-    ops: Iterable[str], values: Tensor, x: Tensor, turn: int, groups: Groups
-) -> dict[int | str, dict[str, list[Tensor]]]:
-    """The results of each op by the size of the group, for this rank's rows of values and x.
+def results(ops: Iterable[str], values: Tensor, x: Tensor, turn: int, groups: dict) -> dict:
+    """The results by the size of the group and by op, for this rank's rows of values and x.
 
     The ranks take turns to be the group of one. The first rank also has, as "op", the results of
     the ops of one process.
@@ -110,10 +103,8 @@ def _results(ops: Iterable[str], module, values, x, **group) -> dict[str, list[T
     return {op: [out.cpu() for out in OPS[op](module, values, x, **group)] for op in ops}
 
 
-def by_kernels(groups: Groups) -> dict[str, dict]:
+def by_kernels(groups: dict) -> dict[str, dict]:
     """The results of the cases whose pieces the kernels search."""
-    if DEVICE == "cpu":
-        table.MOST_PROGRAMS = 8  # as in conftest.py
     found, before = {}, (kernel_search.ROWS, kernel_search.PIECE_BYTES)
     for turn, (kind, (dtype, op)) in enumerate(KERNEL_CASES.items()):
         x = tokens(kind, KERNEL_WIDTH).to(DEVICE, dtype)
@@ -216,6 +207,8 @@ def faults(rank: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        table.MOST_PROGRAMS = 8  # as in conftest.py
     torch.manual_seed(0)
     store = f"file://{folder}/store"
     dist.init_process_group(

@@ -19,8 +19,9 @@ from torch import Tensor
 from ..chunked.topk import smallest
 from .shards import Shards
 
-#: 65,536 rows of 256 channels. Each piece costs a row its candidates and their distances once more.
-PIECE_BYTES = 64 * 2**20
+#: A row's candidates are certified and measured once a piece, so that pieces are large. Few
+#: channels are padded to 64, which the number of columns bounds.
+PIECE_BYTES, COLUMNS = 64 * 2**20, 65_536
 #: Rows of one search. With three shares of the columns, 88 blocks fill 132 multiprocessors twice.
 ROWS = 88 * 128
 
@@ -36,8 +37,9 @@ def nearest_by_kernels(shards: Shards, x: Tensor, k: int) -> tuple[Tensor, Tenso
 
     rows, _, kept = shards.whole_tiles(x, ROWS)
     tiles = rows.split(ROWS, dim=1)
+    # Lists of no neighbours yet, in the dtypes of distances and indices.
     lists = [(tile[..., :0].float(), tile[..., :0].long()) for tile in tiles]
-    step = max(1, PIECE_BYTES // (x.shape[1] * x.itemsize))
+    step = min(COLUMNS, max(1, PIECE_BYTES // (x.shape[1] * x.itemsize)))
     for first, (piece,) in shards.pieces(step, x):
         n_found = min(k + 1, piece.shape[1])
         for turn, tile in enumerate(tiles):
