@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # of the extras
 
     from ..clip import SCCLIP
 
-PROXY_METHODS = ("proxyclip",)  # those that need --proxy
+PROXY_METHODS = ("proxyclip", "lposs")  # those that need --proxy
 METHODS = (  # those of scclip_fast.clip
     *("scclip", "clip", "maskclip", "sclip", "clearclip", "naclip", "resclip"),
     *PROXY_METHODS,

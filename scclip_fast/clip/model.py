@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import methods, proxy_methods
 from .config import SCCLIPConfig
-from .proxy import CLIP_MEAN, CLIP_STD, Proxy
+from .proxy import CLIP_MEAN, CLIP_STD, Proxy, ProxyFeatures
 from .tower import Tower, is_of
 
 METHODS = {
@@ -25,7 +25,9 @@ METHODS = {
 }
 
 #: The methods that need a proxy.
-PROXY_METHODS = {method.__name__: method for method in (proxy_methods.proxyclip,)}
+PROXY_METHODS = {
+    method.__name__: method for method in (proxy_methods.proxyclip, proxy_methods.lposs)
+}
 
 
 class NotFiniteError(ValueError):
@@ -65,7 +67,7 @@ class SCCLIP(nn.Module):
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
         method: "scclip", or a method to compare it with on the same path: "clip" (plain),
             "maskclip", "sclip", "clearclip", "naclip", "resclip"; see `scclip_fast.clip.methods`.
-            With a proxy, one of `scclip_fast.clip.proxy_methods`: "proxyclip".
+            With a proxy, one of `scclip_fast.clip.proxy_methods`: "proxyclip", "lposs".
         proxy: a second frozen vision transformer of timm or transformers, or a `Proxy` of one, for
             the methods that need it; None for the others.
 
@@ -120,13 +122,17 @@ class SCCLIP(nn.Module):
             TypeError: images are no floating tensor.
             ValueError: images are not (B, 3, H, W).
         """
+        return self.encode_with_proxy(images)[0]
+
+    def encode_with_proxy(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+        """Computes the features of `encode_dense` and the proxy's, which are None without one."""
         block_outputs, grid = self.layers(images)
         tower = self.tower.at(grid)
         arguments = tower, block_outputs, grid, self.config
         if self.method in PROXY_METHODS:
             features = self.proxy(_whole_patches(images, self.proxy.patch_size))
-            return PROXY_METHODS[self.method](*arguments, features)
-        return tower.unit_features(METHODS[self.method](*arguments)).unflatten(1, grid)
+            return PROXY_METHODS[self.method](*arguments, features), features
+        return tower.unit_features(METHODS[self.method](*arguments)).unflatten(1, grid), None
 
     def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Outputs of all blocks but the last for images (B, 3, H, W), and the grid (h, w).

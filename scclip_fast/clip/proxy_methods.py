@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import content_attention
 from .config import SCCLIPConfig
-from .methods import BlockOutputs, Grid
+from .methods import BlockOutputs, Grid, maskclip
 from .proxy import ProxyFeatures
 from .tower import Tower
 
@@ -40,6 +40,23 @@ def proxyclip(
         threshold = ("mean", PROXYCLIP_BETA)
         values = content_attention(values, proxy.tokens, PROXYCLIP_GAMMA, threshold)
     return tower.unit_features(tower.out_proj(last, values)).unflatten(1, proxy.grid)
+
+
+def lposs(
+    tower: Tower,
+    block_outputs: BlockOutputs,
+    grid: Grid,
+    config: SCCLIPConfig,
+    proxy: ProxyFeatures,
+) -> Tensor:
+    """LPOSS (Stojnic et al., CVPR 2025, arXiv 2503.19777): MaskCLIP at the proxy's patches.
+
+    `Segmenter` propagates the cosines of these features along the proxy's similarities, see
+    `segment.propagation`. The tokens are the output of the proxy, where the paper takes the values
+    of the last block of DINO ViT-B/16. Unit vectors.
+    """
+    projected = tower.norm_and_project(maskclip(tower, block_outputs, grid, config))
+    return F.normalize(resized(projected, grid, proxy.grid), dim=-1).unflatten(1, proxy.grid)
 
 
 def resized(tokens: Tensor, grid: Grid, size: Grid) -> Tensor:

@@ -11,12 +11,13 @@ from torch import Tensor
 from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..clip.prompts import check_templates, class_names, text_features
-from ..clip.proxy import CLIP_MEAN, CLIP_STD
+from ..clip.proxy import CLIP_MEAN, CLIP_STD, ProxyFeatures
 from ..ops import _check
 from ..precision import true_float32
 from .base import Band, ImageSegmenter
 from .image import WindowMaps, input_size, largest, upsampled, windows
 from .pamr import pamr
+from .propagation import propagate_windows
 
 _MAX_WINDOWS = 128  # in one batch; a very large image has more and takes several batches
 
@@ -28,6 +29,9 @@ class Segmenter(ImageSegmenter):
     windows overlap, and multiplied by `logit_scale`; a softmax over all names makes them
     probabilities. A class has the probability of its best synonym. A pixel belongs to its most
     probable class, and to the first of equally probable ones.
+
+    With the method "lposs" the cosines of all windows of an image are propagated along the
+    similarities of the proxy's patches first, see `propagation`.
 
     The photo is resized in floating point, and PAMR follows the edges of the photo at its own size.
     The published code rounds the resized colours and follows the edges of the resized photo;
@@ -203,11 +207,18 @@ class Segmenter(ImageSegmenter):
                 window = image[:, :, rows, columns]
                 groups.setdefault(window.shape, []).append((index, window))
         maps: list[list[Tensor]] = [[] for _ in images]  # (names, h', w') of each window
+        tokens: list[list[Tensor]] = [[] for _ in images]  # (D, h', w'), the proxy's
         for group in groups.values():
             for start in range(0, len(group), _MAX_WINDOWS):
                 owners, crops = zip(*group[start : start + _MAX_WINDOWS], strict=True)
-                for index, cosines in zip(owners, self._encode(torch.cat(crops)), strict=True):
-                    maps[index].append(cosines.contiguous())
+                cosines, features = self._encode(torch.cat(crops))
+                for place, index in enumerate(owners):
+                    maps[index].append(cosines[place].contiguous())
+                    if features is not None:
+                        tokens[index].append(features.map[place])
+        for index, of_windows in enumerate(tokens):
+            if of_windows:
+                maps[index] = propagate_windows(maps[index], of_windows, places[index])
         if self.slide_crop is None:
             return [whole for (whole,) in maps]
         return [WindowMaps(*each) for each in zip(maps, places, sizes, strict=True)]
@@ -215,14 +226,21 @@ class Segmenter(ImageSegmenter):
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         """Returns the rows and columns of the windows of an image of size (h, w)."""
         if self.slide_crop is None:
-            return [(slice(None), slice(None))]
+            return [(slice(0, size[0]), slice(0, size[1]))]
         return windows(size, self.slide_crop, self.slide_stride)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
-        cosines = _cosines(self.encoder.encode_dense(images), self.text_features)
+    def _encode(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+        """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W).
+
+        LPOSS also needs the features of the proxy; other methods have None.
+        """
+        if self.encoder.method == "lposs":
+            dense, features = self.encoder.encode_with_proxy(images)
+        else:
+            dense, features = self.encoder.encode_dense(images), None
+        cosines = _cosines(dense, self.text_features)
         check_finite("image features", cosines)
-        return cosines
+        return cosines, features
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Returns probabilities of classes (classes, ...) from cosines of names (names, ...)."""
