@@ -146,6 +146,13 @@ def test_an_interrupted_comparison_goes_on(command):
     assert command("clip", *compared, "--limit", 3)[0] == 0
     assert record.read_text().startswith(before)
     assert numbers("eval.json") == numbers("whole.json")
+    assert command("clip", *compared[:-1], "scclip,clip", "--limit", 3)[0] == 0
+    assert record.read_text().startswith(before)
+    other = json.loads(Path("eval.json").read_text())["settings"]
+    whole = json.loads(Path("whole.json").read_text())["settings"]
+    assert list(other) == ["scclip", "clip"] and list(whole) == ["clip", "scclip"]
+    changes = (each["minus_first"]["mIoU"] for each in (other["clip"], whole["scclip"]))
+    assert sum(changes) == 0 != other["clip"]["minus_first"]["mIoU"]
     code, _, stderr = command("clip", "scenes", "--compare", "clip,maskclip", "--limit", 3)
     assert code == 2 and "holds results of other settings (compare.maskclip" in stderr
 

@@ -165,6 +165,8 @@ def test_report_has_one_confusion_matrix_in_memory(voc, tmp_path):
         tracemalloc.stop()
     assert numbers["settings"]["a"]["aAcc"] == 9 / 14
     assert peak < 50e6
+    assert list(numbers["settings"]) == ["a", "b"]
+    assert list(report(voc, record, classes, ["b", "a"])["settings"]) == ["b", "a"]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])

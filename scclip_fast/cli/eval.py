@@ -187,7 +187,7 @@ def _evaluate(
         if ranks.rank > 0:
             return 0
         names = list(map(class_lists.first_name, about["prompts"]))
-        report = evaluate.report(dataset, record, names)
+        report = evaluate.report(dataset, record, names, list(model.compared))
         contents = about | {"versions": evaluate.provenance.versions()} | report
         files.write(out, files.encode_json(contents))
     except evaluate.SettingsChangedError as error:

@@ -2,6 +2,7 @@
 
 `PROTOCOLS` holds the settings of each benchmark, `PublishedSegmenter` segments as published, `run`
 is a resumable loop over a data set on any number of processes, and `report` computes the numbers.
+`compare_clip` and `compare_sam3` make a `Comparison` of several settings, which `run` takes too.
 `scclip-fast eval` puts them together. This package needs the extra `eval`.
 """
 

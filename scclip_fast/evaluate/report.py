@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,13 +16,17 @@ class MissingResultsError(RuntimeError):
     """An image has no entry, because the processes wrote to different disks."""
 
 
-def report(dataset: Dataset, record: RunRecord, classes: list[str]) -> dict:
+def report(
+    dataset: Dataset, record: RunRecord, classes: list[str], settings: Sequence[str] = ()
+) -> dict:
     """Computes the numbers of a finished evaluation.
 
     Args:
         dataset: the data set; results of images that it does not have are left out.
         record: the results.
         classes: the name of each class.
+        settings: the names of the settings of a `Comparison`, in the order of the numbers; by
+            default those of the record in its order.
 
     Returns:
         The numbers of images and failures, and those of `metric.summary`, in [0, 1]; None for a
@@ -45,18 +50,18 @@ def report(dataset: Dataset, record: RunRecord, classes: list[str]) -> dict:
         {"name": entry["name"], "error": entry["error"]} for entry in in_order if "error" in entry
     ]
     about = {"images": len(results), "failures": failures}
-    if not results or "settings" not in results[0]:
+    if results:
+        settings = settings or list(results[0].get("settings", ()))
+    if not results or not settings:
         return about | _numbers(results, classes)
-    settings = {
-        name: _numbers([entry["settings"][name] for entry in results], classes)
-        for name in results[0]["settings"]
+    numbers = {
+        name: _numbers([entry["settings"][name] for entry in results], classes) for name in settings
     }
     by_image = {name: _areas(results, name, len(classes)) for name in settings}
-    first = next(iter(by_image.values()))
     for name, areas in by_image.items():
-        difference, interval = metric.miou_difference(areas, first)
-        settings[name]["minus_first"] = {"mIoU": difference, "ci95": list(interval)}
-    return about | {"settings": settings}
+        difference, interval = metric.miou_difference(areas, by_image[settings[0]])
+        numbers[name]["minus_first"] = {"mIoU": difference, "ci95": list(interval)}
+    return about | {"settings": numbers}
 
 
 def _numbers(results: list[dict], classes: list[str]) -> dict:
