@@ -77,7 +77,8 @@ def test_windows_are_propagated_together(encoder, monkeypatch):
     monkeypatch.setattr(segment_clip, "propagate_windows", propagate_windows)
     monkeypatch.setattr(propagation, "STEPS", 200)
     segmenter(encoder, short_side=48, slide_crop=36, slide_stride=18)(photo(50, 70))
-    ((maps, tokens, windows, found),) = calls
+    ((maps, tokens, windows, size, found),) = calls
+    assert size == (48, 67)
     assert len(maps) == len(windows) > 2 and maps[0].shape == (4, 6, 6)
     middle = 6 * torch.arange(6) + 3.0
     places = [torch.cartesian_prod(r.start + middle, c.start + middle) for r, c in windows]
@@ -96,3 +97,16 @@ def test_images_of_a_list_are_apart(encoder, crop):
     assert all(
         torch.equal(labels, made(image)) for labels, image in zip(together, images, strict=True)
     )
+
+
+def test_a_window_larger_than_the_image():
+    """The patches of a window of 60 pixels on an image of 36 x 48 divide the image alone."""
+    places = propagation._middles(slice(0, 60), 36, 6), propagation._middles(slice(0, 60), 48, 8)
+    assert places[0].tolist() == [3, 9, 15, 21, 27, 33] and places[1][-1] == 45
+    maps, tokens = torch.rand(3, 6, 8), torch.rand(5, 6, 8)
+    (found,) = propagation.propagate_windows(
+        [maps], [tokens], [(slice(0, 60), slice(0, 60))], (36, 48)
+    )
+    grid = torch.cartesian_prod(*places)
+    expected = propagate(maps.flatten(1).mT, tokens.flatten(1).mT, grid)
+    torch.testing.assert_close(found.flatten(1).mT, expected)

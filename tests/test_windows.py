@@ -4,6 +4,8 @@ import published_segment
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from scclip_fast.segment import image as images
 
@@ -52,6 +54,37 @@ def test_places_of_windows(size, crop, stride):
 )
 def test_the_size_of_the_input(size, short, resized):
     assert images.input_size(size, short) == resized
+
+
+sides = st.integers(1, 60)
+
+
+@given(sides, sides, st.integers(1, 40), st.data())
+@settings(deadline=None, max_examples=60)
+def test_windows_of_any_size(height, width, crop, data):
+    """Windows cover the image, are of one size, and none could be left out at the border."""
+    stride = data.draw(st.integers(1, crop))
+    places = images.windows((height, width), crop, stride)
+    assert len(set(map(str, places))) == len(places)
+    covered = torch.zeros(height, width)
+    for rows, columns in places:
+        assert rows.stop - rows.start == columns.stop - columns.start == crop
+        assert rows.start >= 0 and rows.stop <= max(height, crop)
+        covered[rows, columns] += 1
+    assert covered.all()
+    along = -(-max(height - crop, 0) // stride) + 1, -(-max(width - crop, 0) // stride) + 1
+    assert len(places) == along[0] * along[1]
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.integers(1, 2048))
+@settings(deadline=None)
+def test_resized_sides(height, width, short):
+    """The short side is the one asked for, unless the long one would exceed 2048 pixels."""
+    resized = images.input_size((height, width), short)
+    exact = min(short / min(height, width), 2048 / max(height, width))
+    for new, old in zip(resized, (height, width), strict=True):
+        assert new == 1 or abs(new - exact * old) <= 0.5 + 1e-6
+    assert max(resized) <= 2048 and (min(resized) == short or max(resized) == 2048)
 
 
 PLACES = {

@@ -218,7 +218,9 @@ class Segmenter(ImageSegmenter):
                         tokens[index].append(features.map[place])
         for index, of_windows in enumerate(tokens):
             if of_windows:
-                maps[index] = propagate_windows(maps[index], of_windows, places[index])
+                maps[index] = propagate_windows(
+                    maps[index], of_windows, places[index], sizes[index]
+                )
         if self.slide_crop is None:
             return [whole for (whole,) in maps]
         return [WindowMaps(*each) for each in zip(maps, places, sizes, strict=True)]

@@ -57,19 +57,23 @@ def propagate(scores: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
 
 
 def propagate_windows(
-    maps: list[Tensor], tokens: list[Tensor], windows: list[tuple[slice, slice]]
+    maps: list[Tensor],
+    tokens: list[Tensor],
+    windows: list[tuple[slice, slice]],
+    size: tuple[int, int],
 ) -> list[Tensor]:
     """Returns the maps (names, h, w) of the windows of an image after the propagation.
 
     Args:
         maps: the cosines (names, h, w) of each window.
         tokens: the proxy's (D, h, w).
-        windows: the rows and columns of each window in pixels.
+        windows: the rows and columns of each window in pixels, which may end beyond the image.
+        size: (H, W) of the image.
     """
     places = []
-    for scores, (rows, columns) in zip(maps, windows, strict=True):
-        sides = zip((rows, columns), scores.shape[1:], strict=True)
-        middles = [_middles(pixels, patches, scores.device) for pixels, patches in sides]
+    for scores, window in zip(maps, windows, strict=True):
+        sides = zip(window, size, scores.shape[1:], strict=True)
+        middles = [_middles(*side).to(scores.device) for side in sides]
         places.append(torch.cartesian_prod(*middles))
     sizes = [scores[0].numel() for scores in maps]
     scores, features = (
@@ -82,10 +86,10 @@ def propagate_windows(
     ]
 
 
-def _middles(pixels: slice, patches: int, device: torch.device) -> Tensor:
-    """Returns the pixel in the middle of each of some patches that divide a row of pixels."""
-    side = (pixels.stop - pixels.start) / patches
-    return pixels.start + side * (torch.arange(patches, device=device) + 0.5)
+def _middles(pixels: slice, end: int, patches: int) -> Tensor:
+    """Returns the middle of each of some patches that divide a row of pixels before `end`."""
+    side = (min(pixels.stop, end) - pixels.start) / patches
+    return pixels.start + side * (torch.arange(patches) + 0.5)
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
