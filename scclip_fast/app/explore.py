@@ -129,7 +129,7 @@ class Explorer:
 
     def _outliers(self, config: SCCLIPConfig) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Returns scores and outliers (h, w) of the last photo, by the rule of SC-CLIP."""
-        _, (layers, grid) = self._encoder.kept[0]
+        _, (layers, grid), _ = self._encoder.kept[0]
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
         patches = self._encoder.tower.patches(layers[-1])
         scores_and_mask = find_outliers(patches, k, contamination, config.outlier_score)
