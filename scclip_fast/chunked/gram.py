@@ -55,12 +55,15 @@ def gram(
     on_diagonal, n_rows = columns is rows, rows.shape[1]
     for part in spans(n_rows, min(ROWS, -(-n_rows // STRIPS))):
         first = part.start if on_diagonal else 0
-        strip, others = out[:, part, first:], columns[:, first:].mT
+        left, right = rows[:, part], columns[:, first:].mT
+        # A tensor of their own: torch multiplies the images of a batch one by one, and each on all
+        # threads, if it writes to a part of another tensor.
         if squares is None:
-            torch.bmm(rows[:, part], others, out=strip)
+            strip = torch.bmm(left, right)
         else:
-            torch.add(squares[0][:, part, None], squares[1][:, None, first:], out=strip)
-            strip.baddbmm_(rows[:, part], others, alpha=-2)
+            sums = squares[0][:, part, None] + squares[1][:, None, first:]
+            strip = torch.baddbmm(sums, left, right, alpha=-2)
+        out[:, part, first:] = strip
         if on_diagonal and part.stop < n_rows:
             out[:, part.stop :, part] = out[:, part, part.stop :].mT
     return out
