@@ -13,18 +13,21 @@ from pathlib import Path
 
 import harness
 import numpy as np
-import torch
 from report import FULL, ablation_table
 from tqdm import tqdm
 
-from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model
+from scclip_fast.clip import SCCLIPConfig, create_model
 from scclip_fast.clip.config import STAGES
-from scclip_fast.evaluate import PROTOCOLS, confusion_matrix, provenance
+from scclip_fast.clip.shared_layers import SharedLayers
+from scclip_fast.evaluate import PROTOCOLS, compare_clip, confusion_matrix, provenance
 from scclip_fast.evaluate.metric import areas, bootstrap, iou
 from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, scene
 from scclip_fast.segment import Segmenter
 
-BASELINES = {"CLIP": "clip", "MaskCLIP": "maskclip", "SCLIP": "sclip", "ClearCLIP": "clearclip"}
+BASELINES = {
+    **{"CLIP": "clip", "MaskCLIP": "maskclip", "SCLIP": "sclip", "ClearCLIP": "clearclip"},
+    **{"NACLIP": "naclip", "ResCLIP": "resclip"},
+}
 GROUPS = {
     "all": list(range(len(CLASSES))),
     "grounds": [i for i, name in enumerate(CLASSES) if name in GROUNDS],
@@ -34,31 +37,30 @@ GROUPS = {
 RESAMPLES = 2000
 
 
-def variants(model: torch.nn.Module) -> dict[str, SCCLIP]:
-    """Makes the baselines, SC-CLIP, SC-CLIP without each stage, and SC-CLIP without all stages."""
-    full = SCCLIPConfig.for_depth(len(model.visual.transformer.resblocks))
+def variants(depth: int) -> dict[str, tuple[str, SCCLIPConfig]]:
+    """Returns method and configuration of the baselines, of SC-CLIP, and of SC-CLIP with less."""
+    full = SCCLIPConfig.for_depth(depth)
     none = replace(full, **dict.fromkeys(STAGES, False))
     return {
-        **{name: SCCLIP(model, method=method) for name, method in BASELINES.items()},
-        FULL: SCCLIP(model, full),
-        **{f"without {s}": SCCLIP(model, replace(full, **{s: False})) for s in STAGES},
-        "without all five": SCCLIP(model, none),
+        **{name: (method, full) for name, method in BASELINES.items()},
+        FULL: ("scclip", full),
+        **{f"without {s}": ("scclip", replace(full, **{s: False})) for s in STAGES},
+        "without all five": ("scclip", none),
     }
 
 
-def measure(encoders: dict[str, SCCLIP], tokenizer, indices: range) -> dict[str, np.ndarray]:
+def measure(encoder: SharedLayers, tokenizer, indices: range) -> dict[str, np.ndarray]:
     """Returns areas (images, 3, C) of each variant, see `scclip_fast.evaluate.metric.areas`."""
     protocol = PROTOCOLS["scenes"]
     options = dict(short_side=protocol.short_side, logit_scale=protocol.logit_scale)
-    segmenters = {
-        name: Segmenter(encoder, tokenizer, CLASSES, **options)
-        for name, encoder in encoders.items()
-    }
-    measured = {name: [] for name in encoders}
+    segmenter = Segmenter(encoder, tokenizer, CLASSES, **options)
+    comparison = compare_clip(segmenter, variants(len(encoder.tower.blocks)))
+    measured = {name: [] for name in comparison.settings}
     for index in tqdm(indices, unit="scene"):
         image, labels, _ = scene("benchmark", index)
-        for name, segmenter in segmenters.items():
-            measured[name].append(areas(confusion_matrix(segmenter(image), labels, len(CLASSES))))
+        for name, found in comparison(image).items():
+            confusion = confusion_matrix(found.labels, labels, len(CLASSES))
+            measured[name].append(areas(confusion))
     return {name: np.stack(by_image) for name, by_image in measured.items()}
 
 
@@ -97,8 +99,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     encoder, tokenizer = create_model(args.model)
-    encoders = variants(encoder.model)
-    measured = measure(encoders, tokenizer, range(args.seeds * args.scenes))
+    shared = SharedLayers(encoder.model)
+    measured = measure(shared, tokenizer, range(args.seeds * args.scenes))
     rows = summarise(measured, args.seeds)
     print(ablation_table({"rows": rows}))
     if args.out:

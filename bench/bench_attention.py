@@ -38,9 +38,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
 
 @partial(torch.compile, dynamic=False, fullgraph=True)
 def compiled(q: Tensor, k: Tensor, v: Tensor, features: Tensor) -> Tensor:
-    floor = reference.content_floor(reference.mean_similarity(features))
     values = v.transpose(1, 2).flatten(2)
-    content_half = reference.aggregate(values, features, floor, GAMMA)[0]
+    mean = reference.mean_similarity(features)
+    content_half = reference.content_attention(values, features, GAMMA, mean)
     content_half = content_half.unflatten(2, v.shape[1::2]).transpose(1, 2)
     return reference.attention(q, k, v, content_half, ALPHA, q.shape[-1] ** -0.5)
 

@@ -30,7 +30,7 @@ import nearest
 import torch
 import torch.nn.functional as F
 import vocabulary as vocabularies
-from measure import measure
+from gpu_times import FLUSH_BYTES, entry, milliseconds, on_the_host
 from torch import Tensor
 
 import scclip_fast as sf
@@ -38,64 +38,6 @@ from scclip_fast.kernels import knn
 
 LOF_SHAPES = ((1, 5184, 1024), (1, 82944, 256), (64, 196, 768))
 SHAPES = LOF_SHAPES[:2]
-FLUSH_BYTES = 128 * 2**20
-ROUNDS = 20
-FEW = 3  # rounds of a call that takes over 50 ms
-
-
-def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """Returns a replay of the call's CUDA graph, or the call itself where capture fails."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    except Exception:
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
-
-
-def milliseconds(call: Callable[[], object], flush: Tensor) -> float:
-    """Returns the median time of a call, with `flush` written before each."""
-    call()
-    torch.cuda.synchronize()
-    times: list[float] = []
-    while len(times) < (ROUNDS if not times or times[0] < 50 else FEW):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2]
-
-
-def entry(op: str, shape: tuple, dtype: str, provider: str, call, check=None) -> dict:
-    """Measures one row of the results; `check` returns further fields from the result of a call."""
-    row = dict(op=op, shape=shape, dtype=dtype, provider=provider)
-    try:
-        torch.cuda.empty_cache()
-        call()
-        run = measure(call, "cuda")
-        if check is not None:
-            row |= check(run.result)
-        peak = run.peak_bytes
-        del run
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        row |= dict(milliseconds=milliseconds(graph_of(call), flush), peak_bytes=peak)
-    except Exception as error:
-        torch.cuda.synchronize()
-        row |= dict(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
-    print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    return row
 
 
 def neighbors(results: list[dict]) -> None:
@@ -249,6 +191,35 @@ def upsampling(results: list[dict]) -> None:
             results.append(entry("upsampled_labels", shape, dtype, name, call, check))
 
 
+def host(results: list[dict]) -> None:
+    """Measures how long Python takes to enqueue a call; it takes longer than the GPU at times."""
+    shape = SHAPES[0]
+    for dtype in ("float16", "float32"):
+        x = harness.tokens("cuda", shape, dtype)
+        q, k, v = harness.heads("cuda", shape, dtype)
+        scores = sf.lof_scores(x)
+        calls = {
+            "knn": partial(sf.knn, x, bench_knn.K, backend="triton"),
+            "lof_scores": partial(sf.lof_scores, x, bench_knn.K, backend="triton"),
+            "outlier_mask": partial(sf.outlier_mask, scores, backend="triton"),
+            "aggregate": partial(sf.aggregate, x, x, backend="triton"),
+            "blended_attention": partial(bench_attention.ours("triton"), q, k, v, x),
+        }
+        for name, call in calls.items():
+            op = f"host time of {name}"
+            results.append(entry(op, shape, dtype, "scclip_fast", call, clock=on_the_host))
+
+
+def outliers(results: list[dict]) -> None:
+    """Compares the mask of outliers with a copy of the scores, and with a sort."""
+    for shape in ((1, 5184), (1, 82944), (64, 196)):
+        scores = torch.rand(shape, device="cuda")
+        results.append(entry("outlier_mask", shape, "float32", "floor", scores.clone))
+        for name, backend in {"scclip_fast": "triton", "sort": "torch"}.items():
+            call = partial(sf.outlier_mask, scores, backend=backend)
+            results.append(entry("outlier_mask", shape, "float32", name, call))
+
+
 def calibration(results: list[dict]) -> None:
     """Compares SC-CLIP with the frozen tower: ViT-L/14, 1008 pixels, random weights."""
     from scclip_fast.clip import SCCLIP, create_model
@@ -293,8 +264,8 @@ def ceilings() -> dict:
 PARTS = {
     part.__name__: part
     for part in (
-        *(neighbors, bank, aggregation, attention, repair, upsampling),
-        *(calibration, segmentation, vocabulary),
+        *(neighbors, bank, aggregation, attention, repair, upsampling, outliers),
+        *(host, calibration, segmentation, vocabulary),
     )
 }
 

@@ -7,19 +7,12 @@ for a GPU that is not there (tests/aot.py).
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
-if triton.knobs.runtime.interpret:
-    from ._interpreter import call
-else:
-
-    def call(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
-        kernel[(programs,)](**arguments)
+from ._run import run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +128,7 @@ class Launch:
         programs: the number of programs.
         num_warps: warps a program, as on Hopper.
         num_stages: stages of the software pipeline, as on Hopper; None for a kernel without one.
+        enable_fp_fusion: whether the compiler may fuse products and sums, whose rounding differs.
         arguments: all arguments of the kernel by name, its `tl.constexpr` ones included.
     """
 
@@ -146,12 +140,14 @@ class Launch:
         *,
         num_warps: int = 4,
         num_stages: int | None = None,
+        enable_fp_fusion: bool = True,
         **arguments: Any,
     ) -> None:
         self.kernel = kernel
         self.programs = programs
         self.num_warps = num_warps
         self.num_stages = num_stages
+        self.enable_fp_fusion = enable_fp_fusion
         self.arguments = arguments
 
     @property
@@ -165,12 +161,15 @@ class Launch:
         }
 
     def compile_options(self, gpu: Architecture) -> dict[str, int]:
-        """The warps and stages on a GPU, as Triton's options by name."""
-        if self.num_stages is None:
-            return dict(num_warps=self.num_warps)
-        least_warps = gpu.options.least_warps if self.num_stages > 1 else 1
-        stages = min(gpu.options.most_stages, self.num_stages)
-        return dict(num_warps=max(least_warps, self.num_warps), num_stages=stages)
+        """What differs from Triton's default options on a GPU, by name."""
+        options = dict(num_warps=self.num_warps)
+        if self.num_stages is not None:
+            least_warps = gpu.options.least_warps if self.num_stages > 1 else 1
+            options["num_warps"] = max(least_warps, self.num_warps)
+            options["num_stages"] = min(gpu.options.most_stages, self.num_stages)
+        if not self.enable_fp_fusion:
+            options["enable_fp_fusion"] = False
+        return options
 
     def run(self) -> None:
         """Enqueues the kernel on the device of its tensors.
@@ -182,41 +181,25 @@ class Launch:
             return
         assert self.programs < 2**31, "more programs than a grid may have"
         device = next(a.device for a in self.arguments.values() if isinstance(a, torch.Tensor))
-        arguments = self.arguments | self.compile_options(architecture(device))
-        with _on_device(device):
-            if _capturing(device):
-                self._require_loaded(arguments)
-            call(self.kernel, self.programs, arguments)
+        options = self.compile_options(architecture(device))
+        run(self.kernel, self.programs, self.arguments, options, device)
 
-    def _require_loaded(self, arguments: dict[str, Any]) -> None:
-        # The driver loads no code during a capture. Its own refusal would end the capture with an
-        # error that names neither the kernel nor the reason. `warmup` compiles and does not load.
-        compiled = self.kernel.warmup(**arguments, grid=(self.programs,))
-        if compiled.module is None:
-            raise RuntimeError(
-                f"{self.kernel.__name__} cannot be loaded while a CUDA graph is captured: call the "
-                "op once with these shapes and dtypes before capturing"
-            )
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, as `triton.cdiv`, which takes 2 us of Python a call."""
+    return -(-a // b)
 
 
 def power_of_two(n: int, low: int, high: int) -> int:
     """The least power of two that is n or more, within low and high (powers of two)."""
-    return max(low, min(high, triton.next_power_of_2(n)))
+    return max(low, min(high, 1 << (n - 1).bit_length()))
 
 
 def strides(name: str, tensor: torch.Tensor, dims: str) -> dict[str, int]:
     """{"stride_<name><dim>": stride} for each letter of `dims`."""
-    return {
-        f"stride_{name}{dim}": stride for dim, stride in zip(dims, tensor.stride(), strict=True)
-    }
+    return dict(zip(_stride_names(name, dims), tensor.stride(), strict=True))
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _on_device(device: torch.device):
-    # Triton launches on the current device, which need not be that of the arguments ("Pointer
-    # argument cannot be accessed").
-    on_gpu = device.type in ("cuda", "xpu")
-    return torch.get_device_module(device).device(device) if on_gpu else nullcontext()
+@functools.cache
+def _stride_names(name: str, dims: str) -> list[str]:
+    return [f"stride_{name}{dim}" for dim in dims]

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Architecture, Launch, architecture, power_of_two, strides
+from ._launch import Architecture, Launch, architecture, cdiv, power_of_two, strides
 
 # The widest head whose queries fit registers and shared memory beside a tile of keys and values.
 MAX_WIDTH = {torch.float32: 64, torch.float16: 128, torch.bfloat16: 128}
@@ -157,7 +157,7 @@ def attention_launch(
     block_m, block_n = gpu.options.attention_tile if q.dtype == torch.float32 else (128, 64)
     return Launch(
         _attention_kernel,
-        batch * heads * triton.cdiv(n, block_m),
+        batch * heads * cdiv(n, block_m),
         q_ptr=q,
         k_ptr=k,
         v_ptr=v,

@@ -16,9 +16,9 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 
-from ._launch import Architecture, architecture, power_of_two
+from ._launch import Architecture, architecture, cdiv, power_of_two
+from ._plan import planned
 from .knn_details.bins import BLOCK_M, DEPTH, bins_launch, block_columns
 from .knn_details.certify import certify_launch
 from .knn_details.collect import collect_launch
@@ -31,6 +31,9 @@ from .knn_details.table import CAPACITY, TILE, Rounded, Undecided, programs_for_
 LEAST_TOKENS_FOR_HALF = 128  # of rows and of columns: fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
 BINS_BYTES = 32 * 2**20
+# With more tokens, a GPU takes longer than Python, and a plan would hold the workspaces of several
+# passes at once.
+MOST_PLANNED_TOKENS = 16384
 
 
 def nearest_triton(
@@ -52,6 +55,17 @@ def nearest_triton(
         and the neighbours that are sure first, by column. A distance is +inf where it overflows,
         and NaN where one of its two tokens holds a NaN or an infinity.
     """
+    settings = k, measure_all
+    tokens = x.shape[1] if queries is None else max(x.shape[1], queries.shape[1])
+    if x.shape[0] * tokens > MOST_PLANNED_TOKENS:
+        return _nearest(x, queries, *settings)
+    return planned(_nearest, (x, queries), settings)
+
+
+def _nearest(
+    x: torch.Tensor, queries: torch.Tensor | None, k: int, measure_all: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`nearest_triton`, launch by launch."""
     exclude_self = queries is None
     rows = x if queries is None else queries
     batch, m, _ = rows.shape
@@ -131,12 +145,12 @@ def collect(
 ) -> None:
     """Writes all candidates of the undecided rows into the table; lists rows with over 64."""
     gpu = architecture(table.device)
-    programs = max(programs_for_lists(gpu) // len(table), triton.cdiv(table.shape[1], 64))
+    programs = max(programs_for_lists(gpu) // len(table), cdiv(table.shape[1], 64))
     collect_launch(rows, columns, exclude_self, undecided, table, first, programs).run()
 
 
 def _whole_blocks(rows: int) -> int:
-    return triton.cdiv(rows, BLOCK_M) * BLOCK_M
+    return cdiv(rows, BLOCK_M) * BLOCK_M
 
 
 def rounded(
@@ -163,8 +177,8 @@ def _rounded_set(
 ) -> Rounded:
     """Rounds x (B, N, D) and pads N to a multiple."""
     batch, n, d = x.shape
-    padded_n = triton.cdiv(n, multiple) * multiple
-    padded_d = power_of_two(d, 64, 256) if d <= 256 else triton.cdiv(d, 64) * 64
+    padded_n = cdiv(n, multiple) * multiple
+    padded_d = power_of_two(d, 64, 256) if d <= 256 else cdiv(d, 64) * 64
     y = x.new_empty(batch, padded_n, padded_d, dtype=torch.float16)
     a2, r = x.new_empty(2, batch, padded_n, dtype=torch.float32)
     tokens = Rounded(y, a2, r, x.new_zeros(batch, dtype=torch.float32), n, d)
@@ -174,7 +188,7 @@ def _rounded_set(
 
 def shares_of_columns(batch: int, m: int, n: int, gpu: Architecture) -> int:
     """The number of programs that share the columns of a block: enough for the GPU and for bins."""
-    blocks = batch * triton.cdiv(m, BLOCK_M)
+    blocks = batch * cdiv(m, BLOCK_M)
     least = 4 if n <= 1024 or blocks > gpu.multiprocessors else 3
     return max(least, min(8, gpu.multiprocessors // blocks))
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch
+from ._launch import Launch, cdiv, power_of_two
 from .knn_details.table import LARGEST_FLOAT
 
 TINY: tl.constexpr = tl.constexpr(2.0**-126)  # the smallest normal float32
@@ -74,14 +74,14 @@ def lof_launch(kappa: torch.Tensor, neighbors: torch.Tensor, scores: torch.Tenso
     assert all(t.is_contiguous() for t in (kappa, neighbors, scores))
     return Launch(
         _lof_kernel,
-        batch * triton.cdiv(n, 16),
+        batch * cdiv(n, 16),
         kappa_ptr=kappa,
         neighbors_ptr=neighbors,
         scores_ptr=scores,
         N=n,
         K=k,
         BLOCK_R=16,
-        BLOCK_K=triton.next_power_of_2(k),
+        BLOCK_K=power_of_two(k, 1, 128),
         num_warps=4,
     )
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, power_of_two, strides
+from ._launch import Launch, cdiv, power_of_two, strides
 
 # Numbers a program, 8 a thread. Where tokens are wide, a program has a single token, so that only
 # the programs of outliers read neighbours.
@@ -94,7 +94,7 @@ def repair_launch(
     block_r = TILE // block_d
     return Launch(
         _repair_kernel,
-        batch * triton.cdiv(n, block_r) * triton.cdiv(d, block_d),
+        batch * cdiv(n, block_r) * cdiv(d, block_d),
         x_ptr=x,
         mask_ptr=mask,
         out_ptr=out,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import Launch, power_of_two, strides
+from ._launch import Launch, cdiv, power_of_two, strides
 
 # Pixels of a program, 4 a thread, so that the offsets of 64 bits of four sources take 32 registers.
 # The tile is not measured yet.
@@ -103,7 +103,7 @@ def upsampled_labels_launch(
     block_h = TILE // block_w
     return Launch(
         _upsampled_labels_kernel,
-        batch * triton.cdiv(height, block_h) * triton.cdiv(width, block_w),
+        batch * cdiv(height, block_h) * cdiv(width, block_w),
         maps_ptr=maps,
         labels_ptr=labels,
         values_ptr=values,

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from .ops import _check, lof_scores, norm_scores, outlier_mask
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 SCORES = ("lof", "norm", "either")
+
+
+class Settings:
+    """The settings of a dataclass as a dictionary for JSON, and back."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings by name, in types that JSON has."""
+        values = asdict(self)  # type: ignore[call-overload]  # the subclasses are dataclasses
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Returns the configuration with these settings; others have their defaults.
+
+        Raises:
+            ValueError: there is no setting of a name.
+        """
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        if unknown := sorted(settings.keys() - known):
+            raise ValueError(f"settings must be of {', '.join(sorted(known))}; got {unknown[0]!r}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
 
 
 class Outliers(NamedTuple):

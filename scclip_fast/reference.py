@@ -226,14 +226,19 @@ def mean_similarity(f: Tensor) -> Tensor:
     return (unit.nansum(dim=1) / n_finite.clamp(min=1)).square().sum(dim=-1)
 
 
-def content_floor(mu: Tensor) -> Tensor:
-    """Similarity threshold of content attention: min(mu, 1 - 2e-5), (B,).
+def content_floor(threshold: Tensor) -> Tensor:
+    """Similarity threshold of content attention: min(threshold, 1 - 2e-5), (B,).
 
-    The limit lets every token attend to itself. If all tokens are equal, S and mu are 1 up to
-    rounding, and S >= mu would be chance. Tensor cores, which truncate their sums, compute S = 1
+    The limit lets every token attend to itself. If all tokens are equal, S and its mean are 1 up to
+    rounding, and S >= mean would be chance. Tensor cores, which truncate their sums, compute S = 1
     too small by 1e-5 at a few thousand dimensions.
     """
-    return mu.clamp(max=1 - 2e-5)
+    return threshold.clamp(max=1 - 2e-5)
+
+
+def content_attention(values: Tensor, f: Tensor, gamma: float, threshold: Tensor) -> Tensor:
+    """C v with C the softmax over {j : S_ij >= threshold} of gamma S_ij, threshold (B,)."""
+    return aggregate(values, f, content_floor(threshold), gamma)[0]
 
 
 def weights(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import triton
+from aot_elementwise import elementwise
 from aot_neighbors import neighbors
 from meta_tensors import DTYPES, meta
 from triton.backends.compiler import GPUTarget
@@ -30,8 +31,6 @@ from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_
 from scclip_fast.kernels.aggregate_details.products import Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
 from scclip_fast.kernels.attention import attention_launch
-from scclip_fast.kernels.repair import repair_launch
-from scclip_fast.kernels.upsample import upsampled_labels_launch
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Architecture(80, 163 * 1024)),
@@ -52,7 +51,15 @@ LARGEST = (
     *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
     *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
-    *("repair-wide-fp32", "upsample-photo-fp32", "attention-fp16-d128", "attention-fp32-d64"),
+    *(
+        "outliers-82944",
+        "repair-wide-fp32",
+        "upsample-photo-fp32",
+        "attention-fp16-d128",
+        "attention-fp32-d64",
+    ),
+    *("norms-wide-fp32", "norms-split-wide-fp32", "norms-split-map-fp32", "largest-wide-fp32"),
+    *("largest-map-fp32", "split-wide-fp32", "split-map-fp32", "sums-wide-fp32", "mean-wide"),
     *("weights-fp16-d1024-r5248", "weights-fp32-d1024-r5248"),
     *("product-fp16-v1024", "product-fp32-v1024"),
     *("stream-fp16-v256", "stream-fp16-v1024", "stream-fp32-v256"),
@@ -72,9 +79,8 @@ SIGNATURE = {
 def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     """Yields each kernel with every dtype and tile that its launcher can choose."""
     yield from neighbors(gpu)
+    yield from elementwise()
     for name, dtype in DTYPES.items():
-        yield from repairs(name, dtype)
-        yield from upsamplings(name, dtype)
         for d in (16, 64, 128)[: 2 if name == "fp32" else 3]:
             q = meta(1, 16, 5184, d, dtype=dtype)
             yield (
@@ -82,31 +88,6 @@ def launches(gpu: Architecture) -> Iterator[tuple[str, Launch]]:
                 attention_launch(q, q, q, q, 0.5, 0.125, q, gpu),
             )
         yield from aggregations(name, dtype, gpu)
-
-
-def repairs(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Yields wide tokens, narrow tokens, a map with its channels first, and sizes of 1."""
-    kinds = {
-        "wide": ((72, 72), meta(1, 5184, 1024, dtype=dtype)),
-        "narrow": ((14, 14), meta(64, 196, 17, dtype=dtype)),
-        "map": ((288, 288), meta(1, 256, 82944, dtype=dtype).mT),
-        "one": ((1, 1), meta(1, 1, 1, dtype=dtype)),
-    }
-    for kind, (grid, x) in kinds.items():
-        out, mask = meta(*x.shape, dtype=dtype), meta(*x.shape[:2], dtype=torch.bool)
-        yield f"repair-{kind}-{name}", repair_launch(x, mask, out, grid)
-
-
-def upsamplings(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Launch]]:
-    """Yields a photo, classes in the last dimension with labels of 16 bits, and sizes of 1."""
-    kinds = {
-        "photo": (meta(1, 151, 288, 288, dtype=dtype), (4000, 6000), torch.uint8),
-        "last": (meta(2, 72, 72, 1203, dtype=dtype).permute(0, 3, 1, 2), (720, 100), torch.int16),
-        "one": (meta(1, 1, 1, 1, dtype=dtype), (1, 1), torch.uint8),
-    }
-    for kind, (maps, size, labels) in kinds.items():
-        out = meta(len(maps), *size, dtype=labels), meta(len(maps), *size)
-        yield f"upsample-{kind}-{name}", upsampled_labels_launch(maps, *out)
 
 
 def operand(dtype: torch.dtype, *shape: int) -> Operand:
@@ -119,6 +100,7 @@ def operand(dtype: torch.dtype, *shape: int) -> Operand:
 def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[tuple[str, Launch]]:
     out, sums = meta(1, 5184, 1024, dtype=dtype), (meta(1, 5184), meta(1))
     for width in (17, 256, 1024):
+        unit = meta(1, 1, width) if dtype == torch.float32 else None
         f = operand(dtype, 1, 5184, width)
         for rows in (2560, 5248):
             panel = operand(dtype, 1, rows, 5248)
@@ -126,15 +108,17 @@ def aggregations(name: str, dtype: torch.dtype, gpu: Architecture) -> Iterator[t
                 kind = f"{name}-d{width}-r{rows}" + ("" if gamma else "-threshold")
                 launch = weights_launch(f, *sums, gamma, panel, meta(1, 41, rows), 0, gpu)
                 yield f"weights-{kind}", launch
-        product = product_launch(panel, f, sums[0], sums[0], 1e-6, out, 0, gpu)
+        product = product_launch(
+            panel, f, sums[0], meta(1, 41, 5248), sums[0], unit, 1e-6, out, 0, gpu
+        )
         yield f"product-{name}-v{width}", product
-        launch = stream_launch(f, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        launch = stream_launch(f, f, *sums, unit, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-v{width}", launch
     if dtype != torch.float32:
         f = operand(dtype, 1, 5184, 4096)
         launch = weights_launch(f, *sums, 3.0, panel, meta(1, 41, rows), 0, gpu)
         yield f"weights-{name}-d4096", launch
-        launch = stream_launch(panel, f, *sums, 3.0, 1e-6, out, meta(1, 5184), gpu)
+        launch = stream_launch(panel, f, *sums, None, 3.0, 1e-6, out, meta(1, 5184), gpu)
         yield f"stream-{name}-d4096", launch
 
 

@@ -50,7 +50,7 @@ def grid(run_id: str) -> list[tuple[int, int, int, torch.dtype]]:
     """(B, N, D, dtype): all combinations on a GPU, else all pairs; the interpreter skips some."""
     pairs = in_turn(TOKENS, DTYPES)
     if run_id == "interpreter":
-        kept = [case for case in pairs if case[1] * case[2] < 577 * 300]
+        kept = [case for case in pairs if case[1] * case[2] < 577 * 100]
         alone = [n == 577 or (n > 33 and d > 64) for _, n, d, _ in kept]
         return [(1 if one else b, *case) for (b, *case), one in zip(kept, alone, strict=True)]
     if run_id == "torch":

@@ -25,6 +25,7 @@ def ops(x: Tensor, mask: Tensor, grid: tuple[int, int]) -> None:
         assert_type(sf.similarity(x, beta=0.4, normalize=False), Tensor)
         assert_type(sf.aggregate(x, x, 0.4, backend="triton"), Tensor)
         assert_type(sf.adaptive_aggregate(x, x), Tensor)
+        assert_type(sf.content_attention(x, x, 3.0, ("mean", 1.2)), Tensor)
         assert_type(sf.blended_attention(x, x, x, x, 3.0, 0.5, scale=None), Tensor)
         assert_type(sf.upsampled_labels(x, (6, 8), backend=None), Pair)
 

@@ -6,7 +6,7 @@ the ranks 1 and 2, which are its ranks 0 and 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, product
@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 import scclip_fast as sf
 from scclip_fast import distributed
 from scclip_fast.chunked import tiles
+from scclip_fast.distributed import kernel_search
+from scclip_fast.kernels.knn_details import table
 
 WORLD, LARGE = 3, (1500, 64)
 N, D, K = 131, 24, 5
@@ -35,18 +37,32 @@ COMBINATIONS = [
     ("whole", "clusters", torch.float32),
 ]
 
-#: Numbers of rows by rank, by the size of the group. The cases take them in turn.
-SHARES = {
-    1: [(N,)],
-    2: [(70, 61), (1, 130), (N, 0)],
-    3: [(17, 60, 54), (1, 0, 130), (65, 65, 1), (0, 0, N)],
+#: By kind of tokens, the dtype and op that the kernels run. A tile and a piece have 128 rows, the
+#: least for half precision, and the last ones have fewer than K. Of 96 channels, the two kernels
+#: that measure a row with and without a certificate make different sums.
+KERNEL_CASES = {
+    "far": (torch.float32, "knn"),
+    "ties": (torch.bfloat16, "knn"),
+    "broken": (torch.float16, "scclip"),
+}
+KERNEL_STEP, KERNEL_WIDTH = 128, 96
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: Numbers of rows of all ranks but the last, by the size of the group. The cases take them in turn.
+SHARES = {1: [()], 2: [(70,), (1,), (N,)], 3: [(17, 60), (1, 0), (65, 65), (0, 0)]}
+
+OPS = {
+    "knn": lambda lib, values, x, **group: lib.knn(x, K, **group),
+    "scclip": lambda lib, values, x, **group: [lib.lof_scores(x, K, **group)],
+    "breunig": lambda lib, values, x, **group: [lib.lof_scores(x, K, variant="breunig", **group)],
+    "aggregate": lambda lib, values, x, **group: [lib.aggregate(values, x, 0.3, **group)],
 }
 
 
-def tokens(kind: str) -> Tensor:
+def tokens(kind: str, width: int = D) -> Tensor:
     if kind == "ties":
-        return torch.randint(3, (N, 3)).double().repeat(1, D // 3) + 100
-    x = clusters(1, N, D)[0].double()
+        return torch.randint(3, (N, 3)).double().repeat(1, width // 3) + 100
+    x = clusters(1, N, width)[0].double()
     if kind == "far":  # products leave half of the rows undecided, whichever rank holds them
         x[N // 2 :] += 1000
     if kind == "broken":
@@ -64,13 +80,49 @@ def cases() -> Iterator[tuple[str, int, Tensor, Tensor]]:
         yield f"{where}-{kind}-{str(dtype).removeprefix('torch.')}", WORKSPACES[where], values, x
 
 
-def results(module, values: Tensor, x: Tensor, **group) -> dict[str, tuple[Tensor, ...]]:
-    return {
-        "knn": module.knn(x, K, **group),
-        "scclip": (module.lof_scores(x, K, **group),),
-        "breunig": (module.lof_scores(x, K, variant="breunig", **group),),
-        "aggregate": (module.aggregate(values, x, 0.3, **group),),
-    }
+def results(ops: Iterable[str], values: Tensor, x: Tensor, turn: int, groups: dict) -> dict:
+    """The results by the size of the group and by op, for this rank's rows of values and x.
+
+    The ranks take turns to be the group of one. The first rank also has, as "op", the results of
+    the ops of one process.
+    """
+    rank, found = dist.get_rank(), {}
+    for world, group in groups.items():
+        place = dist.get_rank(group)
+        if place < 0 or (world == 1 and rank != turn % WORLD):
+            continue
+        bounds = [0, *accumulate(SHARES[world][turn % len(SHARES[world])])]
+        own = slice(bounds[place], [*bounds[1:], len(x)][place])
+        found[world] = _results(ops, distributed, values[own], x[own], group=group)
+    if rank == 0:
+        found["op"] = _results(ops, sf, values, x)
+    return found
+
+
+def _results(ops: Iterable[str], module, values, x, **group) -> dict[str, list[Tensor]]:
+    return {op: [out.cpu() for out in OPS[op](module, values, x, **group)] for op in ops}
+
+
+def by_kernels(groups: dict) -> dict[str, dict]:
+    """The results of the cases whose pieces the kernels search."""
+    found, before = {}, (kernel_search.ROWS, kernel_search.PIECE_BYTES)
+    for turn, (kind, (dtype, op)) in enumerate(KERNEL_CASES.items()):
+        x = tokens(kind, KERNEL_WIDTH).to(DEVICE, dtype)
+        kernel_search.ROWS = KERNEL_STEP
+        kernel_search.PIECE_BYTES = KERNEL_STEP * KERNEL_WIDTH * x.itemsize
+        with sf.backend("triton"):
+            found[f"kernels-{kind}"] = results([op], x, x, turn, groups)
+    kernel_search.ROWS, kernel_search.PIECE_BYTES = before
+    return found
+
+
+def many_neighbors(rank: int) -> list[bool]:
+    """True for each result of 128 neighbours that the backends share, as the kernels take 127."""
+    x, found = tokens("clusters").tensor_split(WORLD)[rank].to(DEVICE, torch.float32), []
+    for name in ("triton", "torch"):
+        with sf.backend(name):
+            found.append(distributed.knn(x, 128))
+    return [torch.equal(*both) for both in zip(*found, strict=True)]
 
 
 @contextmanager
@@ -117,6 +169,11 @@ def error_of(call: Callable[[], object]) -> tuple[str, str]:
     return "", ""
 
 
+def with_backend(name: str, call: Callable[[], object]) -> object:
+    with sf.backend(name):
+        return call()
+
+
 def faults(rank: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
     """Calls that must fail on every rank. A call that hangs ends with the group's timeout."""
     x = torch.randn(10, D)
@@ -143,11 +200,15 @@ def faults(rank: int, pair: dist.ProcessGroup) -> dict[str, Callable[[], object]
         "no variant": lambda: distributed.lof_scores(x, 5, variant="textbook"),
         "no rows": lambda: knn(x[:0], 5),
         "group": lambda: knn(x, 50, group=pair),
+        "backend": lambda: with_backend("reference" if last else "torch", lambda: knn(x, 5)),
+        "no kernels": lambda: with_backend("triton", lambda: knn(x.double(), 5)),
     }
 
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    if DEVICE == "cpu":
+        table.MOST_PROGRAMS = 8  # as in conftest.py
     torch.manual_seed(0)
     store = f"file://{folder}/store"
     dist.init_process_group(
@@ -159,13 +220,9 @@ def run(rank: int, folder: str) -> None:
     found = {}
     for turn, (name, size, values, x) in enumerate(cases()):
         with workspace(size), sf.backend("torch"):
-            found[name] = {"op": results(sf, values, x) if rank == 0 else None}
-            for world, group in groups.items():
-                if (place := dist.get_rank(group)) < 0:
-                    continue
-                bounds = [0, *accumulate(SHARES[world][turn % len(SHARES[world])])]
-                own = slice(bounds[place], bounds[place + 1])
-                found[name][world] = results(distributed, values[own], x[own], group=group)
+            found[name] = results(OPS, values, x, turn, groups)
+    found |= by_kernels(groups)
+    found["many neighbors"] = many_neighbors(rank)
     found["largest"] = largest()
     found["gradient"] = gradients()
     found["faults"] = {name: error_of(call) for name, call in faults(rank, pair).items()}

@@ -18,9 +18,11 @@ import scclip_fast as sf
 from scclip_fast import chunked, reference
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels._launch import Architecture
+from scclip_fast.kernels.aggregate_details.norms import FEATURE_SCALE
 from scclip_fast.kernels.aggregate_details.panel import product_launch, weights_launch
 from scclip_fast.kernels.aggregate_details.products import CHANNELS, Operand
 from scclip_fast.kernels.aggregate_details.stream import stream_launch
+from scclip_fast.kernels.aggregate_details.values import VALUE_SCALE
 
 DEVICES = [
     pytest.param(run.values[0], id=run.id, marks=run.marks)
@@ -51,9 +53,13 @@ def path(request, monkeypatch):
     assert set(symmetric) == {dict(triangle=True, panels=False, stream=None)[request.param]}
 
 
+def split(x):
+    first = x.half()
+    return Operand(first, (x - first).half())
+
+
 def by_kernels(values, features, floor, gamma):
-    scale = chunked.inverse_norms(features).squeeze(-1)
-    return aggregate.aggregate_triton(values, features, scale, floor, gamma, EPS)
+    return aggregate.aggregate_triton(values, features, floor, gamma, EPS)
 
 
 def by_equation(values, features, floor, gamma):
@@ -115,16 +121,16 @@ def test_rows_of_a_large_image(device):
     x = torch.nn.functional.normalize(torch.randn(1, n, d, dtype=torch.float64), dim=-1)
     x[:, ::40] = x[:, first : first + 1] + 0.8 * x[:, ::40]  # alike by 0.7 or more, others by 0.2
     unit = torch.nn.functional.normalize(x, dim=-1)
-    f = aggregate._split((aggregate.FEATURE_SCALE * unit).float().to(device))
-    v = aggregate._split((16 * x[..., :128]).float().to(device))
-    scale = torch.full((1, n), 1 / aggregate.FEATURE_SCALE, device=device)
+    f = split((FEATURE_SCALE * unit).float().to(device))
+    v = split((16 * x[..., :128]).float().to(device))
+    scale = torch.full((1, n), 1 / FEATURE_SCALE, device=device)
     floor = torch.full((1,), 0.4, device=device)
     panel = Operand(*(t.new_empty(1, 128, 5248) for t in f))
     sums, total = scale.new_empty(1, 41, 128), torch.full_like(scale, torch.nan)
     out = scale.new_empty(1, n, 128)
     weights_launch(f, scale, floor, None, panel, sums, first).run()
-    total[:, first : first + 128] = sums.sum(dim=1)
-    product_launch(panel, v, scale, total, EPS, out, first).run()
+    ones = torch.ones(1, 1, 128, device=device)
+    product_launch(panel, v, scale, sums, total, ones, EPS, out, first).run()
     s = unit[:, first : first + 128] @ unit.mT
     weight = torch.where(s < 0.4, 0, s)
     assert (weight > 0).sum() > 500
@@ -170,7 +176,7 @@ def weights_and_values(tokens):
     weight[weight < 0.4] = 0
     value = rng.standard_normal((32, 1)) + 0.9 * rng.standard_normal((32, tokens))
     largest = np.abs(value).max(axis=1, keepdims=True)
-    return weight, np.ldexp(value, aggregate.VALUE_SCALE - np.frexp(largest)[1])
+    return weight, np.ldexp(value, VALUE_SCALE - np.frexp(largest)[1])
 
 
 def halves(x):
@@ -200,8 +206,8 @@ def steps(gpu):
 
     x, sums, one = meta(1, 5184, 256, dtype=torch.float16), meta(1, 5184), meta(1)
     split, panel = Operand(x, x), meta(1, 128, 5248, dtype=torch.float16)
-    product = product_launch(Operand(panel, panel), split, sums, sums, EPS, x, 0, gpu)
-    stream = stream_launch(split, split, sums, one, None, EPS, x, sums, gpu)
+    product = product_launch(Operand(panel, panel), split, *[sums] * 3, None, EPS, x, 0, gpu)
+    stream = stream_launch(split, split, sums, one, None, None, EPS, x, sums, gpu)
     return {launch.arguments["BLOCK_N"] for launch in (product, stream)}
 
 

@@ -145,6 +145,7 @@ def press(page):
     page.find_element(By.XPATH, "//button[text()='Segment']").click()
 
 
+@pytest.mark.slow
 def test_upload_type_segment(page, tmp_path):
     photo = Image.fromarray(scene("benchmark", 18).image[:160])
     photo.save(tmp_path / "photo.png")
@@ -168,6 +169,7 @@ def test_upload_type_segment(page, tmp_path):
     assert (shown != expected).any(axis=2).mean() < 0.002  # pixels that nearly tie
 
 
+@pytest.mark.slow
 def test_sliders_and_stages_change_the_result(page):
     assert "10 of 196 patches are outliers" in text(page)
     before = picture(page, "#scores")
@@ -180,6 +182,7 @@ def test_sliders_and_stages_change_the_result(page):
     assert "without post aggregate" in text(page) and "with multi level" in text(page)
 
 
+@pytest.mark.slow
 def test_keys_move_a_slider(page):
     slider = page.find_element(By.CSS_SELECTOR, "#beta input[type=range]")
     before = picture(page, "#variants [aria-label^='Thumbnail 8 ']")
@@ -187,6 +190,7 @@ def test_keys_move_a_slider(page):
     wait(lambda: (picture(page, "#variants [aria-label^='Thumbnail 8 ']") != before).any())
 
 
+@pytest.mark.slow
 def test_errors_are_shown(page, tmp_path):
     def messages():
         return " ".join(
@@ -210,6 +214,7 @@ def test_errors_are_shown(page, tmp_path):
     assert "Traceback" not in page.page_source
 
 
+@pytest.mark.slow
 def test_nothing_leaves_this_machine(page, server):
     url, notes = server
     if target := os.environ.get("SCCLIP_FAST_SCREENSHOT"):

@@ -73,23 +73,24 @@ def test_every_op_takes_every_backend():
         sf.knn(X, 2, backend=name)
         sf.lof(X, 2, backend=name)
         sf.lof_scores(X, 2, backend=name)
+        sf.outlier_mask(X[..., 0], backend=name)
         sf.repair(X, mask, (2, 2), backend=name)
         sf.similarity(X, backend=name)
         sf.aggregate(X, X, backend=name)
         sf.adaptive_aggregate(X, sf.similarity(X), backend=name)
         sf.blended_attention(q, q, q, X, backend=name)
+        sf.content_attention(X, X, backend=name)
 
 
-@pytest.mark.parametrize("op", [sf.outlier_mask, sf.norm_scores])
-def test_a_backend_without_effect_is_deprecated(op, recwarn):
-    x = torch.rand(3, 50, 8) if op is sf.norm_scores else torch.rand(3, 50)
-    expected = op(x)
+def test_a_backend_without_effect_is_deprecated(recwarn):
+    x = torch.rand(3, 50, 8)
+    expected = sf.norm_scores(x)
     assert not recwarn
     for name in ("torch", "reference"):
-        with pytest.warns(DeprecationWarning, match=f"backend has no effect on {op.__name__}"):
-            assert torch.equal(op(x, backend=name), expected)
+        with pytest.warns(DeprecationWarning, match="backend has no effect on norm_scores"):
+            assert torch.equal(sf.norm_scores(x, backend=name), expected)
     with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="got 'cuda'"):
-        op(x, backend="cuda")
+        sf.norm_scores(x, backend="cuda")
 
 
 @pytest.mark.parametrize("capability, expected", [((7, 5), "torch"), ((8, 0), "triton")])
@@ -109,7 +110,7 @@ def test_gpus_before_ampere(capability, expected, monkeypatch):
 
 def test_the_kernels_are_what_runs(monkeypatch):
     """backend="triton" calls the launchers, and the other backends do not."""
-    from scclip_fast.kernels import aggregate, attention, knn, repair
+    from scclip_fast.kernels import aggregate, attention, knn, outlier_mask, repair
 
     launched = []
     for module, name in (
@@ -118,6 +119,7 @@ def test_the_kernels_are_what_runs(monkeypatch):
         (aggregate, "weights_launch"),
         (aggregate, "product_launch"),
         (attention, "attention_launch"),
+        (outlier_mask, "outlier_mask_launch"),
         (repair, "repair_launch"),
     ):
         original = getattr(module, name)
@@ -132,10 +134,12 @@ def test_the_kernels_are_what_runs(monkeypatch):
     for name in ("torch", "reference"):
         sf.knn(x, 2, backend=name)
         sf.blended_attention(q, q, q, x, backend=name)
+        sf.outlier_mask(x[..., 0], backend=name)
         sf.repair(x, mask, (2, 2), backend=name)
     assert launched == []
     sf.knn(x, 2, backend="triton")
     sf.blended_attention(q, q, q, x, backend="triton")
+    sf.outlier_mask(x[..., 0], backend="triton")
     sf.repair(x, mask, (2, 2), backend="triton")
     assert launched == [
         "search_launch",
@@ -143,5 +147,6 @@ def test_the_kernels_are_what_runs(monkeypatch):
         "weights_launch",
         "product_launch",
         "attention_launch",
+        "outlier_mask_launch",
         "repair_launch",
     ]

@@ -68,6 +68,8 @@ def test_files_of_an_image(command, folder, tmp_path):
         sam3_stages=list(TRUNK_STAGES),
         heads="both",
         preview=None,
+        prob_thd=0.5,
+        margin_thd=0.0,
     )
 
 
@@ -75,6 +77,7 @@ def test_stages_and_presets(folder):
     def config(**changed):
         options = dict(sam3_preset="depth", sam3_stages=None, device="cpu", precision="fp32")
         prompts = dict(heads="both", preview=None, prompts_per_pass=None)
+        prompts |= dict(prob_thd=None, margin_thd=0.0)
         args = Namespace(model=str(folder), **prompts | options | changed)
         return segment._segmenter(args, ["sky"]).config
 
@@ -138,7 +141,8 @@ def test_heads_and_batches(command, folder, photo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(segment_sam3, "segmenter", kept)
     words = ("--json", "--heads", "semantic", "--prompts-per-pass", "2", "--sam3-stages", "none")
-    assert command(*words)[0] == 0
+    assert command(*words, "--prob-thd", "0.9", "--margin-thd", "0.1")[0] == 0
+    assert (made[0].prob_thd, made[0].margin_thd) == (0.9, 0.1)
     assert (made[0].heads, made[0].prompts_per_pass) == (("semantic",), 2)
     assert made[0].preview is None and made[0].presence
     report = json.loads((tmp_path / "out" / "photo.json").read_text())

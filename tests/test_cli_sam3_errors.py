@@ -55,7 +55,6 @@ OF_CLIP = [  # some values are the defaults, which are refused too
     ("--slide-crop", "0"),
     ("--slide-stride", "112"),
     ("--logit-scale", "40"),
-    ("--prob-thd", "0.1"),
     ("--area-thd", "0.1"),
     ("--background", "sky"),
     ("--pamr-steps", "0"),
@@ -67,6 +66,7 @@ OF_SAM3 = [
     ("--heads", "both"),
     ("--preview", "0.5"),
     ("--prompts-per-pass", "4"),
+    ("--margin-thd", "0"),
 ]
 
 

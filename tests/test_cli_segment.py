@@ -1,7 +1,11 @@
 """`scclip-fast segment` on a tiny CLIP with random weights, in this process."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from scclip_fast.plots.palette import palette
 from scclip_fast.scenes.draw import CLASSES, scene
 from scclip_fast.segment import Segmenter
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = "sky, tree|bush, building"
 ENTRIES = ["sky", "tree, bush", "building"]  # the same in the form of Segmenter
 
@@ -99,10 +104,57 @@ def test_labels_do_not_depend_on_json(command, photo, tmp_path):
     assert (a != np.asarray(Image.open(tmp_path / "c" / "photo_labels.png"))).any()
 
 
+def test_batches_have_the_bits_of_single_images(command, photo, tmp_path, monkeypatch):
+    for index in range(4):
+        save_photo(tmp_path / "photos" / f"{index}.png", index)
+    (tmp_path / "photos" / "2b.png").write_bytes(b"damaged")
+    sizes = []
+
+    def bands(segmenter, images):
+        sizes.append(len(images))
+        return original(segmenter, images)
+
+    original = Segmenter.bands
+    monkeypatch.setattr(Segmenter, "bands", bands)
+    for out, batch in (("one", "1"), ("many", "3")):
+        code, stdout, stderr = command("photos", "--json", "--out", out, "--batch", batch)
+        assert code == 2 and stdout == f"4 images segmented. Results: {out}\n"
+        assert [line.partition(":")[0] for line in stderr.splitlines()] == [
+            "cannot read the photo photos/2b.png",
+            "scclip-fast segment",
+        ]
+    assert sizes == [1, 1, 1, 0, 1, 3, 1]
+    assert written(tmp_path / "one") == written(tmp_path / "many")
+    for name in written(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_processes(tiny, tmp_path):
+    for index in range(3):
+        save_photo(tmp_path / "photos" / f"{index}.png", index)
+    words = ["segment", "photos", "--model", tiny, "--classes", NAMES, "--short-side", "32"]
+    words += ["--device", "cpu", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for start, out in (([], "alone"), (torchrun, "shared")):
+        done = subprocess.run(
+            [sys.executable, *start, "-m", "scclip_fast.cli", *words, out],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"3 images segmented. Results: {out}\n"
+    assert len(written(tmp_path / "alone")) == 6
+    for name in written(tmp_path / "alone"):
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
 def test_options_reach_the_segmenter(command, photo, monkeypatch):
     passed = {}
 
-    def segment(segmenter, jobs, font):
+    def segment(segmenter, jobs, font, batch, ranks):
         names = "logit_scale prob_thd area_thd background slide_crop slide_stride short_side"
         passed.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
         passed["method"] = segmenter.encoder.method

@@ -1,5 +1,6 @@
 """The presets, the settings and models that are refused, and open_clip's loader."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from tiny_clip import TEXT, VISION, tiny_clip
 from torch import nn
 
 from scclip_fast.clip import SCCLIP, SCCLIPConfig, create_model, loading
+from scclip_fast.sam3 import Sam3CalibrationConfig
 
 MODEL = "ViT-tiny-test"
 CONFIG = dict(embed_dim=24, vision_cfg=VISION, text_cfg=TEXT)
@@ -124,26 +126,19 @@ def test_settings_of_another_type(changed, message):
         SCCLIP(tiny_clip(), replace(SCCLIPConfig(), **changed))
 
 
-class Timm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.visual = open_clip.timm_model.TimmModel("test_vit", embed_dim=8, image_size=32)
-
-
 RESNET = dict(layers=(1, 1, 1, 1), width=16, head_width=16, image_size=32)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: tiny_clip(**RESNET), "VisionTransformer, got ModifiedResNet"),
-        (lambda: tiny_clip(layers=2, attentional_pool=True), "attention .CoCa"),
-        (Timm, "got timm's VisionTransformer"),
+        (lambda: tiny_clip(**RESNET), "open_clip's ModifiedResNet, which is convolutional"),
+        (lambda: tiny_clip(layers=2, attentional_pool="parallel"), "second attention pooling"),
         (lambda: tiny_clip(layers=2, qk_norm=True), "got CustomResidualAttentionBlock"),
         (lambda: tiny_clip(layers=1), "at least 2 blocks"),
         (lambda: nn.Linear(1, 1), r"open_clip or transformers, got torch\.nn\..*\.Linear"),
     ],
-    ids=["resnet", "coca", "timm", "qk-norm", "one-block", "no-clip"],
+    ids=["resnet", "two-pools", "qk-norm", "one-block", "no-clip"],
 )
 def test_towers_that_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
@@ -241,3 +236,14 @@ def test_a_hub_out_of_reach_is_asked_once(offline, monkeypatch):
     monkeypatch.setattr(open_clip, "download_pretrained", download)
     reason = loading.fetch_weights(MODEL, "openai")
     assert reason and "again" not in reason
+
+
+@pytest.mark.parametrize("kind", [SCCLIPConfig, Sam3CalibrationConfig])
+def test_settings_as_json(kind):
+    config = replace(kind.for_depth(20), gamma=2.5, outlier_score="norm")
+    again = kind.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and hash(again) == hash(config)
+    assert eval(repr(config)) == config
+    assert kind.from_dict({"gamma": 2.5}) == replace(kind(), gamma=2.5)
+    with pytest.raises(ValueError, match=r"settings must be of .*gamma, .*; got 'magic'"):
+        kind.from_dict({"gamma": 2.5, "magic": 1})

@@ -159,10 +159,10 @@ def test_a_sam3_is_no_clip(tmp_path):
     save_tiny_sam3(tmp_path)
     with pytest.raises(ValueError, match=r"is a SAM3, which scclip_fast\.sam3 calibrates"):
         create_model(str(tmp_path))
-    for command in (["lof"], ["eval", "scenes"], ["app"]):
+    for command in (["lof"], ["app"]):
         code, _, stderr = run(*command, "--model", tmp_path, "--device", "cpu")
         assert (code, stderr.count("\n")) == (2, 1)
-        assert f"{tmp_path} is a SAM3, which `scclip-fast segment` alone takes" in stderr
+        assert f"{tmp_path} is a SAM3, which `scclip-fast segment` and `eval` take" in stderr
 
 
 def test_commands_take_transformers_clip(theirs, tmp_path, monkeypatch):

@@ -6,8 +6,14 @@ from cases import GPU
 
 import scclip_fast as sf
 from scclip_fast.ops.aggregate import _weighted_mean_backward, weighted_mean
-from scclip_fast.ops.attention import _attention, _attention_backward, _blended_attention
+from scclip_fast.ops.attention import (
+    _attention,
+    _attention_backward,
+    _blended_attention,
+    _mean_similarity,
+)
 from scclip_fast.ops.knn import nearest
+from scclip_fast.ops.lof import _outlier_mask
 from scclip_fast.ops.repair import _repair
 from scclip_fast.ops.upsample import _upsampled_labels
 
@@ -44,6 +50,10 @@ OPS = {
     "aggregate": (
         lambda v, f: sf.aggregate(v, f, 0.2),
         lambda: (torch.randn(3, 40, 6), torch.randn(3, 40, 8)),
+    ),
+    "content_attention": (
+        lambda v, f: sf.content_attention(v, f, 10.0, ("mean", 1.2)),
+        lambda: (torch.randn(3, 40, 6), torch.rand(3, 40, 8)),
     ),
     "adaptive_aggregate": (
         lambda x, s: sf.adaptive_aggregate(x, s),
@@ -90,7 +100,11 @@ def test_compile_with_inductor(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["repair", "similarity", "aggregate", "adaptive_aggregate", "blended_attention"]
+    "name",
+    [
+        *("repair", "similarity", "aggregate", "adaptive_aggregate"),
+        *("blended_attention", "content_attention"),
+    ],
 )
 def test_compiled_gradients(name):
     torch._dynamo.reset()
@@ -149,6 +163,10 @@ class TestOpcheck:
         self.check(nearest, x, 20, True, backend, queries, metric)
         self.check(nearest, x, 5, True, backend, None, metric)
 
+    def test_outlier_mask(self, backend):
+        (scores,) = self.tensors((2, 40))
+        self.check(_outlier_mask, scores, 0.1, backend)
+
     def test_repair(self, backend):
         (tokens,) = self.tensors((2, 20, 4), grad=True)
         mask = torch.rand(2, 20, device=self.device) < 0.3
@@ -164,6 +182,10 @@ class TestOpcheck:
         values, features = self.tensors((2, 20, 4), (2, 20, 3), grad=True)
         floor = torch.full((2,), 0.1, device=self.device)
         self.check(weighted_mean, values, features, floor, gamma, backend)
+
+    def test_mean_similarity(self, backend):
+        (features,) = self.tensors((2, 20, 4))
+        self.check(_mean_similarity, features, torch.float32, backend)
 
     def test_attention(self, backend):
         q, k, v, content = self.tensors(*[(2, 2, 20, 4)] * 4, grad=True)

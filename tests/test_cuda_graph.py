@@ -12,7 +12,7 @@ from tiny_sam3 import ALL, SIDE, tiny_sam3
 
 import scclip_fast as sf
 from scclip_fast.clip import SCCLIP
-from scclip_fast.kernels import _launch
+from scclip_fast.kernels import _launch, _run
 from scclip_fast.sam3 import calibrate
 
 on_gpu = pytest.mark.gpu
@@ -51,7 +51,7 @@ class Kernel:
 
     def __init__(self, module):
         self.__name__ = "_kernel"
-        self.module, self.runs = module, 0
+        self.module, self.runs, self.fn = module, 0, object()
 
     def warmup(self, **_):
         return SimpleNamespace(module=self.module)
@@ -65,8 +65,10 @@ class Kernel:
 
 @pytest.mark.parametrize("capturing", [False, True])
 @pytest.mark.parametrize("module", [None, "loaded"])
-def test_only_what_is_loaded_is_captured(capturing, module, monkeypatch):
-    monkeypatch.setattr(_launch, "_capturing", lambda device: capturing)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_only_what_is_loaded_is_captured(capturing, module, keeps, monkeypatch):
+    monkeypatch.setattr(_run, "keeps_compiled", lambda device: keeps)
+    monkeypatch.setattr(_run, "capturing", lambda device: capturing)
     kernel = Kernel(module)
     launch = _launch.Launch(kernel, 1, x=torch.zeros(1))
     if capturing and module is None:

@@ -216,7 +216,7 @@ def test_masks_that_are_no_indices(tmp_path, key, write, reason):
     names, raw = write_dataset(tmp_path, key)
     paths = [PROTOCOLS[key].dataset(tmp_path).paths(name)[1] for name in names]
     write(paths[0], (raw[0] == raw[0].max()).astype(np.uint8))
-    dataset, mend = PROTOCOLS[key].dataset(tmp_path), "; a mask is a PNG of 8 bits"
+    dataset, mend = PROTOCOLS[key].dataset(tmp_path), "; a mask is a PNG of 8 or 16 bits"
     with pytest.raises(DataError) as error:
         dataset[0]
     assert str(error.value).startswith(f"{paths[0]}: {reason}{mend}")

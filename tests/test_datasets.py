@@ -176,7 +176,7 @@ DAMAGES = {
     "labels missing": (1, remove, "No such file"),
     "labels truncated": (1, truncate, ""),
     "labels of another size": (1, crop, "labels of 3 x 3 pixels for an image of 5 x 9"),
-    "labels in colour": (1, color, "a mask of colours (RGB); a mask is a PNG of 8 bits"),
+    "labels in colour": (1, color, "a mask of colours (RGB); a mask is a PNG of 8 or 16 bits"),
     "labels beyond the classes": (1, unknown_class, "label 21, where VOC21 has 0 to 20"),
 }
 

@@ -6,10 +6,10 @@ import torch
 from tolerance import assert_close
 
 from scclip_fast import distributed
-from scclip_fast.distributed.shards import rows_of
+from scclip_fast.distributed.shards import Shards, rows_of
 
-CASES = [name for name, *_ in ranks.cases()]
-OPS = ("knn", "scclip", "breunig", "aggregate")
+CASES = [(name, op) for name, *_ in ranks.cases() for op in ranks.OPS]
+CASES += [(f"kernels-{kind}", op) for kind, (_, op) in ranks.KERNEL_CASES.items()]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def found(tmp_path_factory):
 
 def of_all(found, case, op, world):
     """The tensors that an op returned to the ranks of a group, concatenated in their order."""
-    members = found[1:] if world == 2 else found[:world]
+    members = [rank for rank in found if world in rank[case]]
     return [torch.cat(parts) for parts in zip(*(m[case][world][op] for m in members), strict=True)]
 
 
@@ -30,20 +30,19 @@ def assert_same(out, expected):
     torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, op", CASES)
 def test_the_bits_of_one_process(found, case, op):
+    # "kernels-far" and "kernels-broken" fail if own rows are searched, not whole tiles.
     alone = of_all(found, case, op, world=1)
     for world in (2, 3):
         assert_same(of_all(found, case, op, world), alone)
-    for rank in found[1:]:
-        assert_same([*rank[case][1][op]], alone)
 
 
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, op", CASES)
 def test_what_the_op_itself_gives(found, case, op):
     """The op shares products between two tokens and sums neighbours in another order."""
+    # "kernels-ties" fails if a list without its own row loses its first entry, or if a tie goes to
+    # the later piece; all kernel cases fail if k tokens are kept and not k + 1.
     expected = found[0][case]["op"][op]
     for out, ref in zip(of_all(found, case, op, world=3), expected, strict=True):
         assert out.dtype == ref.dtype
@@ -57,11 +56,12 @@ def test_what_the_op_itself_gives(found, case, op):
 
 def test_cases_have_what_they_are_for(found):
     """There are several pieces and tiles, ties at the k-th place, and tokens without a score."""
-    assert {"pieces", "whole"} == {case.split("-")[0] for case in CASES}
-    distances, indices = found[0]["pieces-ties-float32"]["op"]["knn"]
-    assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
-    scores = found[0]["pieces-broken-float32"]["op"]["scclip"][0]
-    assert scores.isnan().sum() == 3
+    assert {"pieces", "whole", "kernels"} == {case.split("-")[0] for case, _ in CASES}
+    for case in ("pieces-ties-float32", "kernels-ties"):
+        distances, indices = found[0][case]["op"]["knn"]
+        assert (distances == 0).all(dim=-1).any() and (indices.diff(dim=-1) > 0).all(dim=-1).any()
+    for case in ("pieces-broken-float32", "kernels-broken"):
+        assert found[0][case]["op"]["scclip"][0].isnan().sum() == 3
 
 
 @pytest.mark.parametrize("op", ["knn", "lof_scores", "aggregate"])
@@ -70,6 +70,11 @@ def test_no_rank_holds_all_rows(found, op):
     tokens, width = ranks.LARGE
     for rank in found:
         assert tokens * width / 3 <= rank["largest"][op] < tokens * width / 2
+
+
+def test_what_the_kernels_do_not_take(found):
+    """The torch path has the place of the kernels for more neighbours than they find."""
+    assert [rank["many neighbors"] for rank in found] == [[True] * 2] * ranks.WORLD
 
 
 def test_no_gradient(found):
@@ -94,6 +99,8 @@ FAULTS = {
         "ValueError: rank 2 has an error: features requires",
         "ValueError: features requires a gradient, which is not computed: detach it",
     ),
+    "backend": "ValueError: all ranks must agree on the backend, got 'torch' on rank 0 and",
+    "no kernels": 'ValueError: backend "triton" cannot run here: the kernels take',
     "no channel": "ValueError: x must be (n, D), the rows of one rank, with D of at least 1, got",
     "k of 30": "ValueError: k must be smaller than the number of tokens, got k=30 with N=30 tokens",
     "no k": "TypeError: k must be an int, got float",
@@ -123,6 +130,16 @@ def test_all_faults_are_looked_at_and_none_blocks_the_group(found):
         [[2], [3], [4]],
         [[5], [6], [7]],
     ]
+
+
+def test_tiles_are_filled_by_own_rows(monkeypatch):
+    """Zeros could lie far from all tokens, without a certificate."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    x = torch.randn(2, 3).T.contiguous().T
+    shards = Shards(None, [5, 2, 6], x.device)
+    rows, first, kept = shards.whole_tiles(x, 4)
+    assert first == 4 and kept == slice(1, 3) and rows.is_contiguous()
+    assert torch.equal(rows[0], x[[1, 0, 1, 0]])
 
 
 def test_rows_are_dense():

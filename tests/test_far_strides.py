@@ -7,7 +7,6 @@ import pytest
 import torch
 from cases import RUNS
 
-from scclip_fast import chunked
 from scclip_fast.kernels import aggregate
 from scclip_fast.kernels.attention import attention_triton
 from scclip_fast.kernels.repair import repair_triton
@@ -41,9 +40,8 @@ def test_aggregate(device, workspace, monkeypatch):
     monkeypatch.setattr(aggregate, "WORKSPACE_BYTES", workspace)
 
     def call(x):
-        scale = chunked.inverse_norms(x).squeeze(-1)
         floor = torch.full((1,), 0.4, device=device)
-        return aggregate.aggregate_triton(x, x, scale, floor, None, 1e-6)[0]
+        return aggregate.aggregate_triton(x, x, floor, None, 1e-6)[0]
 
     far, near = far_and_near(device)
     assert torch.equal(call(far), call(near))

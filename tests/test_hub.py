@@ -54,6 +54,7 @@ def every_op(ops: ModuleType, backend: str, x: Tensor, q: Tensor, mask: Tensor) 
             "similarity": [ops.similarity(x)],
             "aggregate": [ops.aggregate(x, x)],
             "adaptive_aggregate": [ops.adaptive_aggregate(x, ops.similarity(x))],
+            "content_attention": [ops.content_attention(x, x)],
             "blended_attention": [ops.blended_attention(q, q, q, x)],
             "upsampled_labels": ops.upsampled_labels(q, (5, 7)),
         }

@@ -1,8 +1,6 @@
-import math
-
 import pytest
 import torch
-from cases import DEVICES, FEATURES, RUNS, runs_and_shapes, runs_with
+from cases import FEATURES, RUNS, runs_and_shapes, runs_with
 from published_lof import lof as published_lof
 from sklearn.neighbors import LocalOutlierFactor
 from tolerance import decided, relative_error
@@ -143,21 +141,6 @@ class TestDegenerate:
                 )
 
 
-def torch_quantile(scores, contamination):
-    """`torch.quantile` of each row, (B, 1).
-
-    Releases that round the rank to the dtype of the scores move it onto whole numbers. For these,
-    the arithmetic of torch 2.14 is written out.
-    """
-    steps = (torch.arange(51) >= 45).float()
-    if torch.quantile(steps, 0.9) < 1:
-        return torch.quantile(scores, 1 - contamination, dim=-1, keepdim=True)
-    fraction = torch.tensor(1 - contamination, dtype=scores.dtype).item()
-    below, weight = divmod(fraction * (scores.shape[1] - 1), 1)
-    low, high = scores.sort().values[:, [int(below), math.ceil(below + weight)]].split(1, dim=1)
-    return torch.lerp(low, high, torch.full_like(low, weight))
-
-
 @pytest.mark.parametrize(
     "device, backend, variant, far", runs_with(["scclip", "breunig"], [1e4, 1e8, 1e18, 1e20, 3e38])
 )
@@ -183,74 +166,3 @@ def test_a_heap_of_duplicates_hides_no_outlier(device, backend):
     assert (scores[:11] == 1).all()
     expected = sf.lof_scores(x.double(), 5, backend="reference")
     assert torch.allclose(scores.cpu().double(), expected, rtol=1e-3)
-
-
-class TestOutlierMask:
-    @pytest.mark.parametrize("contamination", [0.01, 0.05, 0.1, 1 / 3, 0.5])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_equals_torch_quantile(self, contamination, dtype):
-        """The masks agree at every N, also where the rank (N - 1)(1 - contamination) is whole."""
-        squares = [side * side for side in range(1, 34)]
-        for n in [*range(1, 601), *squares, 5184]:
-            scores = torch.rand(4, n, dtype=dtype) * torch.rand(4, 1, dtype=dtype)
-            mask = sf.outlier_mask(scores, contamination)
-            assert torch.equal(mask, scores > torch_quantile(scores, contamination)), n
-            assert torch.equal(sf.outlier_mask(scores[0], contamination), mask[0])
-
-    @pytest.mark.parametrize("device", DEVICES)
-    @pytest.mark.parametrize(
-        "side, contamination, count",
-        [(21, 0.05, 23), (9, 0.05, 5), (31, 0.05, 49), (19, 0.1, 37), (29, 0.1, 85)],
-    )
-    def test_whole_ranks(self, device, side, contamination, count):
-        """float32(0.95) lies below 0.95, so that the token at the whole rank is an outlier too.
-
-        The step of the scores is at that token, and is larger than rounding.
-        """
-        n = side * side
-        scores = torch.ones(n)
-        scores[:count] = 2  # the lowest of the upper ones has the rank (N - 1)(1 - contamination)
-        scores = scores[torch.randperm(n)].to(device)
-        mask = sf.outlier_mask(scores, contamination)
-        assert torch.equal(mask, scores == 2)
-
-    @pytest.mark.parametrize("contamination", [0.05, 0.1, 1 / 3])
-    def test_more_scores_than_float32_counts(self, contamination):
-        n = 2**24 + 3
-        scores = (torch.arange(n, dtype=torch.int32) * 16 + 0x3F800000).view(torch.float32)
-        rank = torch.tensor(1 - contamination).item() * (n - 1)
-        mask = sf.outlier_mask(scores, contamination)
-        first = math.floor(rank) + 1
-        assert not mask[:first].any() and mask[first:].all()
-
-    def test_largest_scores(self):
-        """The interpolation neither overflows nor returns NaN, also between infinities."""
-        largest = torch.finfo(torch.float32).max
-        scores = torch.full((4, 41), 1.0)
-        scores[0, :3] = largest
-        scores[1], scores[1, :3] = -largest, largest
-        scores[2, :3] = torch.inf
-        scores[3], scores[3, :3] = -torch.inf, 0
-        for contamination in (0.05, 0.06, 0.07):  # the rank is 38, 37.6 and 37.2
-            mask = sf.outlier_mask(scores, contamination)
-            assert mask[:, :3].all() and not mask[:, 3:].any()
-
-    def test_nan_is_left_out(self):
-        scores = torch.rand(60)
-        expected = sf.outlier_mask(scores, 0.1)
-        with_nan = torch.cat([scores, torch.full((40,), torch.nan)])
-        assert torch.equal(
-            sf.outlier_mask(with_nan, 0.1), torch.cat([expected, torch.zeros(40).bool()])
-        )
-        assert not sf.outlier_mask(torch.full((3, 5), torch.nan)).any()
-
-    def test_equal_scores_are_no_outliers(self):
-        assert not sf.outlier_mask(torch.ones(2, 50)).any()
-
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-    def test_short_dtypes(self, dtype):
-        scores = torch.rand(3, 50).to(dtype)
-        assert torch.equal(sf.outlier_mask(scores), sf.outlier_mask(scores.float()))
-
-    def test_empty_batch(self):
-        assert sf.outlier_mask(torch.empty(0, 9)).shape == (0, 9)

@@ -34,6 +34,7 @@ def forward(n, d):
         "knn-cosine": lambda: sf.knn(x, 30, x + 1, "cosine"),
         "knn-inner_product": lambda: sf.knn(x, 30, x + 1, "inner_product"),
         "aggregate": lambda: sf.aggregate(x, x),
+        "content_attention": lambda: sf.content_attention(x, x, 3.0, ("mean", 1.2)),
         "blended_attention": lambda: sf.blended_attention(q, q, q, x),
         "upsampled_labels": lambda: sf.upsampled_labels(maps, (n // 10, 300)),
     }

@@ -43,6 +43,7 @@ def heads(width):
 #: Ops with a gradient: (function, its inputs).
 SMOOTH = {
     "aggregate": (lambda v, f, **b: sf.aggregate(v, f, 0.2, **b), lambda: tokens(6, 8)),
+    "content_attention": (lambda v, f, **b: sf.content_attention(v, f, **b), lambda: tokens(6, 8)),
     "similarity": (lambda f, **b: sf.similarity(f, 0.2, **b), lambda: tokens(8)),
     "products": (lambda f, **b: sf.similarity(f, 0.2, False, **b), lambda: tokens(8)),
     "adaptive_aggregate": (sf.adaptive_aggregate, lambda: [*tokens(8), torch.rand(2, 40, 40)]),

@@ -134,7 +134,7 @@ def test_shared_names(ours):
 @pytest.mark.parametrize("settings", [{}, dict(area_thd=0.0, background=0)], ids=str)
 def test_equal_classes_go_to_the_first(ours, settings):
     names = [f"name {index}" for index in range(40)]
-    segmenter = Segmenter(ours, tokenizer(), names, templates=["{}"], slide_crop=None, **settings)
+    segmenter = Segmenter(ours, tokenizer(), names, templates=["{}"], short_side=40, **settings)
     image = photo(60, 80)
     first = segmenter(image).min()
     assert first < 39

@@ -156,7 +156,7 @@ def test_copies_and_checkpoints(model, tmp_path):
     assert same(loaded(**given), frozen, atol=1e-5)
 
 
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [pytest.param(True, marks=pytest.mark.slow), False])
 @torch.no_grad()
 def test_compile(model, before):
     """`vision_encoder` and `mask_decoder` compile to one graph each, before or after installing."""

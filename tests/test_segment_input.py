@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP, NotFiniteError
-from scclip_fast.segment import Segmenter
+from scclip_fast.segment import Segmenter, base
 from scclip_fast.segment import clip as segment_clip
 from scclip_fast.segment import image as images
 
@@ -52,6 +52,27 @@ def test_pictures_of_all_kinds(make, image):
     grey = Image.fromarray(image.numpy()[..., 0])
     same = image[..., :1].expand(60, 80, 3)
     assert torch.equal(segmenter(grey), segmenter(same))
+
+
+def test_files_and_lists(make, image, tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(image.numpy()).save(path)
+    other = photo(40, 60).numpy()
+    turned = Image.fromarray(other)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    turned.save(tmp_path / "turned.png", exif=exif)
+    segmenter = make()
+    expected = segmenter(image), segmenter(np.rot90(other, -1).copy())
+    for given in (
+        [path, tmp_path / "turned.png"],
+        (str(path), Image.open(tmp_path / "turned.png")),
+    ):
+        found = segmenter(given)
+        assert isinstance(found, list) and all(map(torch.equal, found, expected))
+    assert torch.equal(segmenter(path), expected[0]) and segmenter([]) == []
+    with pytest.raises(ValueError, match=r"no\.png: No such file"):
+        segmenter(tmp_path / "no.png")
 
 
 def test_a_read_only_array(make, image):
@@ -105,6 +126,33 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     monkeypatch.setattr(segment_clip, "_MAX_WINDOWS", 4)
     torch.testing.assert_close(segmenter.probabilities(image), expected, rtol=0, atol=1e-5)
     assert batches == [6, 4, 2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(slide_crop=None), dict(pamr_steps=1), dict(short_side=None)],
+    ids=lambda settings: "-".join(settings),
+)
+def test_images_of_a_list_are_encoded_together(encoder, make, image, settings, monkeypatch):
+    """Windows of one size share a batch, and each image has the bits that it has alone."""
+    given = [image, photo(97, 48), photo(60, 80)]
+    segmenter, batches = make(**settings), []
+    alone = [segmenter(one) for one in given]
+    probabilities = [segmenter.probabilities(one) for one in given]
+    monkeypatch.setattr(base, "_IMAGES", 2)
+    assert all(map(torch.equal, segmenter(given), alone))
+    monkeypatch.undo()
+
+    def encode_dense(images):
+        batches.append(len(images))
+        return original(images)
+
+    original = encoder.encode_dense
+    monkeypatch.setattr(encoder, "encode_dense", encode_dense)
+    assert all(map(torch.equal, segmenter(given), alone))
+    assert len(batches) < 3
+    together = [torch.cat([band for _, band in bands], 1) for bands in segmenter.bands(given)]
+    assert all(map(torch.equal, together, probabilities))
 
 
 def test_one_class(make, image):
@@ -224,7 +272,7 @@ def test_weights_that_are_not_finite(broken):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        ("photo.jpg", TypeError, "got str"),
+        ("photo.jpg", ValueError, "photo.jpg: No such file"),
         (None, TypeError, "got NoneType"),
         (np.zeros((4, 4, 3)), TypeError, "got torch.float64"),
         (torch.zeros(4, 4, 3), TypeError, "got torch.float32"),

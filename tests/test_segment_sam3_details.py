@@ -83,6 +83,6 @@ def test_arguments_that_are_refused(package):
     segmenter = package.segmenter(CLASSES)
     with pytest.raises(ValueError, match=r"min_score must be a finite number in \[0, 1\], got 2"):
         segmenter.details(photo(), min_score=2)
-    with pytest.raises(TypeError, match="image must be a PIL image"):
-        segmenter.details("photo.png")
+    with pytest.raises(TypeError, match="image must be a file, a PIL image"):
+        segmenter.details(None)
     assert segmenter.details(photo()[:1, :1])[0].boxes.shape[1] == len(SIZE) + 2

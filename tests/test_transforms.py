@@ -12,6 +12,7 @@ MASK = torch.arange(20) % 3 == 0
 #: Ops that have only reverse-mode derivatives, as functions of tokens (20, 4).
 REVERSE = {
     "aggregate": lambda x: sf.aggregate(x, x, 0.2),
+    "content_attention": lambda x: sf.content_attention(x, x),
     "repair": lambda x: sf.repair(x, MASK, (4, 5)),
     "blended_attention": lambda x: sf.blended_attention(x[None], x[None], x[None], x),
 }

@@ -24,6 +24,8 @@ TOKEN_OPS = {
     "features    ": lambda x: sf.adaptive_aggregate(x, X @ X.mT),
     "similarity_matrix": lambda x: sf.adaptive_aggregate(X, x),
     "features     ": lambda x: sf.blended_attention(Q, Q, Q, x),
+    "values ": lambda x: sf.content_attention(x, X),
+    "features       ": lambda x: sf.content_attention(X, x),
 }
 
 
@@ -59,6 +61,7 @@ SEQUENCE_FIRST = {
     "aggregate": lambda x: sf.aggregate(x, x),
     "adaptive_aggregate": lambda x: sf.adaptive_aggregate(x, x @ x.mT),
     "blended_attention": lambda x: sf.blended_attention(*[x[:, None]] * 3, x),
+    "content_attention": lambda x: sf.content_attention(x, x),
 }
 
 
@@ -127,6 +130,9 @@ def test_numbers(value):
         (lambda: sf.aggregate(X, X, value), "beta"),
         (lambda: sf.similarity(X, value), "beta"),
         (lambda: sf.blended_attention(Q, Q, Q, X, gamma=value), "gamma"),
+        (lambda: sf.content_attention(X, X, value), "gamma"),
+        (lambda: sf.content_attention(X, X, threshold=value), "threshold"),
+        (lambda: sf.content_attention(X, X, threshold=("mean", value)), "threshold"),
         (lambda: sf.blended_attention(Q, Q, Q, X, alpha=value), "alpha"),
         (lambda: sf.blended_attention(Q, Q, Q, X, scale=value), "scale"),
     ):
@@ -138,6 +144,18 @@ def test_numbers(value):
         sf.blended_attention(Q, Q, Q, X, gamma=-1)
     with pytest.raises(TypeError, match="beta must be a number, got str"):
         sf.similarity(X, "-inf")
+
+
+@pytest.mark.parametrize("value", [("max", 1.2), ("mean",), ("mean", 1.0, 2.0), ()])
+def test_threshold(value):
+    with pytest.raises(ValueError, match=r'threshold must be None, a number or \("mean", number\)'):
+        sf.content_attention(X, X, threshold=value)
+
+
+@pytest.mark.parametrize("value", ["mean", [0.4], ("mean", None), True])
+def test_threshold_of_another_type(value):
+    with pytest.raises(TypeError, match="threshold must be a number, got"):
+        sf.content_attention(X, X, threshold=value)
 
 
 def test_repair():
@@ -205,3 +223,4 @@ def test_meta_tensors():
     assert sf.aggregate(x.half(), x).dtype == torch.float16
     assert sf.repair(x, MASK.to("meta"), (5, 8)).shape == x.shape
     assert sf.blended_attention(q, q, q, x).shape == q.shape
+    assert sf.content_attention(x.half(), x, threshold=0.1).dtype == torch.float16

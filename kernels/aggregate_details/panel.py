@@ -1,7 +1,7 @@
 """Aggregation by panels: one kernel writes rows of the weights W, a second one multiplies W V.
 
     w_ij  = weight(s_ij) of `aggregate.py`           `weights`, into (B, R, columns)
-    out_i = sum_j w_ij v_j / (total_i + eps)         `product`
+    out_i = unit sum_j w_ij v_j / (total_i + eps)    `product`
 
 W is symmetric. If a panel holds all rows, `weights` computes only the tiles on and below the
 diagonal, and writes each one twice, the second time transposed.
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Architecture, Launch, architecture, strides
+from .._launch import Architecture, Launch, architecture, cdiv, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -208,7 +208,9 @@ def _product_kernel(
     v_ptr,
     v2_ptr,
     scale_ptr,
+    sums_ptr,
     total_ptr,
+    unit_ptr,
     out_ptr,
     # sizes
     N,
@@ -224,6 +226,7 @@ def _product_kernel(
     SPLIT: tl.constexpr,
     WHOLE: tl.constexpr,
     # tile
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -264,8 +267,17 @@ def _product_kernel(
                 average = tl.dot(w, tl.load(v_ptrs, mask=has_v & col_has, other=0.0), average)
     token = image * N + first + local
     exists = (local < R) & (first + local < N)
-    total = tl.load(total_ptr + token, mask=exists, other=1.0)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first_tile in range(0, columns // TILE, 16):
+        tile = first_tile + tl.arange(0, 16)
+        sums_ptrs = sums_ptr + (image * (columns // TILE) + tile)[:, None] * R + local[None, :]
+        inside = (tile < columns // TILE)[:, None] & (local < R)[None, :]
+        total += tl.sum(tl.load(sums_ptrs, mask=inside, other=0.0), axis=0)
+    if j == 0:
+        tl.store(total_ptr + token, total, mask=exists)
     average = average / (total + eps)[:, None]
+    if SPLIT:
+        average *= tl.load(unit_ptr + image * DV + channels, mask=channels < DV, other=0.0)[None, :]
     tl.store(
         out_ptr + token[:, None] * DV + channels[None, :],
         average.to(out_ptr.dtype.element_ty),
@@ -277,28 +289,35 @@ def product_launch(
     panel: Operand,
     v: Operand,
     scale: torch.Tensor,
+    sums: torch.Tensor,
     total: torch.Tensor,
+    unit: torch.Tensor | None,
     eps: float,
     out: torch.Tensor,
     first: int,
     gpu: Architecture | None = None,
 ) -> Launch:
-    """out (B, N, DV) of the rows of a panel; scale, total, out contiguous within an image."""
+    """out (B, N, DV) and total (B, N) of the rows of a panel, from its sums by tile.
+
+    unit: (B, 1, DV), the units of split values; None for others.
+    """
     batch, n, dv = v.first.shape
     rows, columns = panel.first.shape[1:]
-    assert scale.is_contiguous() and total.is_contiguous()
+    assert all(t is None or t.is_contiguous() for t in (scale, sums, total, unit, out))
     split = v.second is not None
     block_v = 128 if dv > 64 else 64
     gpu = gpu or architecture(out.device)
     return Launch(
         _product_kernel,
-        batch * triton.cdiv(rows, 128) * triton.cdiv(dv, block_v),
+        batch * cdiv(rows, 128) * cdiv(dv, block_v),
         w_ptr=panel.first,
         w2_ptr=panel.second,
         v_ptr=v.first,
         v2_ptr=v.second,
         scale_ptr=scale,
+        sums_ptr=sums,
         total_ptr=total,
+        unit_ptr=unit,
         out_ptr=out,
         N=n,
         DV=dv,
@@ -309,6 +328,7 @@ def product_launch(
         eps=eps,
         SPLIT=split,
         WHOLE=dv % block_v == 0,
+        TILE=TILE,
         BLOCK_M=128,
         BLOCK_N=gpu.options.split_step if split else 64,
         BLOCK_V=block_v,

@@ -26,6 +26,10 @@ class Operand(NamedTuple):
     first: torch.Tensor
     second: torch.Tensor | None
 
+    def images(self, some: slice) -> Operand:
+        """The same operand of some images of the batch."""
+        return Operand(*(half if half is None else half[some] for half in self))
+
 
 @triton.jit
 def weight_of(s, floor, gamma, SOFTMAX: tl.constexpr):

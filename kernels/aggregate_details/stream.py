@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Architecture, Launch, architecture, power_of_two, strides
+from .._launch import Architecture, Launch, architecture, cdiv, power_of_two, strides
 from .products import (
     CHANNELS,
     Operand,
@@ -34,6 +34,7 @@ def _stream_kernel(
     v2_ptr,
     scale_ptr,
     floor_ptr,
+    unit_ptr,
     out_ptr,
     total_ptr,
     # sizes
@@ -130,6 +131,8 @@ def _stream_kernel(
 
     total = tl.where(has_direction(row_scale), total, float("nan"))
     average = average / (total + eps)[:, None]
+    if SPLIT:
+        average *= tl.load(unit_ptr + image * DV + channels, mask=channels < DV, other=0.0)[None, :]
     token = image * N + rows
     if pid % slices == 0:
         tl.store(total_ptr + token, total, mask=rows < N)
@@ -145,6 +148,7 @@ def stream_launch(
     f: Operand,
     scale: torch.Tensor,
     floor: torch.Tensor,
+    unit: torch.Tensor | None,
     gamma: float | None,
     eps: float,
     out: torch.Tensor,
@@ -154,7 +158,7 @@ def stream_launch(
     """out and total of `aggregate.py`; all tensors but values and features are contiguous."""
     batch, n, dv = v.first.shape
     d = f.first.shape[-1]
-    assert all(t.is_contiguous() for t in (scale, floor, out, total))
+    assert all(t is None or t.is_contiguous() for t in (scale, floor, unit, out, total))
     split = f.second is not None
     held = d <= 256 and not split  # both halves would leave no room
     gpu = gpu or architecture(out.device)
@@ -164,13 +168,14 @@ def stream_launch(
     block_v = power_of_two(dv, 16, 128 if narrow else 256)
     return Launch(
         _stream_kernel,
-        batch * triton.cdiv(n, 128) * triton.cdiv(dv, block_v),
+        batch * cdiv(n, 128) * cdiv(dv, block_v),
         f_ptr=f.first,
         f2_ptr=f.second,
         v_ptr=v.first,
         v2_ptr=v.second,
         scale_ptr=scale,
         floor_ptr=floor,
+        unit_ptr=unit,
         out_ptr=out,
         total_ptr=total,
         N=n,

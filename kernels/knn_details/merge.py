@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch
+from .._launch import Launch, cdiv
 from .search import NO_PAIR, keep_nearest
 from .table import shares_of
 
@@ -81,7 +81,7 @@ def merge_launch(search: Launch, indices: torch.Tensor, distances: torch.Tensor)
     )
     return Launch(
         _merge_kernel,
-        len(indices) * triton.cdiv(search.arguments["rows_per_image"], block_r),
+        len(indices) * cdiv(search.arguments["rows_per_image"], block_r),
         **{name: search.arguments[name] for name in shared},
         indices_ptr=indices,
         distances_ptr=distances,

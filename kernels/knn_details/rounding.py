@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch, power_of_two, strides
+from .._launch import Launch, cdiv, power_of_two, strides
 from .table import LARGEST_FLOAT, TILE, Rounded, position_of
 
 LARGEST_HALF: tl.constexpr = tl.constexpr(65504.0)
@@ -75,7 +75,7 @@ def centre_launch(x: torch.Tensor, mean: torch.Tensor, spread: torch.Tensor) -> 
     assert mean.is_contiguous() and spread.is_contiguous()
     return Launch(
         _centre_kernel,
-        batch * triton.cdiv(d, 32),
+        batch * cdiv(d, 32),
         x_ptr=x,
         mean_ptr=mean,
         spread_ptr=spread,

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch, architecture, power_of_two, strides
+from .._launch import Launch, architecture, cdiv, power_of_two, strides
 from .table import LARGEST_FLOAT, Undecided, programs_for_lists, shares_of
 
 MAX_K = 128
@@ -171,12 +171,12 @@ def search_launch(
     listed = undecided is not None
     tokens, n_tokens = (undecided.tokens, undecided.n_tokens) if listed else (None, None)
     rows_per_image = tokens.shape[1] if listed else m
-    blocks = triton.cdiv(rows_per_image, BLOCK_M)
+    blocks = cdiv(rows_per_image, BLOCK_M)
     gpu = architecture(columns.device)
     if listed:
         programs = max(programs_for_lists(gpu) // batch, blocks)
     else:  # as many programs as fill a GPU, in whole blocks
-        shares = min(MOST_SHARES, triton.cdiv(n, 128), gpu.multiprocessors // (batch * blocks))
+        shares = min(MOST_SHARES, cdiv(n, 128), gpu.multiprocessors // (batch * blocks))
         programs = blocks * max(1, shares)
     block_k = power_of_two(k, 2, MAX_K)
     block_d = power_of_two(d, 16, 64)

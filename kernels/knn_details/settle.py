@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch, power_of_two, strides
+from .._launch import Launch, cdiv, power_of_two, strides
 from .search import NO_PAIR, distance_bits, infinities_to_nan
 from .table import NO_COLUMN, ROWS, SURE, token_at
 
@@ -118,7 +118,7 @@ def settle_launch(
     assert indices.is_contiguous() and distances.is_contiguous()
     return Launch(
         _settle_kernel,
-        batch * triton.cdiv(rows_per_image, ROWS),
+        batch * cdiv(rows_per_image, ROWS),
         q_ptr=rows,
         x_ptr=columns,
         table_ptr=table,

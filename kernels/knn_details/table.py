@@ -64,6 +64,8 @@ class Rounded(NamedTuple):
 
     def images(self, some: slice) -> Rounded:
         """The same set of some images of the batch."""
+        if some.start == 0 and some.stop >= len(self.u):
+            return self  # four slices take 5 us of Python
         return Rounded(self.y[some], self.a2[some], self.r[some], self.u[some], self.n, self.d)
 
 

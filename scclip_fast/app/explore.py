@@ -16,6 +16,7 @@ from torch import Tensor
 from ..calibration import find_outliers
 from ..clip import SCCLIP, SCCLIPConfig
 from ..clip.config import STAGES
+from ..clip.shared_layers import SharedLayers
 from ..plots.outliers import pca_colours
 from ..segment import Segmenter
 
@@ -42,19 +43,17 @@ class Result(NamedTuple):
     outliers: Tensor | None  # bool (h, w)
 
 
-class _Encoder(SCCLIP):
+class _Encoder(SharedLayers):
     """A model that keeps the block outputs of the last image, and its features.
 
-    The variants differ in the last block alone. Thus all variants, and all settings of the sliders,
-    share one pass through the other blocks.
+    All variants, and all settings of the sliders, share one pass through the blocks before the
+    last.
     """
 
-    images: Tensor | None = None
-
     def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-        if self.images is None or not torch.equal(images, self.images):
-            self.last, self.images = super().layers(images), images
-        return self.last
+        if self.kept and not torch.equal(self.kept[0][0], images):
+            self.forget()
+        return super().layers(images)
 
     def encode_dense(self, images: Tensor) -> Tensor:
         self.features = super().encode_dense(images)
@@ -130,9 +129,10 @@ class Explorer:
 
     def _outliers(self, config: SCCLIPConfig) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Returns scores and outliers (h, w) of the last photo, by the rule of SC-CLIP."""
-        layers, grid = self._encoder.last
+        _, (layers, grid) = self._encoder.kept[0]
         k, contamination = config.outlier_n_neighbors, config.outlier_contamination
-        scores_and_mask = find_outliers(layers[-1][:, 1:], k, contamination, config.outlier_score)
+        patches = self._encoder.tower.patches(layers[-1])
+        scores_and_mask = find_outliers(patches, k, contamination, config.outlier_score)
         if scores_and_mask is None:
             return None, None
         scores, mask = (each[0].unflatten(0, grid).cpu() for each in scores_and_mask)

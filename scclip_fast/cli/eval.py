@@ -5,23 +5,22 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from . import files, models, options
+from . import classes as class_lists
+from . import comparisons, eval_models, files, models, options, own_data, segment_sam3
+from .models import CLIP
 from .options import CommandError
 
 if TYPE_CHECKING:  # these load open_clip and torchmetrics
-    from ..clip import SCCLIP
-    from ..evaluate import Protocol, PublishedSegmenter, Ranks
+    from ..evaluate import Protocol, Ranks
     from ..evaluate.datasets import Dataset
 
 _DATASETS = (
     "voc20, voc21, context59, context60, coco-object, coco-stuff, cityscapes, ade20k, or all of "
-    "these; scenes, the drawn ones that need no folder"
+    "these; scenes, the drawn ones that need no folder; folder, your own --images and --masks"
 )
 
 
@@ -30,16 +29,23 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = options.add_command(
         commands,
         "eval",
-        "measure mIoU on the published benchmarks; an interrupted run goes on where it stopped",
+        "measure mIoU on benchmarks or your own images; an interrupted run goes on where it "
+        "stopped",
         run,
         usage="%(prog)s DATASET [--root FOLDER] [options]",
         extra="eval",
-        smaller="--precision fp16; finished images are kept",
+        smaller="--precision fp16, --batch 1 or fewer --prompts-per-pass; finished images are kept",
     )
     parser.epilog = "On several GPUs: torchrun --nproc-per-node N -m scclip_fast.evaluate DATASET"
     add = parser.add_argument
     add("dataset", metavar="DATASET", help=_DATASETS)
     add("--root", metavar="FOLDER", type=Path, help="the data set's folder, or one above it")
+    own_data.add(parser)
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="leave out images without labels and labels without an image",
+    )
     add(
         "--out",
         metavar="JSON",
@@ -62,8 +68,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=0,
         help="number of refinement steps by PAMR, along the edges of the resized photo, as in the "
         "published code",
+        **CLIP,
     )
-    options.add_windows(parser)
+    options.add_windows(parser, **CLIP)
+    models.add_batch(parser)
+    comparisons.add(parser)
+    segment_sam3.add_options(parser)
     models.add_model(parser)
     models.add_method(parser)
 
@@ -72,41 +82,40 @@ def run(args: argparse.Namespace) -> None:
     """Evaluates one data set or all of them."""
     from .. import evaluate
 
-    names = [name for name in evaluate.PROTOCOLS if name != "scenes"]
-    names = names if args.dataset == "all" else [args.dataset]
-    _check(args, evaluate.PROTOCOLS)
-    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    with evaluate.process_group(models.device(args.device)) as ranks:
-        opened = {name: _open(args, name, ranks) for name in names}
+    protocols = _protocols(args)
+    options.check_windows(args)
+    files.check_output("--out", args.out, (".json",), force=True)
+    eval_models.check(args, list(protocols.values()))
+    with evaluate.process_group(models.local_device(args)) as ranks:
+        opened = {name: _open(args, protocol, ranks) for name, protocol in protocols.items()}
         datasets = {name: dataset for name, dataset in opened.items() if dataset is not None}
         if not datasets:
             raise CommandError(f"no data set in {args.root} can be evaluated, see above")
         for name in datasets:
             _check_record(args, _out(args, name))
-        encoder, tokenizer = models.load_encoder(args)
-        digest, failures = evaluate.provenance.weights_digest(encoder), 0
+        model, failures = eval_models.load(args), 0
         for name, dataset in datasets.items():
-            settings = _settings(args, evaluate.PROTOCOLS[name], encoder, digest)
-            segmenter = evaluate.PublishedSegmenter(
-                encoder, tokenizer, settings["prompts"], shared_names=True, **settings["protocol"]
-            )
-            failures += _evaluate(args, segmenter, dataset, settings, ranks)
+            failures += _evaluate(args, model, protocols[name], dataset, ranks)
     problems = [f"{failures} image(s) could not be read, see above"] if failures else []
-    if missing := [name for name in names if name not in datasets]:
+    if missing := [name for name in protocols if name not in datasets]:
         problems.append(f"left out: {', '.join(missing)}")
     if problems:
         raise CommandError("; ".join(problems))
 
 
-def _check(args: argparse.Namespace, names: Iterable[str]) -> None:
-    """Checks the options before anything is loaded."""
-    if args.dataset not in (*names, "all"):
+def _protocols(args: argparse.Namespace) -> dict[str, Protocol]:
+    """Returns the protocol of each data set, or raises CommandError, before a model is loaded."""
+    from ..evaluate import PROTOCOLS
+
+    own_data.check(args)
+    if args.dataset == own_data.NAME:
+        return {own_data.NAME: own_data.protocol(args)}
+    if args.dataset not in (*PROTOCOLS, "all"):
         raise CommandError(f"there is no data set {args.dataset!r}; choose from {_DATASETS}")
     if args.root is None and args.dataset != "scenes":
         raise CommandError(f"{args.dataset} needs --root, the data set's folder or one above it")
-    options.check_windows(args)
-    files.check_output("--out", args.out, (".json",), force=True)
+    chosen = [name for name in PROTOCOLS if name != "scenes"]
+    return {n: PROTOCOLS[n] for n in (chosen if args.dataset == "all" else [args.dataset])}
 
 
 def _out(args: argparse.Namespace, name: str) -> Path:
@@ -127,72 +136,59 @@ def _check_record(args: argparse.Namespace, out: Path) -> None:
         )
 
 
-def _open(args: argparse.Namespace, name: str, ranks: Ranks) -> Dataset | None:
+def _open(args: argparse.Namespace, protocol: Protocol, ranks: Ranks) -> Dataset | None:
     """Opens a data set. For `all`, one that cannot be used gives None and a line on stderr."""
-    from ..evaluate import PROTOCOLS, DataError, DatasetNotFoundError
+    from .. import evaluate
+    from ..evaluate import DataError, DatasetNotFoundError, MissingFilesError
 
     try:
-        return PROTOCOLS[name].dataset(args.root, args.limit)
+        dataset = protocol.dataset(args.root, args.limit, args.allow_missing)
     except (DataError, DatasetNotFoundError) as error:
+        hint = "; --allow-missing goes on" if isinstance(error, MissingFilesError) else ""
         if args.dataset != "all":
-            raise CommandError(str(error)) from None
+            raise CommandError(f"{error}{hint}") from None
         if ranks.rank == 0:
-            print(f"skipped {name}: {error}", file=sys.stderr)
+            print(f"skipped {protocol.name}: {error}{hint}", file=sys.stderr)
         return None
-
-
-def _settings(args: argparse.Namespace, protocol: Protocol, encoder: SCCLIP, digest: str) -> dict:
-    """Returns all settings of an evaluation; "protocol" holds the arguments of the segmenter."""
-    thresholds = asdict(protocol)
-    for name in ("name", "dataset"):
-        del thresholds[name]
-    return {
-        "dataset": protocol.name,
-        "pixels": "resized in uint8 as by OpenCV, also as the picture that PAMR follows",
-        "protocol": {
-            **thresholds,
-            "slide_crop": args.slide_crop or None,
-            "slide_stride": args.slide_stride,
-            "pamr_steps": args.pamr_steps,
-        },
-        "model": {
-            "name": args.model,
-            "pretrained": None if models.brings_weights(args.model) else args.pretrained,
-            "method": args.method,
-            "precision": args.precision,
-            "weights": digest,
-        },
-        "config": asdict(encoder.config) if args.method == "scclip" else {},
-        "device": args.device.split(":")[0],
-        "prompts": protocol.class_names(),
-    }
+    if dataset.left_out and ranks.rank == 0:
+        count = f"{len(dataset.left_out)} of {len(dataset.left_out) + len(dataset.all_names)}"
+        listed = evaluate.files.listed(dataset.left_out)
+        print(f"{protocol.name}: {count} names are left out ({listed})", file=sys.stderr)
+    return dataset
 
 
 def _evaluate(
     args: argparse.Namespace,
-    segmenter: PublishedSegmenter,
+    model: eval_models.ClipModel | eval_models.Sam3Model,
+    protocol: Protocol,
     dataset: Dataset,
-    settings: dict,
     ranks: Ranks,
 ) -> int:
     """Evaluates one data set to the end and returns the number of images that failed."""
     from .. import evaluate
 
-    out = _out(args, settings["dataset"])
+    about = {"dataset": protocol.name} | model.settings(protocol)
+    about |= {"device": args.device.split(":")[0], "prompts": protocol.class_names()}
+    try:
+        segmenter = model.segmenter(protocol, about)
+    except ValueError as error:  # from the names of classes: one is too long, or two are the same
+        raise CommandError(str(error)) from None
+    out = _out(args, protocol.name)
     source = {"version": __version__, "files": evaluate.provenance.dataset_files(dataset)}
-    record = evaluate.RunRecord(out, settings | source)
+    record = evaluate.RunRecord(out, about | source)
     if ranks.rank == 0:
-        print(_heading(settings, dataset), flush=True)
+        print(_heading(about, dataset), flush=True)
     try:
         if args.force and ranks.rank == 0:
             record.clear()
         ranks.wait()
-        evaluate.run(segmenter, dataset, record, ranks)
+        evaluate.run(segmenter, dataset, record, ranks, models.batch(args))
         ranks.wait()
         if ranks.rank > 0:
             return 0
-        report = evaluate.report(dataset, record, segmenter.classes)
-        contents = settings | {"versions": evaluate.provenance.versions()} | report
+        names = list(map(class_lists.first_name, about["prompts"]))
+        report = evaluate.report(dataset, record, names, list(model.compared))
+        contents = about | {"versions": evaluate.provenance.versions()} | report
         files.write(out, files.encode_json(contents))
     except evaluate.SettingsChangedError as error:
         hint = "--force discards them, another --out keeps both"
@@ -213,7 +209,7 @@ def _heading(settings: dict, dataset: Dataset) -> str:
         "data set": f"{settings['dataset']}, {len(dataset)} images{folder}",
         "protocol": _listed(settings["protocol"]),
         "model": _listed(settings["model"]),
-        "config": _listed(settings["config"]) or "-",
+        "config": _listed(settings.get("config", {})) or ", ".join(settings.get("compare", "-")),
         "device": settings["device"],
     }
     return "\n".join(f"{name:<10}{text}" for name, text in rows.items()) + "\n"

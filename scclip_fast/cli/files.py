@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +18,6 @@ from .options import CommandError
 if TYPE_CHECKING:  # of the extras
     from PIL import Image
 
-# Suffixes of the files that are taken from folders and globs.
-_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_PLUGINS = {".heic", ".heif"}  # taken too if a plug-in of Pillow is registered for them
 _ENDINGS = {  # of the results, by kind
     "labels": "_labels.png",
     "overlay": "_overlay.png",
@@ -93,27 +91,24 @@ def _hint(folder: Path, recursive: bool) -> str:
     endings = sorted({path.suffix.lower() for path in entries if path.is_file()} - {""})
     hint = ""
     if endings:
-        read = ", ".join(sorted(_suffixes()))
+        from ..segment.image import suffixes
+
+        read = ", ".join(sorted(suffixes()))
         hint = f"; its files end in {', '.join(endings[:5])}, images in {read}"
     if not recursive and any(path.is_dir() for path in entries):
         hint += "; --recursive looks into its folders"
     return hint
 
 
-def _suffixes() -> set[str]:
-    """Returns the suffixes of images, in small letters."""
-    from PIL import Image
-
-    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
-
-
 def _images(paths: Iterable[Path], out: Path) -> list[Path]:
     """Returns the images among paths, sorted, without the results in `out`."""
-    out, suffixes = out.resolve(), _suffixes()
+    from ..segment.image import suffixes
+
+    out, taken = out.resolve(), suffixes()
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in suffixes
+        if path.suffix.lower() in taken
         and not path.name.startswith(".")
         and not (path.name.endswith(_PICTURES) and path.resolve().is_relative_to(out))
         and path.is_file()
@@ -145,16 +140,30 @@ def names(images: list[Path]) -> list[str]:
 
 
 def jobs(
-    images: list[Path | None], folder: Path, settings: dict, *, kinds: Sequence[str], force: bool
+    images: list[Path | None],
+    folder: Path,
+    settings: dict,
+    *,
+    kinds: Sequence[str],
+    force: bool,
+    share: slice = slice(None),
 ) -> list[Job]:
     """Lists the missing results of each image, or all of them with `force`.
+
+    Args:
+        images: all images of a run; None for the example.
+        folder: the folder of the results.
+        settings: everything that results depend on, except the image.
+        kinds: the results to make, keys of `_ENDINGS`.
+        force: whether existing results are made again.
+        share: the images to list; the others have their names alone.
 
     Raises:
         CommandError: a result is there that another image or other settings gave.
     """
     stems = ["example"] if images == [None] else names(images)
     jobs = []
-    for image, stem in zip(images, stems, strict=True):
+    for image, stem in list(zip(images, stems, strict=True))[share]:
         image_settings = settings | {"image": image and _digest(image)}
         files = {kind: folder / f"{stem}{_ENDINGS[kind]}" for kind in kinds}
         if not force:
@@ -250,7 +259,7 @@ def check_output(option: str, path: Path, suffixes: Sequence[str], *, force: boo
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all; raises CommandError if that fails."""
-    partial = path.with_name(f".{os.getpid()}.part")
+    partial = path.with_name(f".{os.getpid()}-{threading.get_ident()}.part")
     try:
         try:
             partial.write_bytes(data)

@@ -53,7 +53,7 @@ def patch_tokens(encoder: SCCLIP, pixels: Tensor) -> Tensor:
     """
     with torch.inference_mode():
         layers, _ = encoder.tower.block_outputs(pixels[None])
-    return layers[-1][0, 1:].float()
+    return encoder.tower.patches(layers[-1])[0].float()
 
 
 def find(

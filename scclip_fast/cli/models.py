@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..clip.sources import HubError, Source, find_source, first_line, load_transformers
+from . import options
 from .options import CommandError, out_of_memory
 
 if TYPE_CHECKING:  # of the extras
@@ -17,7 +19,11 @@ if TYPE_CHECKING:  # of the extras
 
     from ..clip import SCCLIP
 
-METHODS = ("scclip", "clip", "maskclip", "sclip", "clearclip")  # those of scclip_fast.clip
+PROXY_METHODS = ("proxyclip", "lposs")  # those that need --proxy
+METHODS = (  # those of scclip_fast.clip
+    *("scclip", "clip", "maskclip", "sclip", "clearclip", "naclip", "resclip"),
+    *PROXY_METHODS,
+)
 SWITCHES = {  # stages in SCCLIPConfig, and the effect of switching each off
     "repair": "keep the outlier tokens as they are",
     "pre_aggregate": "do not aggregate before the last block",
@@ -60,7 +66,11 @@ def add_model(
         random: whether the sub-command takes untrained weights.
     """
     parser.set_defaults(
-        only_for={}, takes_random=random, method="scclip", **dict.fromkeys(SWITCHES, True)
+        only_for={},
+        takes_random=random,
+        method="scclip",
+        proxy=None,
+        **dict.fromkeys(SWITCHES, True),
     )
     add = parser.add_argument
     add(
@@ -68,7 +78,7 @@ def add_model(
         default=default,
         help="open_clip's or OpenAI's name of a vision transformer; transformers' CLIP by its name "
         "on the hub; a folder with a download of either; scenes, the small model that comes with "
-        "this package, for drawn scenes only; for segment alone facebook/sam3, or its folder",
+        "this package, for drawn scenes only; for segment and eval facebook/sam3, or its folder",
     )
     add(
         "--pretrained",
@@ -88,12 +98,41 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     meaning = "how the features of the last block are made dense"
     add("--method", choices=METHODS, default="scclip", help=meaning, **CLIP)
+    add(
+        "--proxy",
+        metavar="NAME",
+        help="the second model that --method "
+        + " and ".join(PROXY_METHODS)
+        + " need: dino, dinov2 "
+        "or dinov3; a vision transformer of transformers by its name on the hub, or its folder; "
+        "timm:NAME for one of timm",
+        **CLIP,
+    )
     switched_off = dict(nargs=0, default=True, const=False, **CLIP)
     for stage, effect in SWITCHES.items():
-        add(_switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
+        add(switch(stage), dest=stage, help=f"with --method scclip: {effect}", **switched_off)
 
 
-def _switch(stage: str) -> str:
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    """Adds --batch; see `batch`."""
+    parser.add_argument(
+        "--batch",
+        metavar="N",
+        type=options.positive,
+        help="the number of images whose windows are encoded together; by default 1 on a CPU and 8 "
+        "on a GPU",
+        **CLIP,
+    )
+
+
+def batch(args: argparse.Namespace) -> int:
+    """Returns the number of images that are segmented together."""
+    if is_sam3(args.model):
+        return 1
+    return args.batch or (1 if args.device == "cpu" else 8)
+
+
+def switch(stage: str) -> str:
     """Returns the option that switches a stage off."""
     return f"--no-{stage.replace('_', '-')}"
 
@@ -115,10 +154,13 @@ def load_encoder(args: argparse.Namespace) -> tuple[SCCLIP, Callable]:
     target = device(args.device)
     off = [stage for stage in SWITCHES if not getattr(args, stage)]
     if off and args.method != "scclip":
-        raise CommandError(f"{_switch(off[0])} is for --method scclip, got {args.method}")
+        raise CommandError(f"{switch(off[0])} is for --method scclip, got {args.method}")
+    if (args.method in PROXY_METHODS) is not (args.proxy is not None):
+        need = "needs" if args.proxy is None else "has no use for"
+        raise CommandError(f"--method {args.method} {need} --proxy")
     model_source = source(args.model)
     if model_source.kind == "sam3":
-        raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` alone takes")
+        raise CommandError(f"{args.model} is a SAM3, which `scclip-fast segment` and `eval` take")
     if model_source.kind == "transformers":
         args.extra = f"{args.extra},sam3"
     encoder, tokenizer = _create(args, model_source, target)
@@ -131,7 +173,7 @@ def _create(
 ) -> tuple[SCCLIP, Callable]:
     from ..clip import create_model
 
-    options = {"method": args.method, "precision": args.precision, "device": device}
+    options = dict(method=args.method, proxy=args.proxy, precision=args.precision, device=device)
     try:
         tag = None if model_source.brings_weights else _tag(args)
         with torch.random.fork_rng(devices=[]):
@@ -201,6 +243,13 @@ def brings_weights(model: str) -> bool:
 def is_sam3(model: str) -> bool:
     """Whether a --model is a SAM3."""
     return source(model).kind == "sam3"
+
+
+def local_device(args: argparse.Namespace) -> torch.device:
+    """Returns the device of this process, or raises CommandError; of torchrun's, each has a GPU."""
+    if "LOCAL_RANK" in os.environ and args.device.startswith("cuda"):
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    return device(args.device)
 
 
 def device(name: str) -> torch.device:

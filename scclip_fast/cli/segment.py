@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..ranks import process_group
 from . import classes as class_lists
 from . import files, models, options, segment_sam3
 from .models import CLIP, SAM3
@@ -86,6 +87,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
         **SAM3,
     )
     add("--force", action="store_true", help="replace existing results")
+    models.add_batch(parser)
 
 
 def _add_clip(parser: argparse.ArgumentParser) -> None:
@@ -112,9 +114,8 @@ def _add_clip(parser: argparse.ArgumentParser) -> None:
         "--prob-thd",
         metavar="P",
         type=options.share,
-        default=0.0,
-        help="pixels whose best class is less probable than this become the background",
-        **CLIP,
+        help="pixels whose best class is less probable than this become the background; by default "
+        "0 with a CLIP and 0.5 with a SAM3",
     )
     add(
         "--area-thd",
@@ -150,17 +151,29 @@ def run(args: argparse.Namespace) -> None:
     paths = files.find_images(args.images, args.recursive, args.out) if args.images else [None]
     files.make_folder(args.out)
     kinds = ["labels", "overlay", *(kind for kind in ("compare", "json") if getattr(args, kind))]
-    jobs = files.jobs(paths, args.out, settings, kinds=kinds, force=args.force)
-    jobs = [job for job in jobs if job.files]
-    if done := len(paths) - len(jobs):
-        print(f"{done} of {len(paths)} done already; --force makes them again", file=sys.stderr)
-    failures = 0
-    if jobs:
-        segmenter = _segmenter(args, classes)
-        from . import segment_images
+    device = models.local_device(args)
+    with process_group(device) as ranks:
+        share = slice(ranks.rank, None, ranks.world_size)
+        jobs = files.jobs(paths, args.out, settings, kinds=kinds, force=args.force, share=share)
+        jobs = [job for job in jobs if job.files]
+        failures = 0
+        if jobs:
+            segmenter = _segmenter(args, classes)
+            from . import segment_images
 
-        failures = segment_images.segment(segmenter, jobs, args.font)
-    print(f"{_images(len(jobs) - failures)} segmented. Results: {args.out}")
+            failures = segment_images.segment(segmenter, jobs, args.font, models.batch(args), ranks)
+        todo, failures = (ranks.total(count, device) for count in (len(jobs), failures))
+    if ranks.rank == 0:
+        _report(args, classes, len(paths), todo, failures)
+
+
+def _report(
+    args: argparse.Namespace, classes: list[str], images: int, todo: int, failures: int
+) -> None:
+    """Prints what was done, or raises CommandError if an image could not be read."""
+    if done := images - todo:
+        print(f"{done} of {images} done already; --force makes them again", file=sys.stderr)
+    print(f"{_images(todo - failures)} segmented. Results: {args.out}")
     if failures:
         raise CommandError(f"{_images(failures)} could not be read, see above")
     if len(classes) == 1 and not models.is_sam3(args.model):
@@ -179,6 +192,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     models.check_kind(args)
     if models.is_sam3(args.model):
         return segment_sam3.settings(args, classes)
+    args.prob_thd = args.prob_thd or 0.0
     names = list(map(class_lists.first_name, classes))
     if args.background is not None and args.background not in names:
         raise CommandError(f"--background must be one of the classes, got {args.background!r}")
@@ -188,7 +202,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     if args.background is not None and not has_threshold:
         raise CommandError("--background needs --prob-thd or --area-thd, as it does nothing alone")
     options.check_windows(args)
-    used = ("model", "pretrained", "method", *models.SWITCHES, "precision", "short_side")
+    used = ("model", "pretrained", "method", "proxy", *models.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",
         "slide_stride",

@@ -1,4 +1,4 @@
-"""The options of `scclip-fast segment` for a SAM3, and the segmenter that they make."""
+"""The options of `segment` and `eval` for a SAM3, and the segmenter of `segment`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEADS = {  # the heads of `Sam3Segmenter` by the value of --heads
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the calibration and the prompts of a SAM3."""
+    """Adds the calibration, the prompts and the margin of a SAM3."""
     add = parser.add_argument
     add(
         "--sam3-stages",
@@ -66,6 +66,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "32 at most",
         **SAM3,
     )
+    add(
+        "--margin-thd",
+        metavar="P",
+        type=options.share,
+        default=0.0,
+        help="pixels whose best class is more probable than the second by less than this become "
+        "the background",
+        **SAM3,
+    )
 
 
 def settings(args: argparse.Namespace, classes: list[str]) -> dict:
@@ -77,10 +86,17 @@ def settings(args: argparse.Namespace, classes: list[str]) -> dict:
         "model": args.model,
         "precision": args.precision,
         "sam3_preset": args.sam3_preset,
-        "sam3_stages": _stages(args.sam3_stages),
+        "sam3_stages": stages(args.sam3_stages),
         "heads": args.heads,
         "preview": args.preview,
+        "prob_thd": prob_thd(args),
+        "margin_thd": args.margin_thd,
     }
+
+
+def prob_thd(args: argparse.Namespace) -> float:
+    """Returns --prob-thd, which is 0.5 by default."""
+    return 0.5 if args.prob_thd is None else args.prob_thd
 
 
 def segmenter(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
@@ -91,33 +107,40 @@ def segmenter(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
         ValueError: a name is too long, or two are the same.
     """
     model, processor = models.load_sam3(args)
-    from ..segment import Preview, Sam3Segmenter
+    from ..segment import Sam3Segmenter
 
     return Sam3Segmenter(
-        model,
-        processor,
-        classes,
-        _calibration(args, model),
-        heads=_HEADS[args.heads],
-        preview=None if args.preview is None else Preview(share=args.preview),
-        prompts_per_pass=args.prompts_per_pass,
+        model, processor, classes, calibration(args, model), **segmenter_options(args)
     )
 
 
-def _calibration(args: argparse.Namespace, model: Sam3Model) -> Sam3CalibrationConfig:
+def segmenter_options(args: argparse.Namespace) -> dict:
+    """Returns the arguments of `Sam3Segmenter` that the options choose, but for the calibration."""
+    from ..segment import Preview
+
+    return {
+        "heads": _HEADS[args.heads],
+        "preview": None if args.preview is None else Preview(share=args.preview),
+        "prompts_per_pass": args.prompts_per_pass,
+        "prob_thd": prob_thd(args),
+        "margin_thd": args.margin_thd,
+    }
+
+
+def calibration(args: argparse.Namespace, model: Sam3Model) -> Sam3CalibrationConfig:
     """Returns the calibration of --sam3-preset and --sam3-stages, or raises CommandError."""
-    layers, stages = len(model.vision_encoder.backbone.layers), _stages(args.sam3_stages)
+    layers, chosen = len(model.vision_encoder.backbone.layers), stages(args.sam3_stages)
     try:
         seed = args.sam3_preset == "seed"
         preset = Sam3CalibrationConfig.seed() if seed else Sam3CalibrationConfig.for_depth(layers)
-        config = replace(preset, **{name: name in stages for name in STAGES})
+        config = replace(preset, **{name: name in chosen for name in STAGES})
         config.check(layers, len(model.detr_decoder.layers))
     except ValueError as error:
         raise CommandError(f"--sam3-preset {args.sam3_preset} does not fit: {error}") from None
     return config
 
 
-def _stages(text: str | None) -> list[str]:
+def stages(text: str | None) -> list[str]:
     """Returns the stages of --sam3-stages in the order of `STAGES`; None for its default."""
     if text is None:
         return [name for name in STAGES if getattr(Sam3CalibrationConfig, name)]

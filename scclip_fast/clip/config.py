@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..calibration import check_settings, scaled_index, stage_names
+from ..calibration import Settings, check_settings, scaled_index, stage_names
 from ..ops import _check
 
 
 @dataclass(frozen=True)
-class SCCLIPConfig:
+class SCCLIPConfig(Settings):
     """Settings of SC-CLIP (Bai et al., arXiv 2411.15869); the defaults are those for ViT-B.
 
     Layer indices are 0-based. Index i stands for the output of block i, and the output of the last

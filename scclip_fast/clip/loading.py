@@ -14,6 +14,7 @@ from torch import nn
 from ..extras import needs
 from .config import SCCLIPConfig
 from .model import SCCLIP
+from .proxy import load_proxy
 from .sources import (
     HubError,
     Source,
@@ -40,6 +41,7 @@ def create_model(
     *,
     method: str = "scclip",
     config: SCCLIPConfig | None = None,
+    proxy: str | nn.Module | None = None,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
 ) -> tuple[SCCLIP, Callable]:
@@ -55,6 +57,8 @@ def create_model(
             Models whose weights were trained with QuickGELU get QuickGELU.
         method: see `SCCLIP`.
         config: see `SCCLIP`.
+        proxy: see `SCCLIP`; or a name for `scclip_fast.clip.proxy.load_proxy`, as "dinov2", whose
+            weights are float32.
         precision: for open_clip, "fp32", "fp16", "bf16", ... (norms stay float32), "pure_fp16",
             ...; for transformers' CLIP, "fp32", "fp16" or "bf16", for all weights.
         device: the model's device.
@@ -81,7 +85,8 @@ def create_model(
         quick_gelu = _prepare(source, pretrained)
         with _one_line(name, pretrained):
             model, tokenizer = _load_open_clip(source, pretrained, quick_gelu, precision, device)
-    return SCCLIP(model.eval().requires_grad_(False), config, method), tokenizer
+    proxy = load_proxy(proxy).to(device) if isinstance(proxy, str) else proxy
+    return SCCLIP(model.eval().requires_grad_(False), config, method, proxy), tokenizer
 
 
 @contextmanager

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import methods
+from . import methods, proxy_methods
 from .config import SCCLIPConfig
+from .proxy import CLIP_MEAN, CLIP_STD, Proxy, ProxyFeatures
 from .tower import Tower, is_of
 
 METHODS = {
@@ -18,7 +19,14 @@ METHODS = {
         methods.maskclip,
         methods.sclip,
         methods.clearclip,
+        methods.naclip,
+        methods.resclip,
     )
+}
+
+#: The methods that need a proxy.
+PROXY_METHODS = {
+    method.__name__: method for method in (proxy_methods.proxyclip, proxy_methods.lposs)
 }
 
 
@@ -48,35 +56,43 @@ class SCCLIP(nn.Module):
     """Dense features of a frozen vision transformer of CLIP.
 
     Args:
-        model: any CLIP of open_clip whose vision tower is open_clip's VisionTransformer with a
-            class token (ViT-B-32, B-16, L-14, L-14-336, H-14, ...); or transformers' CLIPModel,
-            CLIPVisionModelWithProjection or CLIPVisionModel, with any attention implementation. Its
-            weights, their dtype and its device stay as they are. Models that average tokens before
-            the last norm, as CLIPA does, have the norm applied to each token instead. The features
-            of a CLIPVisionModel, which has no projection to the text, are those after its last
-            norm.
+        model: any CLIP of open_clip whose vision tower is a plain vision transformer: open_clip's
+            own (ViT-B-32, B-16, L-14, L-14-336, H-14, ..., CoCa) or timm's (SigLIP, EVA02, PE-Core,
+            ...); or transformers' CLIPModel, CLIPVisionModelWithProjection or CLIPVisionModel, with
+            any attention implementation. Its weights, their dtype and its device stay as they are.
+            Models that average tokens before the last norm, as CLIPA does, have the norm applied to
+            each token instead. Where a model pools its tokens by attention, as CoCa and SigLIP do,
+            each patch is pooled alone, and a model without a class token adds none. The features of
+            a CLIPVisionModel, which has no projection to the text, are those after its last norm.
         config: None for the preset of the model's depth, `SCCLIPConfig.for_depth`.
         method: "scclip", or a method to compare it with on the same path: "clip" (plain),
-            "maskclip", "sclip", "clearclip".
+            "maskclip", "sclip", "clearclip", "naclip", "resclip"; see `scclip_fast.clip.methods`.
+            With a proxy, one of `scclip_fast.clip.proxy_methods`: "proxyclip", "lposs".
+        proxy: a second frozen vision transformer of timm or transformers, or a `Proxy` of one, for
+            the methods that need it; None for the others.
 
     Raises:
-        ValueError: the model is of another kind, its vision tower has no text-aligned patch tokens
-            (ResNet, CoCa) or is untested (timm's), the method is unknown, or the configuration does
-            not fit the depth.
+        ValueError: the model or proxy is of another kind, the vision tower is no plain vision
+            transformer (ResNet, ConvNeXt, ...), the method is unknown, needs a proxy or has no use
+            for one, or the configuration does not fit the depth.
     """
 
     def __init__(
-        self, model: nn.Module, config: SCCLIPConfig | None = None, method: str = "scclip"
+        self,
+        model: nn.Module,
+        config: SCCLIPConfig | None = None,
+        method: str = "scclip",
+        proxy: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._tower_class = _tower_class(model)
-        if method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        _check_method(method, proxy)
         self.model = model
         depth = len(self.tower.blocks)
         self.config = config or SCCLIPConfig.for_depth(depth)
         self.config.check(depth)
         self.method = method
+        self.proxy = _proxy(proxy, self.tower)
 
     @property
     def tower(self) -> Tower:
@@ -98,17 +114,25 @@ class SCCLIP(nn.Module):
 
         Returns:
             (B, h, w, E), of unit norm, in the model's dtype; h and w count patches, and E is the
-            width of the text features (for a CLIPVisionModel, of the model). The features of an
-            image do not depend on the other images of the batch. Nothing here waits for the GPU.
+            width of the text features (for a CLIPVisionModel, of the model). With a proxy, h and w
+            count the proxy's patches. The features of an image do not depend on the other images of
+            the batch. Nothing here waits for the GPU.
 
         Raises:
             TypeError: images are no floating tensor.
             ValueError: images are not (B, 3, H, W).
         """
+        return self.encode_with_proxy(images)[0]
+
+    def encode_with_proxy(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+        """Computes the features of `encode_dense` and the proxy's, which are None without one."""
         block_outputs, grid = self.layers(images)
-        tower = self.tower
-        dense = METHODS[self.method](tower, block_outputs, grid, self.config)
-        return tower.unit_features(dense).unflatten(1, grid)
+        tower = self.tower.at(grid)
+        arguments = tower, block_outputs, grid, self.config
+        if self.method in PROXY_METHODS:
+            features = self.proxy(_whole_patches(images, self.proxy.patch_size))
+            return PROXY_METHODS[self.method](*arguments, features), features
+        return tower.unit_features(METHODS[self.method](*arguments)).unflatten(1, grid), None
 
     def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Outputs of all blocks but the last for images (B, 3, H, W), and the grid (h, w).
@@ -116,13 +140,35 @@ class SCCLIP(nn.Module):
         They do not depend on the method or the configuration. See `encode_dense` for the images.
 
         Returns:
-            (B, 1 + h w, D) for each block, the class token first, and the grid.
+            (B, P + h w, D) for each block, the class token and other tokens of no patch first, and
+            the grid.
         """
         tower = self.tower
         return tower.block_outputs(_whole_patches(images, tower.patch_size).to(tower.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_dense(images)
+
+
+def _check_method(method: str, proxy: nn.Module | None) -> None:
+    """Raises ValueError for an unknown method, and for a proxy that is missing or not needed."""
+    if method not in METHODS and method not in PROXY_METHODS:
+        known = ", ".join([*METHODS, *PROXY_METHODS])
+        raise ValueError(f"method must be one of {known}, got {method!r}")
+    if method in PROXY_METHODS and proxy is None:
+        raise ValueError(
+            f"method {method!r} needs proxy, a vision transformer of timm or transformers"
+        )
+    if method in METHODS and proxy is not None:
+        raise ValueError(f"proxy is for the methods {', '.join(PROXY_METHODS)}, got {method!r}")
+
+
+def _proxy(proxy: nn.Module | None, tower: Tower) -> Proxy | None:
+    """The proxy as a `Proxy`, for images that are normalised as the tower states."""
+    if proxy is None or isinstance(proxy, Proxy):
+        return proxy
+    mean, std = (getattr(tower.visual, name, None) for name in ("image_mean", "image_std"))
+    return Proxy(proxy, clip_mean=mean or CLIP_MEAN, clip_std=std or CLIP_STD)
 
 
 def _whole_patches(images: Tensor, patch: int) -> Tensor:
@@ -145,7 +191,12 @@ def _tower_class(model: nn.Module) -> type[Tower]:
         from .transformers_tower import TransformersTower
 
         return TransformersTower
-    if is_of("open_clip", getattr(model, "visual", None)):
+    visual = getattr(model, "visual", None)
+    if is_of("open_clip", visual) and is_of("timm", getattr(visual, "trunk", None)):
+        from .timm_tower import TimmTower
+
+        return TimmTower
+    if is_of("open_clip", visual):
         from .openclip_tower import OpenClipTower
 
         return OpenClipTower

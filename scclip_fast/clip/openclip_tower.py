@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
-from .tower import Tower, check_fits, is_of
+from .openclip_text import OpenClipText
 
 
-class OpenClipTower(Tower):
-    """The `Tower` of an open_clip model; see there."""
+class OpenClipTower(OpenClipText):
+    """The `Tower` of an open_clip model with open_clip's own VisionTransformer; see there."""
 
     def __init__(self, model: nn.Module) -> None:
         _check(model.visual)
         self.model, self.visual = model, model.visual
         self.patch_embedding = self.visual.conv1
-        self.class_embedding = self.visual.class_embedding
+        self.prefix_tokens = self.visual.class_embedding[None]
         self.positional_embedding = self.visual.positional_embedding
         self.grid_size = tuple(self.visual.grid_size)
         self.norm_before = self.visual.ln_pre
@@ -30,8 +28,8 @@ class OpenClipTower(Tower):
         split = projected.unflatten(-1, (3, attention.num_heads, attention.head_dim))
         return split.transpose(-4, -2).unbind(-3)  # (..., heads, 3, N, d)
 
-    def out_proj(self, block: ResidualAttentionBlock) -> nn.Linear:
-        return block.attn.out_proj
+    def out_proj(self, block: ResidualAttentionBlock, heads: Tensor) -> Tensor:
+        return block.attn.out_proj(heads)
 
     def add_residual_and_mlp(
         self, block: ResidualAttentionBlock, tokens: Tensor, attended: Tensor
@@ -40,51 +38,35 @@ class OpenClipTower(Tower):
         return tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
 
     def norm_and_project(self, tokens: Tensor) -> Tensor:
+        """See `Tower`. CoCa pools by attention before the norm: there, each token by itself."""
+        if self.visual.attn_pool is not None:
+            tokens = pooled_alone(self.visual.attn_pool, tokens)
         return self.visual.ln_post(tokens) @ self.visual.proj
 
-    def tokenize(self, tokenizer: Callable, texts: list[str]) -> dict[str, Tensor]:
-        if is_of("transformers", tokenizer):
-            name = type(tokenizer).__name__
-            raise TypeError(f"tokenizer must be open_clip's, as the model is; got a {name}")
-        length = self._context_length(tokenizer)
-        ids, longer = (tokenizer(texts, context_length=length + extra) for extra in (0, 1))
-        # A tokenizer cuts a long text without an error and puts the end token where, with one
-        # token more, a word stands.
-        check_fits(texts, (longer[:, :length] != ids).any(dim=1).tolist(), length)
-        vocabulary = self.model.vocab_size
-        if vocabulary and ids.max() >= vocabulary:  # open_clip has no size for some text models
-            raise ValueError(
-                f"tokenizer has a token {ids.max()} where the model's vocabulary has {vocabulary}: "
-                "it belongs to another model"
-            )
-        return {"input_ids": ids}
 
-    def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
-        return self.model.encode_text(tokens["input_ids"].to(self.device), normalize=True)
+def pooled_alone(pool: AttentionalPooler, tokens: Tensor) -> Tensor:
+    """CoCa's attention pooling of each token (..., D) as if the image had no other, (..., E).
 
-    def _context_length(self, tokenizer: Callable) -> int:
-        """The model's context length, or the tokenizer's if the text model takes any length.
-
-        The latter are transformers' text models in open_clip.
-        """
-        text = getattr(self.model, "text", self.model)
-        fixed = hasattr(text, "positional_embedding")
-        return self.model.context_length if fixed else tokenizer.context_length
+    The softmax over one key is 1 for every query, so that the projection of the value remains.
+    """
+    attention, width = pool.attn, pool.attn.embed_dim
+    weight = attention.v_proj_weight  # None where queries and tokens have the same width
+    weight = attention.in_proj_weight[2 * width :] if weight is None else weight
+    values = F.linear(pool.ln_k(tokens), weight, attention.in_proj_bias[2 * width :])
+    return attention.out_proj(values)
 
 
 def _check(visual: nn.Module) -> None:
     """ValueError unless a vision tower is one that SC-CLIP can calibrate."""
     if not isinstance(visual, VisionTransformer):
-        trunk = getattr(visual, "trunk", visual)
-        kind = f"timm's {type(trunk).__name__}" if trunk is not visual else type(visual).__name__
         raise ValueError(
-            f"the vision tower must be open_clip's VisionTransformer, got {kind}: "
-            "ResNet towers have no last block of attention, timm towers are untested"
+            f"the vision tower is open_clip's {type(visual).__name__}, which is convolutional: it "
+            "has no blocks of attention"
         )
-    if visual.attn_pool is not None:
+    if getattr(visual, "attn_pool_contrastive", None) is not None:
         raise ValueError(
-            "the vision tower pools by attention (CoCa): its patch tokens have no projection to "
-            "the text; use a model with a class token"
+            "the vision tower has a second attention pooling, which normalises its tokens before "
+            "they are pooled: this layout is not supported"
         )
     for block in visual.transformer.resblocks:
         if type(block) is not ResidualAttentionBlock:

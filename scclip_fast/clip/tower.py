@@ -1,6 +1,7 @@
 """The vision transformer of a CLIP, with the same names for every library.
 
-`openclip_tower.py` and `transformers_tower.py` map each library's modules to these names.
+`openclip_tower.py`, `timm_tower.py` and `transformers_tower.py` map each library's modules to these
+names.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ class Tower(ABC):
 
     Attributes:
         model: the whole model.
-        visual: its vision transformer.
-        patch_embedding: the convolution of the patches.
-        class_embedding: (D,).
-        positional_embedding: (1 + h w, D), the class token's first.
+        visual: its vision tower.
+        patch_embedding: the module that embeds the patches.
+        prefix_tokens: (P, D), the tokens before those of the patches: the class token, registers.
+            Some models have none, P = 0.
+        has_class_token: whether the first of them is a class token.
+        positional_embedding: (P + h w, D), or (h w, D) if only patches have one; None for a model
+            without.
         grid_size: (h, w) of the images that the model was trained on.
         norm_before: the norm before the first block.
         blocks: the transformer's blocks, for `qkv`, `out_proj`, `add_residual_and_mlp` and
@@ -37,9 +41,10 @@ class Tower(ABC):
 
     model: nn.Module
     visual: nn.Module
-    patch_embedding: nn.Conv2d
-    class_embedding: Tensor
-    positional_embedding: Tensor
+    patch_embedding: nn.Module
+    prefix_tokens: Tensor
+    has_class_token: bool = True
+    positional_embedding: Tensor | None
     grid_size: tuple[int, int]
     norm_before: nn.Module
     blocks: Sequence[nn.Module]
@@ -49,11 +54,18 @@ class Tower(ABC):
 
     @abstractmethod
     def qkv(self, block: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values (..., heads, N, d) of tokens (..., N, D), after the norm."""
+        """Queries, keys and values (..., heads, N, d) of tokens (..., N, D), after the norm.
+
+        The last h w tokens are the patches of the grid that `at` or `embed` was called with; a
+        model with rotary embeddings rotates these queries and keys.
+        """
 
     @abstractmethod
-    def out_proj(self, block: nn.Module) -> nn.Linear:
-        """The output projection of a block's attention."""
+    def out_proj(self, block: nn.Module, heads: Tensor) -> Tensor:
+        """The output projection of a block's attention for concatenated heads, (..., N, D).
+
+        Norms between the heads and the residual connection belong to it; layer scale does not.
+        """
 
     @abstractmethod
     def add_residual_and_mlp(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
@@ -83,20 +95,41 @@ class Tower(ABC):
 
     @property
     def device(self) -> torch.device:
-        return self.patch_embedding.weight.device
+        return next(self.patch_embedding.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.patch_embedding.weight.dtype
+        return next(self.patch_embedding.parameters()).dtype
+
+    def at(self, grid: tuple[int, int]) -> Tower:
+        """Returns this tower, set to images of a grid (h, w): `qkv` may depend on it."""
+        return self
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D, h, w) of the patches of images (B, 3, H, W)."""
+        return self.patch_embedding(images)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens (B, 1 + N, D) of images (B, 3, H, W), class token first, and their grid (h, w)."""
-        patches = self.patch_embedding(images)
+        """Tokens (B, P + N, D) of images (B, 3, H, W), prefix tokens first, and their grid."""
+        patches = self.embed_patches(images)
         grid = (patches.shape[2], patches.shape[3])
+        self.at(grid)
         tokens = patches.flatten(2).mT
-        class_token = self.class_embedding.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
-        tokens = torch.cat([class_token, tokens], dim=1)
-        return self.norm_before(tokens + self.positions(grid).to(tokens.dtype)), grid
+        prefix = self.prefix_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+        tokens = torch.cat([prefix, tokens], dim=1)
+        if self.positional_embedding is not None:
+            positions = self.positions(grid).to(tokens.dtype)
+            without = tokens.shape[1] - positions.shape[0]
+            tokens = tokens + (F.pad(positions, (0, 0, without, 0)) if without else positions)
+        return self.norm_before(tokens), grid
+
+    def class_token(self, tokens: Tensor) -> Tensor:
+        """The class token (B, 1, D) of tokens (B, P + N, D); zeros if the model has none."""
+        return tokens[:, :1] if self.has_class_token else torch.zeros_like(tokens[:, :1])
+
+    def patches(self, tokens: Tensor) -> Tensor:
+        """The patches (B, N, D) of tokens (B, P + N, D)."""
+        return tokens[:, self.prefix_tokens.shape[0] :]
 
     def block_outputs(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Outputs of all blocks but the last for images (B, 3, H, W), and the grid; see `embed`."""
@@ -108,21 +141,23 @@ class Tower(ABC):
         return outputs, grid
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positional embedding (1 + h w, D), stretched to the grid as SC-CLIP does.
+        """Positional embedding, stretched from `grid_size` to a grid (h, w) as SC-CLIP does.
 
         The resizing is bicubic, without antialiasing, by the scale (h + 0.1) / (the model's h).
         open_clip's own resizing, which happens when a model is made, is antialiased and differs
-        visibly; transformers' leaves out the 0.1.
+        visibly; transformers' leaves out the 0.1. Rows of prefix tokens stay as they are.
         """
         embedding, trained = self.positional_embedding, self.grid_size
+        assert embedding is not None
         if grid == trained:
             return embedding
         dtype = torch.promote_types(embedding.dtype, torch.float32)
-        patches = embedding[1:].to(dtype).unflatten(0, trained).permute(2, 0, 1)
+        first = embedding.shape[0] - trained[0] * trained[1]
+        patches = embedding[first:].to(dtype).unflatten(0, trained).permute(2, 0, 1)
         scale = [(new + INTERPOLATION_OFFSET) / old for new, old in zip(grid, trained, strict=True)]
         stretched = F.interpolate(patches[None], scale_factor=scale, mode="bicubic")[0]
         stretched = stretched.permute(1, 2, 0).flatten(0, 1).to(embedding.dtype)
-        return torch.cat([embedding[:1], stretched])
+        return torch.cat([embedding[:first], stretched])
 
     def run_block(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """Output of a whole block for tokens (B, N, D).
@@ -135,7 +170,7 @@ class Tower(ABC):
 
     def merge_heads(self, block: nn.Module, attended: Tensor) -> Tensor:
         """Concatenates heads (..., heads, N, d) and applies the output projection, (..., N, D)."""
-        return self.out_proj(block)(attended.transpose(-3, -2).flatten(-2))
+        return self.out_proj(block, attended.transpose(-3, -2).flatten(-2))
 
     def unit_features(self, tokens: Tensor) -> Tensor:
         """Unit vectors (..., E) in the space of the text, for tokens (..., D) of the last block."""

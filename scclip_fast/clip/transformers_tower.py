@@ -28,7 +28,7 @@ class TransformersTower(Tower):
         self.visual = getattr(model, "vision_model", model)
         embeddings = self.visual.embeddings
         self.patch_embedding = embeddings.patch_embedding
-        self.class_embedding = embeddings.class_embedding
+        self.prefix_tokens = embeddings.class_embedding[None]
         self.positional_embedding = embeddings.position_embedding.weight
         side = embeddings.image_size // embeddings.patch_size
         self.grid_size = (side, side)
@@ -44,8 +44,8 @@ class TransformersTower(Tower):
         )
         return q, k, v
 
-    def out_proj(self, block: nn.Module) -> nn.Linear:
-        return block.self_attn.out_proj
+    def out_proj(self, block: nn.Module, heads: Tensor) -> Tensor:
+        return block.self_attn.out_proj(heads)
 
     def add_residual_and_mlp(self, block: nn.Module, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = tokens + attended

@@ -6,20 +6,24 @@ through them. Shards may be uneven or empty. All ranks make the same call. Argum
 raise an error on every rank instead of a deadlock. With NCCL, rows are on the rank's current
 device.
 
-Rows travel in pieces of at most 16 MiB, each broadcast by the ranks that hold it. A rank holds its
-shard twice (`aggregate` once more, in the dtype of its sums), its neighbour lists, two pieces and
-`chunked.tiles.WORKSPACE_BYTES`: never N x N and, beyond a few pieces, not N x D. Only single
-numbers a token (k-distances, densities) go to every rank.
+The backend of a search is that of the op, and must be the same on all ranks. On GPUs the kernels
+search each piece of rows that arrives (`kernel_search.py`). The torch path runs on CPUs, and on
+GPUs for float64 and for k above 127. `aggregate` always runs the torch path.
+
+Rows travel in pieces of at most 32 MiB, or 64 MiB for the kernels, each broadcast by the ranks that
+hold it. A rank holds its shard twice (`aggregate` once more, in the dtype of its sums), its
+neighbour lists, a few pieces and `chunked.tiles.WORKSPACE_BYTES`, or for the kernels about twice
+this: never N x N and, beyond these pieces, not N x D. Only single numbers a token (k-distances,
+densities) go to every rank.
 
 No bit of a result depends on how the rows are shared out. Pieces and tiles of rows begin at
 multiples of one step in the order of all rows, whichever rank holds them, so that each product has
 the same shape and each row its place in it, and sums run over the pieces in order. Each result
 equals that of the op of its name on all rows in one process, up to rounding: on a CPU the op makes
-each product of two tokens once, and a product may depend on where in memory its operands begin. All
-of this holds between equal machines with as many threads each. It is tested with Gloo on CPUs, not
-on GPUs.
-
-The torch path runs on every device, because the Triton kernels search one tensor among itself.
+each product of two tokens once, and a product may depend on where in memory its operands begin; the
+kernels may measure a row in one piece by another kernel than in all rows. All of this holds between
+equal machines with as many threads each. It is tested with Gloo on CPUs, the kernels in Triton's
+interpreter, and not on GPUs.
 """
 
 from __future__ import annotations
@@ -52,13 +56,14 @@ def knn(x: Tensor, k: int, *, group: dist.ProcessGroup | None = None) -> tuple[T
     Returns:
         Squared distances (n, k), float32 (float64 for float64), ascending, and indices (n, k) into
         the rows of all ranks, int64. Equal distances come by lower index. Neither carries a
-        gradient. Besides the collectives, the host waits for the device to learn how many
-        candidates lie in which piece and how many rows are undecided.
+        gradient. Besides the collectives, the host waits for the device on the torch path alone, to
+        learn how many candidates lie in which piece and how many rows are undecided.
 
     Raises:
         TypeError: x is no floating tensor or k no int.
-        ValueError: wrong rank of x, k outside [1, N - 1], an error of another rank, ranks that
-            disagree, no process group, or one that this process is not in.
+        ValueError: wrong rank of x, k outside [1, N - 1], a backend that cannot run, an error of
+            another rank, ranks that disagree, on the backend too, no process group, or one that
+            this process is not in.
     """
     shards, (x,) = meet(group, partial(rows_of, x=x), op="knn", k=k)
     k = _check.neighbor_count("k", k, shards.total)

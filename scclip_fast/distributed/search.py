@@ -1,4 +1,7 @@
-"""The search of `chunked/search.py` for the rows of this rank among the rows of all ranks."""
+"""The search for the rows of this rank among the rows of all ranks: that of `chunked/search.py`.
+
+`kernel_search.py` takes its place where the kernels run.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..backend import resolve
 from ..chunked import tiles
 from ..chunked.candidates import Candidates, list_sizes, remedian, sample
 from ..chunked.certificate import Found, undecided_lists
 from ..chunked.distances import finite_tokens, pair_distances, settle_last
 from ..chunked.search import search_again, tile_of
 from ..chunked.tiles import Tile, compute_dtype
+from ..ops.knn import MAX_NEIGHBORS
+from .kernel_search import nearest_by_kernels
 from .shards import Shards
 
 PAIRS = 4096  # pairs of tokens that are measured at once, if the workspace has room
@@ -27,6 +33,9 @@ def nearest(shards: Shards, x: Tensor, k: int, measure_all: bool) -> tuple[Tenso
     Args:
         x: (n, D), this rank's rows.
     """
+    if resolve(None, x) == "triton" and k < MAX_NEIGHBORS:
+        distances, indices = nearest_by_kernels(shards, x, k)
+        return (distances if measure_all else distances[:, -1:]), indices
     width = x.shape[1]
     dtype = compute_dtype(x)
     drawn = shards.rows_at(sample(shards.total, x.device), x.to(dtype))

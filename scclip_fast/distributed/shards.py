@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..backend import resolve
 from ..chunked.tiles import spans
 from ..ops import _check
 
@@ -46,7 +47,7 @@ def meet(
 
     Args:
         check: returns this rank's tensors by name, or raises.
-        settings: arguments that must be the same on all ranks.
+        settings: arguments that must be the same on all ranks, as the backend must.
 
     Raises:
         ValueError: no process group, an error of another rank, or ranks that disagree.
@@ -59,6 +60,7 @@ def meet(
     tensors, error = {}, None
     try:
         tensors = check()
+        settings["the backend"] = resolve(None, next(iter(tensors.values())))
     except Exception as own_error:
         error = own_error
     for name, tensor in tensors.items():
@@ -135,15 +137,20 @@ class Shards:
     def whole_tiles(self, x: Tensor, step: int) -> tuple[Tensor, int, slice]:
         """The tiles of `step` rows that hold at least one of this rank's rows x (n, D).
 
-        Returns these tiles (1, m, D), zero where another rank's rows are, the index of their first
-        row, and the slice of this rank's rows in them.
+        This rank's rows, repeated, stand where the rows of other ranks are: a row of zeros may lie
+        far from all tokens, and would then be searched longer than any token.
+
+        Returns these tiles (1, m, D), contiguous, the index of their first row, and the slice of
+        this rank's rows in them. A rank without rows has no tile, and m is 0.
         """
-        first = self.own_rows.start // step * step
-        last = min(self.total, -(-self.own_rows.stop // step) * step)
-        kept = slice(self.own_rows.start - first, self.own_rows.stop - first)
-        rows = x.new_zeros(1, last - first, x.shape[1])
-        rows[0, kept] = x
-        return rows, first, kept
+        start, stop = self.own_rows.start, self.own_rows.stop
+        if start == stop:
+            return x.unsqueeze(0), start, slice(0)
+        first = start // step * step
+        last = min(self.total, -(-stop // step) * step)
+        places = torch.arange(first - start, last - start, device=x.device) % len(x)
+        kept = slice(start - first, stop - first)
+        return x.index_select(0, places).unsqueeze(0), first, kept
 
     def _broadcast(
         self, span: slice, tensors: tuple[Tensor, ...]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from PIL import Image
 
 from ..scenes import draw
-from .folder_dataset import FolderDataset, Sample, check_limit
+from .folder_dataset import FolderDataset
+from .own_dataset import OwnDataset
+from .paired_dataset import Sample, check_limit
 
 _CONVERTERS = "mmsegmentation's tools/dataset_converters"
 
@@ -104,9 +106,12 @@ class Scenes:
     folder = None
     num_classes = len(draw.CLASSES)
 
-    def __init__(self, root: object = None, limit: int | None = None) -> None:
+    def __init__(
+        self, root: object = None, limit: int | None = None, allow_missing: bool = False
+    ) -> None:
         check_limit(limit)
         self.all_names = None  # there is no last scene
+        self.left_out: list[str] = []
         self.names = [f"scene {i}" for i in range(500 if limit is None else limit)]
 
     def __len__(self) -> int:
@@ -117,4 +122,4 @@ class Scenes:
         return Sample(self.names[i], Image.fromarray(scene.image), scene.labels)
 
 
-Dataset = FolderDataset | Scenes
+Dataset = FolderDataset | OwnDataset | Scenes

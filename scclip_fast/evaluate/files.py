@@ -5,14 +5,16 @@ from __future__ import annotations
 import codecs
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from ..segment.image import suffixes
+
 _LISTED = 5  # the most names in a message
-_EIGHT_BITS = "a mask is a PNG of 8 bits with the index of one class a pixel"
+_VALUES = "a mask is a PNG of 8 or 16 bits with the index of one class a pixel"
 
 
 class DataError(ValueError):
@@ -21,6 +23,10 @@ class DataError(ValueError):
 
 class DatasetNotFoundError(FileNotFoundError):
     """Files of a data set are missing; the message names them and where to get them."""
+
+
+class MissingFilesError(DatasetNotFoundError):
+    """Some names have no image or no labels, which a data set may leave out."""
 
 
 def read_list(path: Path) -> list[str]:
@@ -83,6 +89,56 @@ def find_files(folder: Path, suffix: str) -> dict[str, Path]:
     return paths
 
 
+def find_photos(folder: Path, others: Iterable[Path]) -> dict[str, Path]:
+    """Finds the photos in a folder and in those below it, of all suffixes that are read.
+
+    Hidden files and folders do not count.
+
+    Args:
+        folder: the folder to search.
+        others: files that are no photos, such as the masks beside them.
+
+    Returns:
+        The files by name: their path from the folder, without the suffix.
+
+    Raises:
+        DataError: two files differ only in their suffix.
+    """
+    photos: dict[str, Path] = {}
+    skipped = set(others)
+    for suffix in sorted(suffixes()):
+        for name, path in find_files(folder, suffix).items():
+            if path in skipped:
+                continue
+            if name in photos:
+                raise DataError(f"{path} and {photos[name].name} have one name; remove one of them")
+            photos[name] = path
+    return photos
+
+
+def read_colors(path: Path) -> np.ndarray:
+    """Reads the colours of classes, one a line: red, green and blue, each 0 to 255.
+
+    What follows the three numbers, such as the name of the class, does not count.
+
+    Returns:
+        (lines, 3), uint8.
+
+    Raises:
+        DataError: as `read_list`, a line has no colour, or two lines have one.
+    """
+    colors = []
+    for line in read_list(path):
+        numbers = line.replace(",", " ").split()[:3]
+        if len(numbers) < 3 or not all(n.isdecimal() and int(n) < 256 for n in numbers):
+            raise DataError(f"{path}: {line!r} has no colour; a line begins with R G B, 0 to 255")
+        colors.append(tuple(map(int, numbers)))
+    if repeated := [color for color, count in Counter(colors).items() if count > 1]:
+        lines = [" ".join(map(str, color)) for color in repeated]
+        raise DataError(f"{path}: colours on several lines ({listed(lines)}); leave one line each")
+    return np.array(colors, np.uint8)
+
+
 def mask_values(mask: Image.Image) -> np.ndarray:
     """Returns the values of an opened mask, (H, W), of an integer dtype.
 
@@ -92,13 +148,13 @@ def mask_values(mask: Image.Image) -> np.ndarray:
             lost. The indices of a palette may have any number of bits.
     """
     if not isinstance(mask, PngImagePlugin.PngImageFile):
-        raise ValueError(f"a mask in the format {mask.format}; {_EIGHT_BITS}")
+        raise ValueError(f"a mask in the format {mask.format}; {_VALUES}")
     bits = {"1": 1, "L;2": 2, "L;4": 4}.get(mask.tile[0][3])
     if bits:
-        raise ValueError(f"a mask of {bits} bit{'s' * (bits > 1)} of grey; {_EIGHT_BITS}")
+        raise ValueError(f"a mask of {bits} bit{'s' * (bits > 1)} of grey; {_VALUES}")
     values = np.asarray(mask)
     if values.ndim != 2:
-        raise ValueError(f"a mask of colours ({mask.mode}); {_EIGHT_BITS}")
+        raise ValueError(f"a mask of colours ({mask.mode}); {_VALUES}")
     return values
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from .folder_dataset import IGNORED
+IGNORED = -1  # in the labels that torchmetrics takes
 
 
 def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -21,7 +21,7 @@ def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -
 
     Args:
         prediction: (H, W), class indices.
-        labels: (H, W), class indices, or 255 for pixels that do not count.
+        labels: (H, W), class indices; pixels with any other number do not count.
         num_classes: the number C of classes.
 
     Returns:
@@ -35,9 +35,10 @@ def confusion_matrix(prediction: Tensor, labels: np.ndarray, num_classes: int) -
             f"prediction and labels must have one shape, got {tuple(prediction.shape)} "
             f"and {labels.shape}"
         )
+    target = torch.from_numpy(labels.astype(np.int64))
     return multiclass_confusion_matrix(
         prediction.cpu(),
-        torch.from_numpy(labels.astype(np.int64)),
+        target.masked_fill((target < 0) | (target >= num_classes), IGNORED),
         num_classes,
         ignore_index=IGNORED,
         validate_args=False,  # it would sort both maps, and the data set has checked the labels
@@ -97,13 +98,42 @@ def confidence_interval(
     by_image = [areas(np.asarray(confusion)) for confusion in confusions]
     if not by_image:
         raise ValueError("there must be at least one confusion matrix")
-    stacked = np.stack(by_image).astype(float)  # (images, 3, C); whole numbers far below 2^53
-    resampled = bootstrap(stacked, resamples, seed)
-    means = [mean for values in iou(resampled) if (mean := _mean(values)) is not None]
-    if not means:
+    means = _resampled_miou(np.stack(by_image), resamples, seed)
+    means = means[~np.isnan(means)]
+    if not means.size:
         return float("nan"), float("nan")
     lower, upper = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(lower), float(upper)
+
+
+def miou_difference(
+    by_image: np.ndarray, others: np.ndarray, resamples: int = 1000, seed: int = 0
+) -> tuple[float | None, tuple[float | None, float | None]]:
+    """Computes the mIoU of one method minus that of another on the same images.
+
+    The interval is a paired bootstrap (Efron and Tibshirani, 1993): every resample draws the same
+    images for both methods, so that what all methods find hard does not widen it.
+
+    Args:
+        by_image, others: (images, 3, C), the areas of each image by both methods, see `areas`.
+        resamples, seed: as for `confidence_interval`.
+
+    Returns:
+        The difference, and the ends of its 95 % interval, in [-1, 1]; None where no pixel counts.
+    """
+    values = [_mean(iou(each.sum(axis=0))) for each in (by_image, others)]
+    if None in values:
+        return None, (None, None)
+    first, second = (_resampled_miou(each, resamples, seed) for each in (by_image, others))
+    lower, upper = np.nanquantile(first - second, [0.025, 0.975])
+    return values[0] - values[1], (float(lower), float(upper))
+
+
+def _resampled_miou(by_image: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Returns the mIoU (resamples,) of areas (images, 3, C) drawn anew; NaN without a pixel."""
+    resampled = bootstrap(by_image.astype(float), resamples, seed)  # whole numbers far below 2^53
+    means = [_mean(values) for values in iou(resampled)]
+    return np.array([np.nan if mean is None else mean for mean in means])
 
 
 def bootstrap(by_image: np.ndarray, resamples: int, seed: int) -> np.ndarray:

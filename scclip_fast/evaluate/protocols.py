@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from . import datasets
@@ -15,7 +16,7 @@ class Protocol:
 
     Attributes:
         name: the name of the benchmark.
-        dataset: the class of the data set, which dataset(root, limit) opens.
+        dataset: the class of the data set; dataset(root, limit, allow_missing) opens it.
         short_side: the shorter side of the resized image, in pixels; None keeps the image's size.
         logit_scale: the factor of the cosine similarities in the softmax.
         prob_thd: pixels whose largest probability is below this become `background`.
@@ -25,17 +26,36 @@ class Protocol:
     """
 
     name: str
-    dataset: type[Dataset]
+    dataset: Callable[..., Dataset]
     short_side: int | None = 336
     logit_scale: float = 40.0
     prob_thd: float = 0.0
     area_thd: float | None = None
     background: int | None = None
 
+    def thresholds(self) -> dict:
+        """Returns the arguments of `PublishedSegmenter` that the benchmark sets."""
+        return {field.name: getattr(self, field.name) for field in fields(Protocol)[2:]}
+
     def class_names(self) -> list[str]:
         """Returns the published prompts: a string a class, its synonyms after commas."""
         path = Path(__file__).with_name("names") / f"{self.name}.txt"
         return path.read_text(encoding="utf-8").splitlines()
+
+
+@dataclass(frozen=True)
+class OwnProtocol(Protocol):
+    """The settings for a user's own data set.
+
+    Attributes:
+        prompts: a string a class, its synonyms after commas.
+    """
+
+    prompts: tuple[str, ...] = ()
+
+    def class_names(self) -> list[str]:
+        """Returns the prompts."""
+        return list(self.prompts)
 
 
 # From SC-CLIP's configs/cfg_*.py; the class lists are in names/.

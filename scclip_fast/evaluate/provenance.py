@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,9 @@ from .. import __version__
 
 if TYPE_CHECKING:
     from .datasets import Dataset
+
+
+_PACKAGES = ("torch", "open_clip_torch", "transformers", "timm", "torchmetrics", "numpy", "pillow")
 
 
 def weights_digest(encoder: nn.Module) -> str:
@@ -37,10 +41,12 @@ def dataset_files(dataset: Dataset) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python, this package and the packages that results depend on."""
-    packages = ("torch", "open_clip_torch", "torchmetrics", "numpy", "pillow")
-    return {
-        "python": platform.python_version(),
-        "scclip_fast": __version__,
-        **{package: version(package) for package in packages},
-    }
+    """Returns the versions of Python, this package and the packages that results may depend on.
+
+    Models and proxies are of open_clip, transformers or timm, which need not be installed.
+    """
+    versions = {"python": platform.python_version(), "scclip_fast": __version__}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions

@@ -89,18 +89,18 @@ class RunRecord:
             )
 
 
-def result(name: str, confusion: np.ndarray, seconds: float) -> dict:
-    """Returns the entry of a finished image.
+def result(confusion: np.ndarray, seconds: float) -> dict:
+    """Returns the result of a finished image for its entry.
 
     Its `cells` are (label, prediction, pixels) of the confusion matrix where pixels are not 0.
     """
     rows, columns = np.nonzero(confusion)
     cells = np.stack([rows, columns, confusion[rows, columns]], axis=1).tolist()
-    return {"name": name, "cells": cells, "seconds": round(seconds, 4)}
+    return {"cells": cells, "seconds": round(seconds, 4)}
 
 
 def confusion(entry: dict, num_classes: int) -> np.ndarray:
-    """Returns the confusion matrix (C, C) of the entry of a finished image."""
+    """Returns the confusion matrix (C, C) of the result of a finished image."""
     matrix = np.zeros((num_classes, num_classes), np.int64)
     if entry["cells"]:
         rows, columns, counts = np.array(entry["cells"]).T

@@ -1,7 +1,7 @@
 """The ops, pure functions of tensors. Each checks its arguments, picks a backend and calls it."""
 
 from .aggregate import aggregate
-from .attention import blended_attention
+from .attention import blended_attention, content_attention
 from .knn import knn
 from .lof import lof, lof_scores, norm_scores, outlier_mask
 from .repair import repair
@@ -12,6 +12,7 @@ __all__ = [
     "adaptive_aggregate",
     "aggregate",
     "blended_attention",
+    "content_attention",
     "knn",
     "lof",
     "lof_scores",

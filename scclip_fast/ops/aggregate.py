@@ -22,10 +22,7 @@ def weighted_mean(
     if backend == "triton" and values.numel():
         from ..kernels.aggregate import aggregate_triton
 
-        scale = chunked.inverse_norms(features).squeeze(-1)
-        return aggregate_triton(
-            values, features, scale, floor, gamma, reference.normaliser_eps(gamma)
-        )
+        return aggregate_triton(values, features, floor, gamma, reference.normaliser_eps(gamma))
     if backend == "reference":
         dtype = chunked.compute_dtype(values, features)
         out, total = reference.aggregate(values.to(dtype), features.to(dtype), floor, gamma)

@@ -11,7 +11,25 @@ from .. import chunked, reference
 from ..backend import NAMESPACE, operands, resolve
 from ..precision import true_float32
 from . import _check
-from .aggregate import weighted_mean
+from .aggregate import value_and_feature_tokens, weighted_mean
+
+#: None for the mean similarity of the image, a similarity, or ("mean", a multiple of the mean).
+Threshold = float | tuple[str, float] | None
+
+
+@torch.library.custom_op(f"{NAMESPACE}::mean_similarity", mutates_args=())
+def _mean_similarity(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """`reference.mean_similarity` of features (B, N, D): mu (B,), computed in a dtype."""
+    if backend == "triton" and features.numel():
+        from ..kernels.mean_similarity import mean_similarity_triton
+
+        return mean_similarity_triton(features)
+    return reference.mean_similarity(features.to(dtype))
+
+
+@_mean_similarity.register_fake
+def _(features: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    return features.new_empty(features.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
@@ -144,10 +162,80 @@ def _(
 
 def _content_attention(values: Tensor, features: Tensor, gamma: float, backend: str) -> Tensor:
     """C v (B, H, N, dv), all heads at once by one product of width H dv."""
-    mu = reference.mean_similarity(features.detach().to(chunked.compute_dtype(values, features)))
     merged = values.transpose(1, 2).flatten(2)  # (B, N, H dv)
-    out, _ = weighted_mean(merged, features, reference.content_floor(mu), gamma, backend)
+    out = _attend_to_content(merged, features, gamma, None, backend)
     return out.unflatten(2, (values.shape[1], values.shape[3])).transpose(1, 2)
+
+
+def content_attention(
+    values: Tensor,
+    features: Tensor,
+    gamma: float = 3.0,
+    threshold: Threshold = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of tokens to those that are alike, without an N x N matrix.
+
+    out_i = sum_j C_ij v_j, where C_ij is the softmax over {j : S_ij >= t} of gamma S_ij and S the
+    cosine similarity of the features. It is the content half of `blended_attention`, and the proxy
+    attention of ProxyCLIP (Lan et al., arXiv 2408.04883) with the features of another model. RADSeg
+    attends with gamma = 10 and t = 0. The threshold is at most 1 - 2e-5, so that every token
+    attends to itself. Differentiable by values and features (once, in reverse mode; a threshold
+    only gates). The backward pass recomputes S and is chunked torch code.
+
+    Tokens whose features are not finite are treated as by `aggregate`; the mean is over pairs of
+    the others. A token of zeros is similar to no token, so that its row is 0 if t > 0.
+
+    Args:
+        values: (N, Dv) or (B, N, Dv), floating.
+        features: (N, D) or (B, N, D), floating; its dtype may differ.
+        gamma: sharpness, >= 0.
+        threshold: t. None for the mean of S over the image, as in SC-CLIP; a number; or
+            ("mean", m) for m times the mean, m = 1.2 in ProxyCLIP.
+        backend: "triton", "torch", "reference" or None for the default (see `scclip_fast.backend`).
+
+    Returns:
+        A tensor of the shape and dtype of `values`. Sums are float32 at least.
+
+    Raises:
+        TypeError: not floating, or a threshold of another kind.
+        ValueError: shapes or devices that do not fit, a number out of range, a backend that cannot
+            run.
+        NotImplementedError: a tangent of forward-mode differentiation.
+    """
+    v, f = value_and_feature_tokens(values, features)
+    _check.no_tangent("content_attention", v, f)
+    gamma = _check.number("gamma", gamma, low=0)
+    threshold = _checked_threshold(threshold)
+    resolved = resolve(backend, v, f)
+    v, f = operands(resolved, v, f)
+    out = _attend_to_content(v, f, gamma, threshold, resolved)
+    return out.to(values.dtype).view_as(values)
+
+
+def _attend_to_content(
+    values: Tensor, features: Tensor, gamma: float, threshold: Threshold, backend: str
+) -> Tensor:
+    """`reference.content_attention` (B, N, Dv), with a checked threshold."""
+    dtype = chunked.compute_dtype(values, features)
+    if isinstance(threshold, float):
+        similarity = torch.full(values.shape[:1], threshold, dtype=dtype, device=values.device)
+    else:
+        similarity = _mean_similarity(features.detach(), dtype, backend)
+        similarity = similarity if threshold is None else similarity * threshold[1]
+    return weighted_mean(values, features, reference.content_floor(similarity), gamma, backend)[0]
+
+
+def _checked_threshold(threshold: Threshold) -> Threshold:
+    """The threshold of `content_attention` with its number as a float."""
+    if threshold is None:
+        return None
+    if not isinstance(threshold, tuple):
+        return _check.number("threshold", threshold)
+    if len(threshold) != 2 or threshold[0] != "mean":
+        raise ValueError(f'threshold must be None, a number or ("mean", number), got {threshold}')
+    return "mean", _check.number("threshold", threshold[1])
 
 
 def _checked(

@@ -90,6 +90,21 @@ def check_variant(variant: str) -> None:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
 
 
+@torch.library.custom_op(f"{NAMESPACE}::outlier_mask", mutates_args=())
+def _outlier_mask(scores: Tensor, contamination: float, backend: str) -> Tensor:
+    """`reference.outlier_mask` of scores (B, N): bool (B, N)."""
+    if backend == "triton" and scores.numel():
+        from ..kernels.outlier_mask import outlier_mask_triton
+
+        return outlier_mask_triton(scores, contamination)
+    return reference.outlier_mask(scores, contamination).contiguous()
+
+
+@_outlier_mask.register_fake
+def _(scores: Tensor, contamination: float, backend: str) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
 def outlier_mask(
     scores: Tensor, contamination: float = 0.05, *, backend: str | None = None
 ) -> Tensor:
@@ -106,10 +121,10 @@ def outlier_mask(
             grid pass for h images: flatten them first. NaN scores are left out of the quantile and
             are never outliers.
         contamination: in (0, 0.5].
-        backend: deprecated. It is checked and has no effect, and the next release removes it.
+        backend: see `knn`. All backends return the same mask.
 
     Returns:
-        bool, of the shape of `scores`.
+        bool, of the shape of `scores`. The GPU is not waited for.
 
     Raises:
         TypeError, ValueError: `scores` is no floating tensor of that rank, contamination is out of
@@ -118,8 +133,8 @@ def outlier_mask(
     _check.floating("scores", scores)
     batch = _check.batched("scores", scores, "B, N")
     share = _check.contamination(contamination)
-    _warn_of_backend("outlier_mask", backend, scores)
-    mask = reference.outlier_mask(batch.to(chunked.compute_dtype(batch)), share)
+    resolved = resolve(backend, batch)
+    mask = _outlier_mask(batch.detach().to(chunked.compute_dtype(batch)), share, resolved)
     return mask if scores.dim() == 2 else mask[0]
 
 
@@ -186,14 +201,11 @@ def norm_scores(
     tokens = _check.tokens("features", features).detach()
     if check_finite:
         _check.all_finite("features", tokens)
-    _warn_of_backend("norm_scores", backend, tokens)
+    if backend is not None:
+        message = (
+            "backend has no effect on norm_scores: leave it out, as the next release removes it"
+        )
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        resolve(backend, tokens)
     scores = reference.norm_scores(tokens.to(chunked.compute_dtype(tokens)))
     return scores if features.dim() == 3 else scores[0]
-
-
-def _warn_of_backend(op: str, backend: str | None, tensor: Tensor) -> None:
-    """Warns of the argument `backend` of an op that runs the same torch code on every backend."""
-    if backend is not None:
-        message = f"backend has no effect on {op}: leave it out, as the next release removes it"
-        warnings.warn(message, DeprecationWarning, stacklevel=3)
-        resolve(backend, tensor)

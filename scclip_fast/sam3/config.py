@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..calibration import check_settings, scaled_index, stage_names
+from ..calibration import Settings, check_settings, scaled_index, stage_names
 from ..ops import _check
 
 
 @dataclass(frozen=True)
-class Sam3CalibrationConfig:
+class Sam3CalibrationConfig(Settings):
     """Settings of SC-CLIP's stages (Bai et al., arXiv 2411.15869) in a SAM3; `stages.py` runs them.
 
     Layer indices are 0-based. Index i stands for the output of layer i of the trunk. The defaults

@@ -116,7 +116,7 @@ def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
     places = rows[:, :, None] * tower.grid_size[1] + columns[:, None, :]
     positions = tower.positional_embedding
     patches = patches.flatten(2).mT + positions[1:][places.flatten(1)]
-    class_token = (tower.class_embedding + positions[0]).expand(len(pixels), 1, -1)
+    class_token = (tower.prefix_tokens + positions[:1]).expand(len(pixels), 1, -1)
     tokens = tower.norm_before(torch.cat([class_token, patches], dim=1))
     # For few tokens, plain matrix products are the faster attention.
     plain = tokens.shape[1] < 64

@@ -11,15 +11,15 @@ from torch import Tensor
 from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..clip.prompts import check_templates, class_names, text_features
+from ..clip.proxy import CLIP_MEAN, CLIP_STD, ProxyFeatures
 from ..ops import _check
 from ..precision import true_float32
-from .base import ImageSegmenter
+from .base import Band, ImageSegmenter
 from .image import WindowMaps, input_size, largest, upsampled, windows
 from .pamr import pamr
+from .propagation import propagate_windows
 
 _MAX_WINDOWS = 128  # in one batch; a very large image has more and takes several batches
-# OpenAI's mean and standard deviation of the channels, for models that state none.
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Segmenter(ImageSegmenter):
@@ -29,6 +29,9 @@ class Segmenter(ImageSegmenter):
     windows overlap, and multiplied by `logit_scale`; a softmax over all names makes them
     probabilities. A class has the probability of its best synonym. A pixel belongs to its most
     probable class, and to the first of equally probable ones.
+
+    With the method "lposs" the cosines of all windows of an image are propagated along the
+    similarities of the proxy's patches first, see `propagation`.
 
     The photo is resized in floating point, and PAMR follows the edges of the photo at its own size.
     The published code rounds the resized colours and follows the edges of the resized photo;
@@ -136,14 +139,21 @@ class Segmenter(ImageSegmenter):
             self.register_buffer(name, value.to(text.device), persistent=False)
 
     @torch.inference_mode()
-    def _bands(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        size = (image.shape[1], image.shape[2])
-        pixels = self._resized(image)
-        maps = self._maps(pixels)
+    def _bands(self, images: list[Tensor]) -> Iterator[Iterator[Band]]:
+        pixels, guides = [self._resized(image) for image in images], None
         if self.pamr_steps:
-            whole = torch.cat(list(upsampled(maps, size)), dim=1)
-            maps = pamr(self._guide(image, pixels), whole[None], self.pamr_steps)[0]
+            guides = list(map(self._guide, images, pixels))
+        found = self._maps(pixels)
         del pixels  # for a large photo they take as much memory as the bands
+        for index, maps in enumerate(found):
+            size = (images[index].shape[1], images[index].shape[2])
+            if guides is not None:
+                whole = torch.cat(list(upsampled(maps, size)), dim=1)
+                maps = pamr(guides[index], whole[None], self.pamr_steps)[0]
+            yield self._bands_of(maps, size)
+
+    @torch.inference_mode()
+    def _bands_of(self, maps: Tensor | WindowMaps, size: tuple[int, int]) -> Iterator[Band]:
         kept = None if self.area_thd is None else self._kept(maps, size, self.area_thd)
         for rows in upsampled(maps, size):
             probabilities = self._probabilities(rows)
@@ -154,12 +164,16 @@ class Segmenter(ImageSegmenter):
                 labels = labels.masked_fill(largest < self.prob_thd, self.background)
             yield labels, probabilities
 
-    def _label_bands(self, image: Tensor) -> Iterator[Tensor]:
+    @torch.inference_mode()
+    def _label_bands(self, images: list[Tensor]) -> Iterator[Iterator[Tensor]]:
         # The class of the largest cosine is the most probable one. Only thresholds need the value.
         if self.pamr_steps or self.prob_thd > 0 or self.area_thd is not None:
-            return super()._label_bands(image)
-        maps = self._maps(self._resized(image))
-        return (self.owners[names] for names in largest(maps, (image.shape[1], image.shape[2])))
+            yield from super()._label_bands(images)
+            return
+        found = self._maps([self._resized(image) for image in images])
+        for image, maps in zip(images, found, strict=True):
+            names_in_bands = largest(maps, (image.shape[1], image.shape[2]))
+            yield (self.owners[names] for names in names_in_bands)
 
     def _resized(self, image: Tensor) -> Tensor:
         """Returns normalised pixels (1, 3, h, w) at the model's size of an image (3, H, W)."""
@@ -180,24 +194,53 @@ class Segmenter(ImageSegmenter):
         pixels = image.to(self.mean.device, torch.float32)[None].div_(255)
         return pixels.sub_(self.mean.float()).div_(self.std.float())
 
-    def _maps(self, pixels: Tensor) -> Tensor | WindowMaps:
-        """Returns the cosines (names, h, w) of pixels (1, 3, h, w)."""
-        if self.slide_crop is None:
-            return self._encode(pixels)[0]
-        maps: list[Tensor] = []  # (names, h', w') of each window, a cosine for each patch
-        size = (pixels.shape[2], pixels.shape[3])
-        places = windows(size, self.slide_crop, self.slide_stride)
-        for start in range(0, len(places), _MAX_WINDOWS):
-            chosen = places[start : start + _MAX_WINDOWS]
-            crops = torch.cat([pixels[:, :, rows, columns] for rows, columns in chosen])
-            maps.extend(self._encode(crops).contiguous())
-        return WindowMaps(maps, places, size)
+    def _maps(self, images: list[Tensor]) -> list[Tensor | WindowMaps]:
+        """Returns the cosines (names, h, w) of each of the images (1, 3, h, w).
 
-    def _encode(self, images: Tensor) -> Tensor:
-        """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W)."""
-        cosines = _cosines(self.encoder.encode_dense(images), self.text_features)
+        Windows of one size are encoded together, whichever image they are of.
+        """
+        sizes = [(image.shape[2], image.shape[3]) for image in images]
+        places = [self._places(size) for size in sizes]
+        groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}  # image and window, by size
+        for index, image in enumerate(images):
+            for rows, columns in places[index]:
+                window = image[:, :, rows, columns]
+                groups.setdefault(window.shape, []).append((index, window))
+        maps: list[list[Tensor]] = [[] for _ in images]  # (names, h', w') of each window
+        tokens: list[list[Tensor]] = [[] for _ in images]  # (D, h', w'), the proxy's
+        for group in groups.values():
+            for start in range(0, len(group), _MAX_WINDOWS):
+                owners, crops = zip(*group[start : start + _MAX_WINDOWS], strict=True)
+                cosines, features = self._encode(torch.cat(crops))
+                for place, index in enumerate(owners):
+                    maps[index].append(cosines[place].contiguous())
+                    if features is not None:
+                        tokens[index].append(features.map[place])
+        for index, of_windows in enumerate(tokens):
+            if of_windows:
+                maps[index] = propagate_windows(maps[index], of_windows, places[index])
+        if self.slide_crop is None:
+            return [whole for (whole,) in maps]
+        return [WindowMaps(*each) for each in zip(maps, places, sizes, strict=True)]
+
+    def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
+        """Returns the rows and columns of the windows of an image of size (h, w)."""
+        if self.slide_crop is None:
+            return [(slice(0, size[0]), slice(0, size[1]))]
+        return windows(size, self.slide_crop, self.slide_stride)
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+        """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W).
+
+        LPOSS also needs the features of the proxy; other methods have None.
+        """
+        if self.encoder.method == "lposs":
+            dense, features = self.encoder.encode_with_proxy(images)
+        else:
+            dense, features = self.encoder.encode_dense(images), None
+        cosines = _cosines(dense, self.text_features)
         check_finite("image features", cosines)
-        return cosines
+        return cosines, features
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Returns probabilities of classes (classes, ...) from cosines of names (names, ...)."""
@@ -226,7 +269,10 @@ def normalisation(encoder: SCCLIP, tokenizer: Callable) -> tuple[Sequence[float]
     """Returns the mean and standard deviation of the channels in [0, 1]; see `Segmenter`."""
     # open_clip's tower and transformers' image processor use the same names for them.
     source = getattr(tokenizer, "image_processor", encoder.tower.visual)
-    return getattr(source, "image_mean", None) or _MEAN, getattr(source, "image_std", None) or _STD
+    return (
+        getattr(source, "image_mean", None) or CLIP_MEAN,
+        getattr(source, "image_std", None) or CLIP_STD,
+    )
 
 
 @true_float32

@@ -26,13 +26,21 @@ _BAND_BYTES = 16 * 2**20  # of upsampled maps that are in memory at a time
 _WHOLE_BYTES = 256 * 2**20  # of maps at the size of the model's input that are averaged at once
 LABEL_ROWS = 256  # of int64 labels that are in memory at a time
 _BACKGROUND = "white"  # behind transparent images
+# Of the files that are taken from folders. Pillow opens more formats, by the files' contents.
+_SUFFIXES = {".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_PLUGINS = {".heic", ".heif"}  # taken too if a plug-in of Pillow is registered for them
 _OPENERS = {  # what opens formats that not every Pillow opens
     ".avif": "Pillow 11.3 or newer opens AVIF",
     ".heic": "pip install pillow-heif, with which Pillow opens HEIC",
     ".heif": "pip install pillow-heif, with which Pillow opens HEIF",
 }
 
-ImageLike = Image.Image | np.ndarray | Tensor
+ImageLike = Image.Image | np.ndarray | Tensor | str | PathLike[str]
+
+
+def suffixes() -> set[str]:
+    """Returns the suffixes of the image files that are taken from folders, in small letters."""
+    return _SUFFIXES | (_PLUGINS & Image.registered_extensions().keys())
 
 
 class ImageError(ValueError):
@@ -112,14 +120,19 @@ def _register_heif() -> None:
 
 
 def to_tensor(image: ImageLike) -> Tensor:
-    """Returns (3, H, W), uint8, of a PIL image, converted by `to_rgb`, or of a uint8 (H, W, 3)."""
+    """Returns (3, H, W), uint8, of a file, a PIL image or a uint8 array or tensor (H, W, 3).
+
+    A file is read by `read`, and a PIL image is converted by `to_rgb`.
+    """
+    if isinstance(image, str | PathLike):
+        image = read(image)
     if isinstance(image, Image.Image):
         image = np.array(to_rgb(image))
     if isinstance(image, np.ndarray):
         image = torch.from_numpy(np.require(image, requirements=["C", "W"]))
     if not isinstance(image, Tensor) or image.dtype != torch.uint8:
         kind = image.dtype if isinstance(image, Tensor) else type(image).__name__
-        raise TypeError(f"image must be a PIL image or a uint8 array (H, W, 3), got {kind}")
+        raise TypeError(f"image must be a file, a PIL image or a uint8 (H, W, 3), got {kind}")
     if image.dim() != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image must be (H, W, 3), got {tuple(image.shape)}")
     return image.permute(2, 0, 1)

@@ -13,6 +13,7 @@ from ..clip.prompts import class_names
 from ..ops import _check, upsampled_labels
 from ..sam3 import Sam3CalibrationConfig
 from . import sam3_details
+from .base import Band
 from .image import LABEL_ROWS, ImageLike, to_tensor, upsampled
 from .sam3_details import ClassDetails
 from .sam3_heads import HEADS, Preview, check_heads
@@ -150,17 +151,23 @@ class Sam3Segmenter(PromptedSam3):
             for index, name in enumerate(self.classes[1:])
         ]
 
+    def _bands(self, images: list[Tensor]) -> Iterator[Iterator[Band]]:
+        return map(self._bands_of, images)
+
     @torch.inference_mode()
-    def _bands(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _bands_of(self, image: Tensor) -> Iterator[Band]:
         maps = self._maps(image)
         for scores in upsampled(maps, (image.shape[1], image.shape[2])):
             yield self._labels(scores)
 
-    def _label_bands(self, image: Tensor) -> Iterator[Tensor]:
+    def _label_bands(self, images: list[Tensor]) -> Iterator[Iterator[Tensor]]:
         # Only the margin needs a second score.
         if self.margin_thd > 0:
-            yield from super()._label_bands(image)
-            return
+            return super()._label_bands(images)
+        return map(self._label_bands_of, images)
+
+    @torch.inference_mode()
+    def _label_bands_of(self, image: Tensor) -> Iterator[Tensor]:
         labels, best = upsampled_labels(self._maps(image), (image.shape[1], image.shape[2]))
         for some, score in zip(labels.split(LABEL_ROWS), best.split(LABEL_ROWS), strict=True):
             yield (some.long() + 1).masked_fill_(score < self.prob_thd, 0)
