@@ -36,7 +36,8 @@ def images_per_step(tokens: int, width: int, dtype: torch.dtype) -> int:
     """The number of images whose tokens and tiles fit a twelfth of the workspace, 5.3 MiB.
 
     The allocator returns much larger tensors to the system and fetches their pages anew at every
-    step: 64 images of 196 tokens of 768 channels took 165 ms in steps of 16 MiB, and 119 ms so.
+    step: `knn` of 64 images of 196 tokens of 768 channels took 165 ms in steps of 16 MiB, and takes
+    119 ms so.
     """
     row_bytes = max(1, tokens, width) * dtype.itemsize
     return max(1, tiles.WORKSPACE_BYTES // 12 // (tokens * row_bytes))
