@@ -24,8 +24,8 @@ STRIPS = 3
 def tile_pairs(tokens: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
     """The tiles (rows, columns) of the upper triangle. Those of the diagonal have equal slices.
 
-    A tile takes at most 7/16 of the workspace, 28 MiB: `topk` of 34 numbers is slower on less than
-    34 * 64 columns.
+    A tile takes at most 7/16 of the workspace, 28 MiB: `lof_scores` of 5184 tokens takes 0.40 s so,
+    and 0.42 s in tiles of 8 MiB.
     """
     side = max(1, math.isqrt(tiles.WORKSPACE_BYTES * 7 // 16 // dtype.itemsize))
     side = -(-tokens // -(-tokens // side))  # tiles of nearly equal sizes
