@@ -19,7 +19,7 @@ share rho of it, gamma with the u of the measured distances. With the margin
 
     M = gamma (2 a + r)^2 + 2 rho r^2
 
-a row is decided if both of these hold, with `<` for `<=`:
+a row is decided if both of these hold:
 
 - Complete: a token that would be measured to be as near as r has d^2 <= r^2 / (1 - rho), and so
   c <= r^2 + M. Every token that the search dropped has a larger c.
