@@ -114,6 +114,7 @@ def test_more_channels_than_one_accumulator_takes(device, path):
     assert_close(out.cpu(), ref=by_equation(values, features, floor, 3.0)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_of_a_large_image(device):
     """Computes 128 rows of 5184 x 1024 float32 by the launches, as the interpreter is slow."""

@@ -172,6 +172,7 @@ def test_a_name_that_is_no_text(photos, monkeypatch):
     assert len(written(photos / "\udcff")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs the signals of POSIX")
 def test_an_interrupt_leaves_whole_files(photos, tmp_path):
     for index in range(3, 200):

@@ -137,6 +137,7 @@ def test_features_are_of_the_present_image():
     assert not torch.equal(first, second) and torch.equal(second, alone.probabilities(photo))
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_goes_on(command):
     compared = ["scenes", *WINDOWS[:4], "--compare", "clip,scclip"]
     assert command("clip", *compared, "--limit", 3, "--out", "whole.json")[0] == 0

@@ -90,6 +90,7 @@ def test_the_certificate_holds(kind):
     assert sure > 15 * decided.sum()  # most candidates need not be measured
 
 
+@pytest.mark.slow
 def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
     """Checks 128 rows of 5184 x 1024, the shape of SAM3's trunk."""
     x = clusters(1, 5184, 1024)[0].to(DEVICE)
@@ -145,6 +146,7 @@ def test_short_types_and_strides(dtype):
     assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="a GPU has tiles of its own")
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_tiles_for_hopper(width, monkeypatch):

@@ -64,6 +64,7 @@ def measured():
     return output_of(__file__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*forward(2, 1), *backward(2, 1)])
 def test_peak_memory(name, measured):
     if measured[name] is None:

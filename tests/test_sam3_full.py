@@ -24,6 +24,7 @@ MIB = 2**20
 EVERYTHING = replace(Sam3CalibrationConfig(), **dict.fromkeys(STAGES, True))
 
 
+@pytest.mark.slow
 def test_memory_of_the_trunk():
     """There is no (N, N, D) tensor, which would be 110 GB, and at most the memory of two N x N."""
     config = Sam3CalibrationConfig(trunk_attention=False)
