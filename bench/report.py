@@ -1,7 +1,7 @@
 """Markdown tables of result files: python bench/report.py bench/results/*.json
 
 Results are those of `pytest --benchmark-json`, bench/by_hand.py, bench/targets.py,
-bench/vocabulary.py and bench/ablation.py. Other files have no table.
+bench/throughput.py, bench/vocabulary.py and bench/ablation.py. Other files have no table.
 """
 
 from __future__ import annotations
@@ -221,12 +221,25 @@ def vocabulary_table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def throughput_table(results: dict) -> str:
+    """Returns the images a second of bench/throughput.py, and their ratio to the first way's."""
+    threads = _count(results["threads"], "thread")
+    lines = [_machine(f"{results['machine_info']['device_name']}, {threads}", results), ""]
+    lines += ["| command | way | images/s | ratio |", "|---|---|--:|--:|"]
+    for command, rates in results["throughput"].items():
+        first = next(iter(rates.values()))
+        for way, rate in rates.items():
+            lines.append(f"| {command} | {way} | {rate:.2f} | {rate / first:.2f} |")
+    return "\n".join(lines)
+
+
 # The key that only the results of one script have, and the table of these results.
 WRITERS = {
     "benchmarks": race_table,
     "by_hand": by_hand_table,
     "results": target_table,
     "seeds": ablation_table,
+    "throughput": throughput_table,
     "vocabulary": vocabulary_table,
 }
 
