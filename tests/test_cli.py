@@ -191,7 +191,10 @@ def test_an_interrupt_leaves_whole_files(photos, tmp_path):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
-@pytest.mark.parametrize("words", [["lof", "--help"], ["lof", "0.png", "--size", "112"]])
+@pytest.mark.parametrize(
+    "words",
+    [["lof", "--help"], pytest.param(["lof", "0.png", "--size", "112"], marks=pytest.mark.slow)],
+)
 def test_a_closed_pipe(photos, words):
     """The reader stops after the first bytes, as with `| head -1`."""
     command = shlex.join([*COMMAND, *words, "--model", "scenes", "--device", "cpu"])

@@ -59,6 +59,7 @@ def test_equals_the_library(command):
     )
 
 
+@pytest.mark.slow
 def test_batches_and_resuming_change_nothing(command):
     assert command("--limit", 2, "--batch", 2)[0] == 0
     assert command("--batch", 3)[0] == 0

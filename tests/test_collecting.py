@@ -54,6 +54,7 @@ def test_benchmark_runs_them(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_benchmark_leaves_paths_alone():
     text = output("--benchmark", "--collect-only", "-q", "bench/bench_repair.py")
     assert collected(text) == {"bench/bench_repair.py"}
@@ -61,7 +62,11 @@ def test_benchmark_leaves_paths_alone():
 
 @pytest.mark.parametrize(
     "arguments, passed, deselected",
-    [((), 1, "3 tests"), (("-n1",), 1, "3 tests"), (("-k", "test_gpu"), 0, "1 test")],
+    [
+        ((), 1, "3 tests"),
+        pytest.param(("-n1",), 1, "3 tests", marks=pytest.mark.slow),
+        (("-k", "test_gpu"), 0, "1 test"),
+    ],
     ids=["one process", "a worker", "some of them"],
 )
 def test_cases_of_a_gpu_are_deselected(pytester, monkeypatch, arguments, passed, deselected):
