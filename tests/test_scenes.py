@@ -7,6 +7,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_clip import tiny_clip
 
 from scclip_fast import scenes
@@ -16,11 +17,17 @@ from scclip_fast.scenes.draw import CLASSES, GROUNDS, HELD_OUT, SIZE, caption, s
 from scclip_fast.segment import Segmenter
 
 FOLDER = Path(scenes.__file__).parent
+WEIGHTS = "open_clip_model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def benchmark_scenes():
     return [scene("benchmark", index) for index in range(24)]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    return train.Pool(24, json.loads(train.CONFIG.read_text()))
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "benchmark"])
@@ -80,9 +87,7 @@ def test_captions_name_nothing_that_is_not_there():
         assert set(text.replace(" and ", " on ").split(" on ")) <= set(phrases)
 
 
-def test_a_window_is_captioned_by_what_it_shows():
-    config = json.loads(train.CONFIG.read_text())
-    pool = train.Pool(4, config)
+def test_a_window_is_captioned_by_what_it_shows(pool):
     assert pool.patch == 16
     for index in range(4):
         whole = pool._visible(index, slice(0, 224), slice(0, 224))
@@ -112,21 +117,78 @@ def test_windows_keep_their_positions():
     assert not torch.allclose(train.encode_windows(model, crop, corner), features, atol=1e-3)
 
 
-def test_a_few_steps_of_training_lower_the_loss_and_are_saved(tmp_path, monkeypatch, capsys):
-    stages = (train.Stage(6, 8, side=2), train.Stage(1, 4, side=None))
-    small = dict(STAGES=stages, WARMUP=1, REPORT=1, POOL=8)
-    for name, value in small.items():
+def test_a_named_window_holds_the_shape(pool):
+    kinds = set()
+    for seed in range(30):
+        batch = pool.named(np.random.default_rng(seed), 3, side=6)
+        assert batch.pixels.shape[1:] == (3, 96, 96) and batch.corners.max() <= 14 - 6
+        kinds.add(len({name for name in batch.captions if " " in name}) > 0)
+        for thing in pool._fitting(None, 6):
+            assert 48 <= thing.extent <= 96
+    assert kinds == {True, False}  # with and without the colour
+
+
+def test_equal_captions_are_one_text():
+    """The loss of a batch whose images all have the same caption does not depend on the images."""
+    model = tiny_clip(layers=2)
+    tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    pixels, corners = torch.rand(3, 3, *model.visual.image_size), torch.zeros(3, 2).long()
+    batch = train.Batch(pixels, corners, ["star", "ring", "star"])
+    loss = train.contrastive_loss(model, tokenizer, batch, torch.float32)
+    image = train.encode_windows(model, pixels, corners)
+    text = model.encode_text(tokenizer(["star", "ring"]), normalize=True)
+    logits = model.logit_scale.exp() * image @ text.T
+    by_image, by_text = logits.log_softmax(dim=1), logits.log_softmax(dim=0)
+    stars = (by_text[0, 0] + by_text[2, 0]) / 2
+    expected = (by_image[0, 0] + by_image[1, 1] + by_image[2, 0]) / 3 + (stars + by_text[1, 1]) / 2
+    torch.testing.assert_close(loss, -expected / 2)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Trains seven steps on a hundred scenes into a folder, and returns the printed losses by step."""
+    stages = (train.Stage(6, 8, (4, 5)), train.Stage(1, 4, (None,)))
+    for name, value in dict(STAGES=stages, WARMUP=1, REPORT=1, POOL=100, CHECKPOINT=2).items():
         monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / "model")])
-    train.main()
-    losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()[1:]]
-    assert len(losses) == 7 and min(losses[3:6]) < losses[0]
+
+    def run(folder):
+        monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path / folder)])
+        train.main()
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+        return {int(words[1]): float(words[3]) for words in lines}
+
+    return run
+
+
+def test_training_lowers_the_loss_and_saves_a_model(run, tmp_path):
+    losses = run("model")
+    assert list(losses) == [1, 2, 3, 4, 5, 6, 7]
+    assert losses[5] < losses[1] and losses[6] < losses[2]  # the same kind of batch
     encoder, _ = create_model(f"local-dir:{tmp_path / 'model'}")
     assert encoder.patch_size == 16
 
 
+def test_training_goes_on_after_an_interruption(run, tmp_path, monkeypatch):
+    losses = run("whole")
+    contrastive_loss, calls = train.contrastive_loss, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return contrastive_loss(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "contrastive_loss", interrupted)
+        run("parts")
+    assert run("parts") == {step: losses[step] for step in (5, 6, 7)}  # on from step 4
+    whole, parts = (load_file(tmp_path / name / WEIGHTS) for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
 def test_the_shipped_model_is_small():
-    assert (FOLDER / "open_clip_model.safetensors").stat().st_size <= 16e6
+    assert (FOLDER / WEIGHTS).stat().st_size <= 16e6
 
 
 @pytest.fixture(scope="module")
