@@ -53,7 +53,7 @@ class Stage(NamedTuple):
     sides: tuple[int | None, ...]  # of the windows, in patches, in turn; None for whole scenes
 
 
-STAGES = (Stage(4000, 128, (4, 5, 6, 7)), Stage(400, 64, (7, None)))
+STAGES = (Stage(3000, 128, (4, 5, 6, 7)), Stage(300, 64, (7, None)))
 
 
 class Batch(NamedTuple):
@@ -185,7 +185,8 @@ def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION):
         for block in tower.blocks:
             tokens = tower.run_block(block, tokens)
-    return tower.unit_features(tokens[:, 0])
+    features = tower.norm_and_project(tower.patches(tokens)).mean(dim=1)  # pool_type "avg"
+    return F.normalize(features, dim=-1)
 
 
 def contrastive_loss(
