@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clip import SCCLIP
 from ..clip.model import check_finite
-from ..clip.prompts import check_templates, class_names, text_features
+from ..clip.prompts import Templates, check_templates, class_names, features_of_classes
 from ..clip.proxy import CLIP_MEAN, CLIP_STD, ProxyFeatures
 from ..ops import _check
 from ..precision import true_float32
@@ -52,7 +52,8 @@ class Segmenter(ImageSegmenter):
         classes: one entry a class, with commas between synonyms: "person, man, woman".
         templates: a list of captions whose text features are averaged: strings with {} in the
             place of the name, or callables from name to caption; None for the 80 of OpenAI, which
-            come with open_clip.
+            come with open_clip. A mapping has such a list for each class by its first name, see
+            `choose_templates`.
         logit_scale: the factor of the cosines in the softmax, above 0; 40 as published.
         shared_names: whether a name may stand in several classes, as in the published list of
             COCO-Object; the first of these classes then gets its pixels.
@@ -90,7 +91,7 @@ class Segmenter(ImageSegmenter):
         tokenizer: Callable,
         classes: Sequence[str],
         *,
-        templates: Sequence[Callable | str] | None = None,
+        templates: Templates | None = None,
         shared_names: bool = False,
         logit_scale: float = 40.0,
         prob_thd: float = 0.0,
@@ -104,7 +105,7 @@ class Segmenter(ImageSegmenter):
         super().__init__()
         synonyms = class_names(classes, shared_names)
         _check_background(background, len(synonyms), prob_thd, area_thd)
-        check_templates(templates)
+        check_templates(templates, [names[0] for names in synonyms])
         if _check.number("logit_scale", logit_scale) <= 0:
             raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
         for name, side in dict(short_side=short_side, slide_crop=slide_crop).items():
@@ -124,8 +125,9 @@ class Segmenter(ImageSegmenter):
         self.slide_stride = slide_stride
         self.short_side = short_side
         self.pamr_steps = pamr_steps
-        names = [name for synonym in synonyms for name in synonym]
-        text = text_features(encoder.tower, tokenizer, names, templates, distinct=not shared_names)
+        text = features_of_classes(
+            encoder.tower, tokenizer, synonyms, templates, distinct=not shared_names
+        )
         check_finite("text features", text)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
         mean, std = normalisation(encoder, tokenizer)
