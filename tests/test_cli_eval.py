@@ -85,11 +85,12 @@ def test_command(command, tmp_path):
 
 def test_command_is_the_library(command, tiny, tmp_path):
     options = ["--slide-crop", 112, "--slide-stride", 56, "--pamr-steps", 1, "--no-repair"]
+    options += ["--stitch"]
     assert command("scenes", "--limit", 2, *options)[0] == 0
     encoder, tokenizer = create_model(tiny)
     encoder.config = replace(encoder.config, repair=False)
     classes = PROTOCOLS["scenes"].class_names()
-    windows = dict(slide_crop=112, slide_stride=56, pamr_steps=1, short_side=None)
+    windows = dict(slide_crop=112, slide_stride=56, stitch=True, pamr_steps=1, short_side=None)
     segmenter = Segmenter(encoder, tokenizer, classes, **windows)
     dataset = PROTOCOLS["scenes"].dataset(limit=2)
     confusions = [confusion_matrix(segmenter(image), labels, 42) for _, image, labels in dataset]

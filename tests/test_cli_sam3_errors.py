@@ -54,6 +54,7 @@ OF_CLIP = [  # some values are the defaults, which are refused too
     ("--short-side", "336"),
     ("--slide-crop", "0"),
     ("--slide-stride", "112"),
+    ("--stitch",),
     ("--logit-scale", "40"),
     ("--area-thd", "0.1"),
     ("--background", "sky"),

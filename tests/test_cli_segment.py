@@ -155,7 +155,7 @@ def test_options_reach_the_segmenter(command, photo, monkeypatch):
     passed = {}
 
     def segment(segmenter, jobs, font, batch, ranks):
-        names = "logit_scale prob_thd area_thd background slide_crop slide_stride short_side"
+        names = "logit_scale prob_thd area_thd background slide_crop slide_stride stitch short_side"
         passed.update({name: getattr(segmenter, name) for name in (*names.split(), "pamr_steps")})
         passed["method"] = segmenter.encoder.method
         return 0
@@ -164,7 +164,7 @@ def test_options_reach_the_segmenter(command, photo, monkeypatch):
     command(photo.name)
     defaults = dict(
         logit_scale=40, prob_thd=0, area_thd=None, background=None, slide_crop=224,
-        slide_stride=112, short_side=32, pamr_steps=0, method="scclip",
+        slide_stride=112, stitch=False, short_side=32, pamr_steps=0, method="scclip",
     )  # fmt: skip
     assert passed == defaults
     changed = dict(
@@ -172,7 +172,9 @@ def test_options_reach_the_segmenter(command, photo, monkeypatch):
         slide_stride=48, short_side=48, pamr_steps=2, method="maskclip",
     )  # fmt: skip
     command(photo.name, *(w for k, v in changed.items() for w in (f"--{k.replace('_', '-')}", v)))
-    assert passed == changed | dict(background=1)
+    assert passed == changed | dict(background=1, stitch=False)
+    command(photo.name, "--stitch")
+    assert passed == defaults | dict(stitch=True)
     command(photo.name, "--slide-crop", "0", "--short-side", "0")
     assert passed["slide_crop"] is passed["short_side"] is None
 

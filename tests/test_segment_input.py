@@ -116,9 +116,9 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     segmenter = make()
     expected, batches = segmenter.probabilities(image), []
 
-    def encode_dense(images):
+    def encode_dense(images, corners):
         batches.append(len(images))
-        return original(images)
+        return original(images, corners)
 
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)
@@ -143,9 +143,9 @@ def test_images_of_a_list_are_encoded_together(encoder, make, image, settings, m
     assert all(map(torch.equal, segmenter(given), alone))
     monkeypatch.undo()
 
-    def encode_dense(images):
+    def encode_dense(images, corners):
         batches.append(len(images))
-        return original(images)
+        return original(images, corners)
 
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)

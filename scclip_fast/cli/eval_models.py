@@ -56,6 +56,7 @@ class ClipModel:
                 **protocol.thresholds(),
                 "slide_crop": args.slide_crop or None,
                 "slide_stride": args.slide_stride,
+                "stitch": args.stitch,
                 "pamr_steps": args.pamr_steps,
             },
             "model": {

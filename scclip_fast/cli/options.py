@@ -77,7 +77,7 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def add_windows(parser: argparse.ArgumentParser, **keywords) -> None:
-    """Adds --slide-crop and --slide-stride; see `check_windows`.
+    """Adds --slide-crop, --slide-stride and --stitch; see `check_windows`.
 
     Args:
         parser: the parser of a sub-command.
@@ -98,6 +98,14 @@ def add_windows(parser: argparse.ArgumentParser, **keywords) -> None:
         type=positive,
         default=112,
         help="distance between neighbouring windows",
+        **keywords,
+    )
+    add(
+        "--stitch",
+        nargs=0,
+        const=True,
+        default=False,
+        help="the last block attends to all windows of an image at once, as OV-Stitcher does",
         **keywords,
     )
 

@@ -206,6 +206,7 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     used += (
         "slide_crop",
         "slide_stride",
+        "stitch",
         "logit_scale",
         "prob_thd",
         "area_thd",
@@ -249,6 +250,7 @@ def _clip(args: argparse.Namespace, classes: list[str]) -> ImageSegmenter:
         background=None if args.background is None else names.index(args.background),
         slide_crop=args.slide_crop or None,
         slide_stride=args.slide_stride,
+        stitch=args.stitch,
         short_side=args.short_side or None,
         pamr_steps=args.pamr_steps,
     )

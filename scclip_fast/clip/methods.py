@@ -1,7 +1,9 @@
 """The last block of SC-CLIP and of the methods that it is compared with.
 
 Each function takes a tower, the outputs (B, P + N, D) of all its blocks but the last, the grid
-(h, w) and a configuration, and returns patch tokens (B, N, D) for `Tower.unit_features`.
+(h, w) and a configuration, and returns patch tokens (B, N, D) for `Tower.unit_features`. If the
+tower has `corners`, the attention of the last block is that of OV-Stitcher: a window's queries
+attend to the keys of all windows. Repair and aggregation stay within a window.
 """
 
 from __future__ import annotations
@@ -42,8 +44,7 @@ def sclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPC
     """SCLIP (Wang et al., ECCV 2024): query-query plus key-key attention."""
     last, tokens = tower.blocks[-1], block_outputs[-1]
     q, k, v = tower.qkv(last, tokens)
-    attention = F.scaled_dot_product_attention
-    attended = attention(q, q, v) + attention(k, k, v)
+    attended = tower.attention(q, q, v) + tower.attention(k, k, v)
     tokens = tower.add_residual_and_mlp(last, tokens, tower.merge_heads(last, attended))
     return tower.patches(tokens)
 
@@ -54,7 +55,7 @@ def clearclip(
     """ClearCLIP (Lan et al., ECCV 2024): query-query attention, no residual, no MLP."""
     last = tower.blocks[-1]
     q, _, v = tower.qkv(last, block_outputs[-1])
-    return tower.patches(tower.merge_heads(last, F.scaled_dot_product_attention(q, q, v)))
+    return tower.patches(tower.merge_heads(last, tower.attention(q, q, v)))
 
 
 def naclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
@@ -66,7 +67,7 @@ def naclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIP
     """
     last = tower.blocks[-1]
     _, k, v = tower.qkv(last, block_outputs[-1])
-    return tower.merge_heads(last, neighbour_attention(k, v, grid, NACLIP_STD))
+    return tower.merge_heads(last, neighbour_attention(tower, k, v, grid, NACLIP_STD))
 
 
 def resclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
@@ -85,40 +86,41 @@ def resclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLI
     cross = torch.zeros_like(v[:, :, n_prefix:])
     for layer in range(first, end + 1):
         q_layer, k_layer, _ = tower.qkv(tower.blocks[layer], block_outputs[layer - 1])
-        cross += F.scaled_dot_product_attention(q_layer[:, :, n_prefix:], k_layer, v)
-    neighbours = neighbour_attention(k, v, grid, NACLIP_STD)
+        cross += tower.attention(q_layer[:, :, n_prefix:], k_layer, v)
+    neighbours = neighbour_attention(tower, k, v, grid, NACLIP_STD)
     attended = torch.lerp(neighbours, cross / (end + 1 - first), RESCLIP_SHARE)
     return tower.merge_heads(last, attended)
 
 
-def neighbour_attention(k: Tensor, v: Tensor, grid: Grid, std: float) -> Tensor:
+def neighbour_attention(tower: Tower, k: Tensor, v: Tensor, grid: Grid, std: float) -> Tensor:
     """softmax(k k^T / sqrt d + omega) v for the patches, (B, heads, N, d); see `naclip`.
+
+    Between the windows of one image, omega is that of the distance in the image.
 
     Args:
         k, v: (B, heads, P + N, d), the prefix tokens first.
         grid: (h, w), N = h w.
         std: standard deviation of the Gaussian, in patches.
     """
-    n_prefix = k.shape[2] - grid[0] * grid[1]
-    vertical, horizontal = (_gaussian(side, std, k) for side in grid)
-    row_bytes = grid[1] * k.shape[2] * k.element_size()  # of omega for one row of patches
-    step = max(1, OMEGA_BYTES // row_bytes)
+    rows, columns = (torch.arange(side, device=k.device) for side in grid)
+    places = torch.cartesian_prod(rows, columns).to(torch.promote_types(k.dtype, torch.float32))
+    n_prefix = k.shape[2] - len(places)
+    of_keys = F.pad(places, (0, 0, n_prefix, 0), value=torch.inf)  # far from every patch
+    if tower.corners is not None:
+        corners = tower.corners[:, None]
+        places, of_keys = ((corners + each).flatten(0, 1) for each in (places, of_keys))
+    queries, k, v = map(tower.join, (k[:, :, n_prefix:], k, v))
     attended = []
-    for top in range(0, grid[0], step):
-        omega = vertical[top : top + step, None, :, None] * horizontal[None, :, None, :]
-        omega = F.pad(omega.flatten(2).flatten(0, 1), (n_prefix, 0))  # [rows, P + N]
-        start = n_prefix + top * grid[1]
-        queries = k[:, :, start : start + len(omega)]
-        attended.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=omega))
-    return torch.cat(attended, dim=2)
-
-
-def _gaussian(side: int, std: float, like: Tensor) -> Tensor:
-    """exp(-(i - j)^2 / (2 std^2)), (side, side), in the dtype and on the device of `like`."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    position = torch.arange(side, device=like.device, dtype=dtype)
-    distance = (position[:, None] - position) / std
-    return torch.exp(-0.5 * distance.square()).to(like.dtype)
+    for some in places.split(max(1, OMEGA_BYTES // (len(of_keys) * k.element_size()))):
+        vertical, horizontal = (
+            torch.exp(-0.5 * ((some[:, None, axis] - of_keys[:, axis]) / std).square())
+            for axis in (0, 1)
+        )
+        omega = vertical.to(k.dtype) * horizontal.to(k.dtype)
+        start = sum(part.shape[2] for part in attended)
+        part = queries[:, :, start : start + len(some)]
+        attended.append(F.scaled_dot_product_attention(part, k, v, attn_mask=omega))
+    return tower.part(torch.cat(attended, dim=2))
 
 
 def scclip(tower: Tower, block_outputs: BlockOutputs, grid: Grid, config: SCCLIPConfig) -> Tensor:
@@ -160,7 +162,8 @@ def _attend(tower: Tower, branches: Tensor, middle: Tensor, config: SCCLIPConfig
     q, k, v = (head.flatten(1, 2) for head in heads)  # (B, S heads, N, d)
     q = k if config.self_attention == "kk" else q
     if config.content_attention:
-        attended = blended_attention(q, k, v, middle, config.gamma, config.alpha)
+        q, k, v, middle = map(tower.join, (q, k, v, middle))
+        attended = tower.part(blended_attention(q, k, v, middle, config.gamma, config.alpha))
     else:
-        attended = F.scaled_dot_product_attention(q, k, v)
+        attended = tower.attention(q, k, v)
     return attended.unflatten(1, (branches.shape[1], -1)).transpose(2, 3).flatten(3)

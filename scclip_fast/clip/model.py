@@ -103,7 +103,7 @@ class SCCLIP(nn.Module):
     def patch_size(self) -> int:
         return self.tower.patch_size
 
-    def encode_dense(self, images: Tensor) -> Tensor:
+    def encode_dense(self, images: Tensor, corners: Tensor | None = None) -> Tensor:
         """Computes one feature for each patch, in the space of the text features.
 
         Args:
@@ -111,6 +111,11 @@ class SCCLIP(nn.Module):
                 Sides that the patch size does not divide are resized to the nearest multiple
                 (bicubic, antialiased), at least one patch. The positional embedding is stretched
                 to the image.
+            corners: (B, 2), the first row and column, in pixels, of each image, if all are windows
+                of one larger image. In the last block, the queries of each window then attend to
+                the keys of all: the idea of OV-Stitcher (Moon et al., CVPR 2026 Findings, arXiv
+                2604.08110), whose code is not published. Methods without attention to other tokens
+                stay as they are, and so do windows of a single patch.
 
         Returns:
             (B, h, w, E), of unit norm, in the model's dtype; h and w count patches, and E is the
@@ -120,14 +125,18 @@ class SCCLIP(nn.Module):
 
         Raises:
             TypeError: images are no floating tensor.
-            ValueError: images are not (B, 3, H, W).
+            ValueError: images are not (B, 3, H, W), or corners are not (B, 2).
         """
-        return self.encode_with_proxy(images)[0]
+        return self.encode_with_proxy(images, corners)[0]
 
-    def encode_with_proxy(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+    def encode_with_proxy(
+        self, images: Tensor, corners: Tensor | None = None
+    ) -> tuple[Tensor, ProxyFeatures | None]:
         """Computes the features of `encode_dense` and the proxy's, which are None without one."""
         block_outputs, grid = self.layers(images)
         tower = self.tower.at(grid)
+        if corners is not None and len(images) > 1 and grid != (1, 1):
+            tower.corners = _in_patches(corners, images, grid)
         arguments = tower, block_outputs, grid, self.config
         if self.method in PROXY_METHODS:
             features = self.proxy(_whole_patches(images, self.proxy.patch_size))
@@ -183,6 +192,18 @@ def _whole_patches(images: Tensor, patch: int) -> Tensor:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images
+
+
+def _in_patches(corners: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Corners (B, 2) of images (B, 3, H, W) in patches, on the images' device."""
+    if not isinstance(corners, Tensor) or corners.shape != (len(images), 2):
+        found = tuple(corners.shape) if isinstance(corners, Tensor) else type(corners).__name__
+        raise ValueError(f"corners must be a tensor ({len(images)}, 2), got {found}")
+    sides = zip(grid, images.shape[2:], strict=True)
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    return corners.to(images.device, dtype) * corners.new_tensor(
+        [patches / pixels for patches, pixels in sides], dtype=dtype, device=images.device
+    )
 
 
 def _tower_class(model: nn.Module) -> type[Tower]:

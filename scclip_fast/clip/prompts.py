@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..extras import needs
 from .tower import Tower
+
+#: The same templates for all classes, or those of each class by its first name.
+Templates = Sequence[Callable | str] | Mapping[str, Sequence[Callable | str]]
 
 _NAMES = 10  # names whose prompts are encoded in one batch
 _PROBE = "\0name"  # stands in for a name where templates are checked
@@ -46,8 +49,21 @@ def class_names(classes: Sequence[str], shared: bool) -> list[list[str]]:
     return synonyms
 
 
-def check_templates(templates: Sequence[Callable | str] | None) -> None:
-    """ValueError unless templates are callables or strings that have {} in the name's place."""
+def check_templates(templates: Templates | None, classes: Sequence[str]) -> None:
+    """ValueError unless templates are callables or strings that have {} in the name's place.
+
+    A mapping must have such templates for each of the classes and for nothing else.
+    """
+    if isinstance(templates, Mapping):
+        if templates.keys() != set(classes):
+            missing, unknown = set(classes) - templates.keys(), templates.keys() - set(classes)
+            raise ValueError(
+                "templates by class must have an entry for each class, "
+                f"got none for {sorted(missing)}, and {sorted(unknown)}, which are no classes"
+            )
+        for of_class in templates.values():
+            check_templates(of_class, classes)
+        return
     if templates is None:
         return
     if isinstance(templates, str) or not all(isinstance(t, str) or callable(t) for t in templates):
@@ -57,6 +73,29 @@ def check_templates(templates: Sequence[Callable | str] | None) -> None:
     for template in templates:
         if isinstance(template, str) and _PROBE not in _formatted(template, _PROBE):
             raise ValueError(f"a template must have {{}} in the name's place, got {template!r}")
+
+
+def features_of_classes(
+    tower: Tower,
+    tokenizer: Callable,
+    synonyms: Sequence[Sequence[str]],
+    templates: Templates | None,
+    distinct: bool = True,
+) -> Tensor:
+    """Unit vectors (names, E) of the names of all classes, see `text_features`.
+
+    Args:
+        synonyms: the names of each class.
+        templates: see `check_templates`.
+    """
+    if isinstance(templates, Mapping):
+        features = (
+            text_features(tower, tokenizer, names, templates[names[0]], distinct)
+            for names in synonyms
+        )
+        return torch.cat(list(features))
+    names = list(chain.from_iterable(synonyms))
+    return text_features(tower, tokenizer, names, templates, distinct)
 
 
 @torch.no_grad()
@@ -73,14 +112,14 @@ def text_features(
         tower: the tower of a model with a text encoder.
         tokenizer: see `Segmenter`.
         names: at least one name.
-        templates: see `check_templates`; None for the 80 of OpenAI, which come with open_clip.
+        templates: a list; None for the 80 of OpenAI, which come with open_clip.
         distinct: whether names with the same tokens in all prompts are an error.
 
     Raises:
         TypeError: the tokenizer is of another library than the model.
         ValueError: a prompt is longer than the model's context, or names are not distinct.
     """
-    templates = _openai_templates() if templates is None else templates
+    templates = openai_templates() if templates is None else templates
     features: list[Tensor] = []
     first: dict[tuple, str] = {}
     for start in range(0, len(names), _NAMES):
@@ -118,7 +157,8 @@ def _without_padding(ids: list[int]) -> tuple[int, ...]:
     return tuple(ids[:end])
 
 
-def _openai_templates() -> Sequence[Callable]:
+def openai_templates() -> Sequence[Callable]:
+    """The 80 templates of OpenAI's ImageNet prompts."""
     with needs("clip"):
         from open_clip import OPENAI_IMAGENET_TEMPLATES
     return OPENAI_IMAGENET_TEMPLATES

@@ -36,10 +36,12 @@ def proxyclip(
     last = tower.blocks[-1]
     _, _, v = tower.qkv(last, tower.patches(block_outputs[-1]))
     values = resized(v.transpose(1, 2).flatten(2), grid, proxy.grid)
+    values, features = tower.join(values), tower.join(proxy.tokens)
     if values.shape[1] > 1:  # a single patch attends to itself
         threshold = ("mean", PROXYCLIP_BETA)
-        values = content_attention(values, proxy.tokens, PROXYCLIP_GAMMA, threshold)
-    return tower.unit_features(tower.out_proj(last, values)).unflatten(1, proxy.grid)
+        values = content_attention(values, features, PROXYCLIP_GAMMA, threshold)
+    attended = tower.out_proj(last, tower.part(values))
+    return tower.unit_features(attended).unflatten(1, proxy.grid)
 
 
 def lposs(

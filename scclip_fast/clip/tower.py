@@ -37,6 +37,9 @@ class Tower(ABC):
         norm_before: the norm before the first block.
         blocks: the transformer's blocks, for `qkv`, `out_proj`, `add_residual_and_mlp` and
             `run_block`.
+        corners: (B, 2), the row and column, in patches, of the first patch of each image, if the
+            images are windows of one larger image whose last blocks attend to one another; else
+            None.
     """
 
     model: nn.Module
@@ -48,6 +51,7 @@ class Tower(ABC):
     grid_size: tuple[int, int]
     norm_before: nn.Module
     blocks: Sequence[nn.Module]
+    corners: Tensor | None = None
 
     @abstractmethod
     def __init__(self, model: nn.Module) -> None: ...
@@ -165,8 +169,28 @@ class Tower(ABC):
         The libraries' own calls compute the same function, but torch's MultiheadAttention
         (open_clip) and eager attention (transformers) build the N x N matrices of all heads.
         """
-        attended = F.scaled_dot_product_attention(*self.qkv(block, tokens))
+        attended = self.attention(*self.qkv(block, tokens))
         return self.add_residual_and_mlp(block, tokens, self.merge_heads(block, attended))
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt d) v, (B, heads, N, d), with the keys of all windows by `join`."""
+        joined = (self.join(heads) for heads in (q, k, v))
+        return self.part(F.scaled_dot_product_attention(*joined))
+
+    def join(self, tokens: Tensor) -> Tensor:
+        """Tokens (1, ..., B N, D) of a whole image from those of its windows (B, ..., N, D).
+
+        Without `corners`, tokens stay as they are: each image attends to itself alone.
+        """
+        if self.corners is None:
+            return tokens
+        return tokens.movedim(0, -3).flatten(-3, -2)[None]
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, ..., N, D) of windows from those of the whole image, as `join` has them."""
+        if self.corners is None:
+            return tokens
+        return tokens[0].unflatten(-2, (len(self.corners), -1)).movedim(-3, 0)
 
     def merge_heads(self, block: nn.Module, attended: Tensor) -> Tensor:
         """Concatenates heads (..., heads, N, d) and applies the output projection, (..., N, D)."""

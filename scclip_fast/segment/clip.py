@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..clip import SCCLIP
 from ..clip.model import check_finite
-from ..clip.prompts import check_templates, class_names, text_features
+from ..clip.prompts import Templates, check_templates, class_names, features_of_classes
 from ..clip.proxy import CLIP_MEAN, CLIP_STD, ProxyFeatures
 from ..ops import _check
 from ..precision import true_float32
@@ -52,7 +52,8 @@ class Segmenter(ImageSegmenter):
         classes: one entry a class, with commas between synonyms: "person, man, woman".
         templates: a list of captions whose text features are averaged: strings with {} in the
             place of the name, or callables from name to caption; None for the 80 of OpenAI, which
-            come with open_clip.
+            come with open_clip. A mapping has such a list for each class by its first name, see
+            `choose_templates`.
         logit_scale: the factor of the cosines in the softmax, above 0; 40 as published.
         shared_names: whether a name may stand in several classes, as in the published list of
             COCO-Object; the first of these classes then gets its pixels.
@@ -62,6 +63,9 @@ class Segmenter(ImageSegmenter):
         background: the index of a class; required by prob_thd > 0 and by area_thd.
         slide_crop: side of the square windows in pixels; None for the whole image at once.
         slide_stride: distance between neighbouring windows in pixels, 1 to slide_crop.
+        stitch: whether the last block attends to all windows of an image at once, as OV-Stitcher
+            does, see `SCCLIP.encode_dense`. All windows of an image are then encoded together,
+            whatever their number, and the time of the attention grows with its square.
         short_side: pixels to which the image's shorter side is resized (bilinear, as published),
             unless the longer side would exceed 2048; None keeps the image's size.
         pamr_steps: number of refinement steps along the edges of the image, 0 for none. PAMR needs
@@ -90,7 +94,7 @@ class Segmenter(ImageSegmenter):
         tokenizer: Callable,
         classes: Sequence[str],
         *,
-        templates: Sequence[Callable | str] | None = None,
+        templates: Templates | None = None,
         shared_names: bool = False,
         logit_scale: float = 40.0,
         prob_thd: float = 0.0,
@@ -98,19 +102,22 @@ class Segmenter(ImageSegmenter):
         background: int | None = None,
         slide_crop: int | None = 224,
         slide_stride: int = 112,
+        stitch: bool = False,
         short_side: int | None = 336,
         pamr_steps: int = 0,
     ) -> None:
         super().__init__()
         synonyms = class_names(classes, shared_names)
         _check_background(background, len(synonyms), prob_thd, area_thd)
-        check_templates(templates)
+        check_templates(templates, [names[0] for names in synonyms])
         if _check.number("logit_scale", logit_scale) <= 0:
             raise ValueError(f"logit_scale must be above 0, got {logit_scale}")
         for name, side in dict(short_side=short_side, slide_crop=slide_crop).items():
             if side is not None:
                 _check.integer(name, side, 1)
         _check.integer("slide_stride", slide_stride, 1)
+        if not isinstance(stitch, bool):
+            raise TypeError(f"stitch must be a bool, got {type(stitch).__name__}")
         _check.integer("pamr_steps", pamr_steps, 0)
         if slide_crop is not None and slide_stride > slide_crop:
             raise ValueError(f"slide_stride must be at most {slide_crop=}, got {slide_stride}")
@@ -122,10 +129,12 @@ class Segmenter(ImageSegmenter):
         self.background = background
         self.slide_crop = slide_crop
         self.slide_stride = slide_stride
+        self.stitch = stitch
         self.short_side = short_side
         self.pamr_steps = pamr_steps
-        names = [name for synonym in synonyms for name in synonym]
-        text = text_features(encoder.tower, tokenizer, names, templates, distinct=not shared_names)
+        text = features_of_classes(
+            encoder.tower, tokenizer, synonyms, templates, distinct=not shared_names
+        )
         check_finite("text features", text)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
         mean, std = normalisation(encoder, tokenizer)
@@ -195,27 +204,19 @@ class Segmenter(ImageSegmenter):
         return pixels.sub_(self.mean.float()).div_(self.std.float())
 
     def _maps(self, images: list[Tensor]) -> list[Tensor | WindowMaps]:
-        """Returns the cosines (names, h, w) of each of the images (1, 3, h, w).
-
-        Windows of one size are encoded together, whichever image they are of.
-        """
+        """Returns the cosines (names, h, w) of each of the images (1, 3, h, w)."""
         sizes = [(image.shape[2], image.shape[3]) for image in images]
         places = [self._places(size) for size in sizes]
-        groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}  # image and window, by size
-        for index, image in enumerate(images):
-            for rows, columns in places[index]:
-                window = image[:, :, rows, columns]
-                groups.setdefault(window.shape, []).append((index, window))
         maps: list[list[Tensor]] = [[] for _ in images]  # (names, h', w') of each window
         tokens: list[list[Tensor]] = [[] for _ in images]  # (D, h', w'), the proxy's
-        for group in groups.values():
-            for start in range(0, len(group), _MAX_WINDOWS):
-                owners, crops = zip(*group[start : start + _MAX_WINDOWS], strict=True)
-                cosines, features = self._encode(torch.cat(crops))
-                for place, index in enumerate(owners):
-                    maps[index].append(cosines[place].contiguous())
-                    if features is not None:
-                        tokens[index].append(features.map[place])
+        for batch in self._batches(images, places):
+            owners, crops, corners = zip(*batch, strict=True)
+            stitched = torch.tensor(corners) if self.stitch else None
+            cosines, features = self._encode(torch.cat(crops), stitched)
+            for place, index in enumerate(owners):
+                maps[index].append(cosines[place].contiguous())
+                if features is not None:
+                    tokens[index].append(features.map[place])
         for index, of_windows in enumerate(tokens):
             if of_windows:
                 maps[index] = propagate_windows(
@@ -225,21 +226,41 @@ class Segmenter(ImageSegmenter):
             return [whole for (whole,) in maps]
         return [WindowMaps(*each) for each in zip(maps, places, sizes, strict=True)]
 
+    def _batches(
+        self, images: list[Tensor], places: list[list[tuple[slice, slice]]]
+    ) -> Iterator[list[tuple[int, Tensor, tuple[int, int]]]]:
+        """Yields windows of one size with the index of their image and their corner.
+
+        The windows of a batch are those of all images, or of one image if they are stitched.
+        """
+        groups: dict[tuple, list[tuple[int, Tensor, tuple[int, int]]]] = {}
+        for index, image in enumerate(images):
+            for rows, columns in places[index]:
+                window = image[:, :, rows, columns]
+                key = (window.shape, index if self.stitch else None)
+                corner = (rows.start, columns.start)
+                groups.setdefault(key, []).append((index, window, corner))
+        for group in groups.values():
+            most = len(group) if self.stitch else _MAX_WINDOWS
+            yield from (group[start : start + most] for start in range(0, len(group), most))
+
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         """Returns the rows and columns of the windows of an image of size (h, w)."""
         if self.slide_crop is None:
             return [(slice(0, size[0]), slice(0, size[1]))]
         return windows(size, self.slide_crop, self.slide_stride)
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
+    def _encode(
+        self, images: Tensor, corners: Tensor | None
+    ) -> tuple[Tensor, ProxyFeatures | None]:
         """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W).
 
         LPOSS also needs the features of the proxy; other methods have None.
         """
         if self.encoder.method == "lposs":
-            dense, features = self.encoder.encode_with_proxy(images)
+            dense, features = self.encoder.encode_with_proxy(images, corners)
         else:
-            dense, features = self.encoder.encode_dense(images), None
+            dense, features = self.encoder.encode_dense(images, corners), None
         cosines = _cosines(dense, self.text_features)
         check_finite("image features", cosines)
         return cosines, features
