@@ -98,10 +98,10 @@ def test_a_window_is_captioned_by_what_it_shows(pool):
 
 
 @torch.no_grad()
-def test_windows_keep_their_positions():
-    model = tiny_clip(layers=2)
+@pytest.mark.parametrize("pooling", ["tok", "avg"])
+def test_windows_keep_their_positions(pooling):
+    model = tiny_clip(layers=2, pool_type=pooling)
     visual = model.visual
-    visual.pool_type = "avg"
     pixels = torch.rand(3, 3, *visual.image_size)
     whole = train.encode_windows(model, pixels, torch.zeros(3, 2, dtype=torch.int64))
     torch.testing.assert_close(whole, model.encode_image(pixels, normalize=True))

@@ -185,8 +185,9 @@ def encode_windows(model: nn.Module, pixels: Tensor, corners: Tensor) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH if plain else SDPBackend.FLASH_ATTENTION):
         for block in tower.blocks:
             tokens = tower.run_block(block, tokens)
-    features = tower.norm_and_project(tower.patches(tokens)).mean(dim=1)  # pool_type "avg"
-    return F.normalize(features, dim=-1)
+    features = tower.norm_and_project(tokens)
+    averages = model.visual.pool_type == "avg"
+    return F.normalize(features[:, 1:].mean(dim=1) if averages else features[:, 0], dim=-1)
 
 
 def contrastive_loss(
