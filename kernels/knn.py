@@ -30,7 +30,7 @@ from .knn_details.table import CAPACITY, TILE, Rounded, Undecided, programs_for_
 
 LEAST_TOKENS_FOR_HALF = 128  # of rows and of columns: fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
-BINS_BYTES = 32 * 2**20
+BINS_BYTES = 48 * 2**20  # the bins of 64 images of 196 tokens, which one pass then searches
 # With more tokens, a GPU takes longer than Python, and a plan would hold the workspaces of several
 # passes at once.
 MOST_PLANNED_TOKENS = 16384
@@ -92,8 +92,8 @@ def _nearest_half(
     shares = shares_of_columns(batch, m, columns.shape[1], architecture(columns.device))
     all_rows, all_columns = rounded(rows, columns, exclude_self, shares)
     rows_that_fit = BINS_BYTES // (shares * DEPTH.value * TILE.value * 4)
-    most = max(1, rows_that_fit // BLOCK_M) * BLOCK_M
-    most = min(most, _whole_blocks(m))
+    blocks, gpu = cdiv(m, BLOCK_M), architecture(columns.device)
+    most = BLOCK_M * blocks_of_a_pass(blocks, rows_that_fit // BLOCK_M, shares, gpu)
     images = max(1, rows_that_fit // most)
     for image in range(0, batch, images):
         some = slice(image, image + images)
@@ -105,6 +105,17 @@ def _nearest_half(
             collect(*halves, exclude_self, undecided, table, first)
             settle_launch(*exact, table, *out, first).run()
             _search(*exact, exclude_self, *out, undecided)
+
+
+def blocks_of_a_pass(blocks: int, most: int, shares: int, gpu: Architecture) -> int:
+    """All blocks of an image if at most `most` fit a pass, else as many as fill whole waves.
+
+    A wave is one program on each multiprocessor, and a block of rows has a program a share.
+    """
+    if blocks <= most:
+        return blocks
+    wave = gpu.multiprocessors // math.gcd(gpu.multiprocessors, shares)
+    return max(1, most // wave * wave or most)
 
 
 def decide(

@@ -157,6 +157,21 @@ def test_tiles_for_hopper(width, monkeypatch):
     assert_neighbors(indices, x=x, k=5)
 
 
+@pytest.mark.parametrize(
+    "blocks, most, shares, multiprocessors, expected",
+    [
+        (648, 170, 3, 132, 132),  # 396 programs, three on each
+        (648, 170, 4, 108, 162),
+        (41, 170, 3, 132, 41),
+        (50, 30, 3, 132, 30),  # no wave fits
+        (50, 0, 3, 132, 1),
+    ],
+)
+def test_passes_fill_whole_waves(blocks, most, shares, multiprocessors, expected):
+    gpu = Architecture(90, 227 * 1024, multiprocessors)
+    assert knn.blocks_of_a_pass(blocks, most, shares, gpu) == expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_many_tokens_on_the_gpu(width):

@@ -31,41 +31,41 @@ DEPTH: tl.constexpr = tl.constexpr(3)  # columns that a bin keeps
 
 
 @triton.jit
-def _keep(key, tile, nearest, second, third):
+def _keep(bits, tile, tile_mask, nearest, second, third):
     """Returns the three smallest keys of each bin [BLOCK_M, 64] after one more tile."""
-    key = key | tile
+    key = (bits & ~tile_mask) | tile  # side by side, the two are one LOP3
     farther = tl.maximum(nearest, key)
     farthest = tl.maximum(second, farther)
     return tl.minimum(nearest, key), tl.minimum(second, farther), tl.minimum(third, farthest)
 
 
 @triton.jit
-def _halves(key):
+def _halves(bits):
     """Returns the left and the right half of the columns, without moving data."""
-    pairs = tl.reshape(key, [key.shape[0], 2, key.shape[1] // 2])
+    pairs = tl.reshape(bits, [bits.shape[0], 2, bits.shape[1] // 2])
     return tl.split(tl.permute(pairs, [0, 2, 1]))
 
 
 @triton.jit
-def _keep_two(key, tile, nearest, second, third):
-    left, right = _halves(key)
-    nearest, second, third = _keep(left, tile, nearest, second, third)
-    return _keep(right, tile + 1, nearest, second, third)
+def _keep_two(bits, tile, tile_mask, nearest, second, third):
+    left, right = _halves(bits)
+    nearest, second, third = _keep(left, tile, tile_mask, nearest, second, third)
+    return _keep(right, tile + 1, tile_mask, nearest, second, third)
 
 
 @triton.jit
-def _fold(key, tile, nearest, second, third):
+def _fold(bits, tile, tile_mask, nearest, second, third):
     """Applies `_keep` to 1, 2 or 4 tiles, without recursion, which Triton 3.4 cannot hash."""
-    columns: tl.constexpr = key.shape[1]
+    columns: tl.constexpr = bits.shape[1]
     if columns == 64:
-        nearest, second, third = _keep(key, tile, nearest, second, third)
+        nearest, second, third = _keep(bits, tile, tile_mask, nearest, second, third)
     elif columns == 128:
-        nearest, second, third = _keep_two(key, tile, nearest, second, third)
+        nearest, second, third = _keep_two(bits, tile, tile_mask, nearest, second, third)
     else:
         tl.static_assert(columns == 256)
-        left, right = _halves(key)
-        nearest, second, third = _keep_two(left, tile, nearest, second, third)
-        nearest, second, third = _keep_two(right, tile + 2, nearest, second, third)
+        left, right = _halves(bits)
+        nearest, second, third = _keep_two(left, tile, tile_mask, nearest, second, third)
+        nearest, second, third = _keep_two(right, tile + 2, tile_mask, nearest, second, third)
     return nearest, second, third
 
 
@@ -120,14 +120,14 @@ def _bins_kernel(
                 left = rows_desc.load([rows_above + start_position, d])
                 dot = tl.dot(left, cols_desc.load([cols_above + start, d]).T, dot)
         c = (row_a2[:, None] + tl.load(col_a2_ptr + cols)[None, :]) - 2.0 * dot
-        # The bits of floats from 0 on order like the floats. Rounding makes some c negative, and
-        # these come first.
-        key = c.to(tl.int32, bitcast=True) & ~tile_mask
         if EXCLUDE_SELF:
             if (start < start_position + BLOCK_M) & (start + BLOCK_N > start_position):
-                key = tl.where(positions[:, None] == cols[None, :], NO_KEY & ~tile_mask, key)
+                c = tl.where(positions[:, None] == cols[None, :], float("inf"), c)
+        # The bits of floats from 0 on order like the floats. Rounding makes some c negative, and
+        # these come first.
+        bits = c.to(tl.int32, bitcast=True)
         tile = step * (BLOCK_N // TILE)
-        nearest, second, third = _fold(key, tile, nearest, second, third)
+        nearest, second, third = _fold(bits, tile, tile_mask, nearest, second, third)
 
     row = (image * rows_per_image + (positions - first)).to(tl.int64)
     bins_ptr += (row[:, None] * shares + share) * (DEPTH * TILE)
