@@ -90,7 +90,11 @@ class Pool:
         self.grid = self.images.shape[-1] // self.patch
 
     def named(self, rng: np.random.Generator, count: int, side: int) -> Batch:
-        """Windows of one shape each, with its name; in half of the batches, all of one colour."""
+        """Windows of one shape each, with its name; in half of the batches, all of one colour.
+
+        In the other half, a quarter of the windows lies anywhere and has the name of what fills
+        most of it, mostly a ground.
+        """
         color, bare = None, False
         if rng.random() < 0.5:
             color, bare = rng.choice(list(COLORS)), rng.random() < 0.5
@@ -101,7 +105,14 @@ class Pool:
         corners = corners.clip(0, self.grid - side).astype(np.int64)
         # In a batch of one colour, the name of the shape alone is a caption as true.
         names = [thing.name.split()[1] if bare else thing.name for thing in chosen]
-        return self._windows([thing.scene for thing in chosen], corners, side, names, rng)
+        scenes = [thing.scene for thing in chosen]
+        if color is None:
+            anywhere = len(chosen) // 4
+            scenes[:anywhere] = rng.choice(len(self.images), anywhere, replace=False)
+            corners[:anywhere] = rng.integers(0, self.grid - side + 1, (anywhere, 2))
+            for i, (rows, columns) in enumerate(self._slices(corners[:anywhere], side)):
+                names[i] = CLASSES[_areas(self.labels[scenes[i]][rows, columns]).argmax()]
+        return self._windows(scenes, corners, side, names, rng)
 
     def described(self, rng: np.random.Generator, count: int, side: int | None) -> Batch:
         """Windows anywhere, or whole scenes, with captions of what they show."""
