@@ -15,7 +15,7 @@ RESULTS = ROOT / "bench" / "results"
 FIGURES = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
 
 #: The result files with a table.
-NAMES = ("by-hand", "clip", "cpu", "sam3", "h200", "scenes")
+NAMES = ("by-hand", "clip", "cpu", "sam3", "h200", "scenes", "throughput")
 FILES = [path for name in NAMES for path in RESULTS.glob(f"{name}-*")]
 FILES = [path for path in FILES if path.suffix == ".json"]
 
