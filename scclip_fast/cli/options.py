@@ -105,7 +105,7 @@ def add_windows(parser: argparse.ArgumentParser, **keywords) -> None:
         nargs=0,
         const=True,
         default=False,
-        help="the last block attends to all windows of an image at once, as OV-Stitcher does",
+        help="the last block attends to all windows of an image at once",
         **keywords,
     )
 

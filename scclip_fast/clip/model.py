@@ -113,9 +113,11 @@ class SCCLIP(nn.Module):
                 to the image.
             corners: (B, 2), the first row and column, in pixels, of each image, if all are windows
                 of one larger image. In the last block, the queries of each window then attend to
-                the keys of all: the idea of OV-Stitcher (Moon et al., CVPR 2026 Findings, arXiv
-                2604.08110), whose code is not published. Methods without attention to other tokens
-                stay as they are, and so do windows of a single patch.
+                the keys of all. The idea is that of OV-Stitcher (Moon et al., CVPR 2026 Findings,
+                arXiv 2604.08110). Its code differs: tokens of overlapping windows are averaged on
+                the image's grid, where here each of them is a key, so that a patch in several
+                windows weighs more; and masks bound its attention. Methods without attention to
+                other tokens stay as they are, and so do windows of a single patch.
 
         Returns:
             (B, h, w, E), of unit norm, in the model's dtype; h and w count patches, and E is the

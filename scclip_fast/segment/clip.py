@@ -63,9 +63,9 @@ class Segmenter(ImageSegmenter):
         background: the index of a class; required by prob_thd > 0 and by area_thd.
         slide_crop: side of the square windows in pixels; None for the whole image at once.
         slide_stride: distance between neighbouring windows in pixels, 1 to slide_crop.
-        stitch: whether the last block attends to all windows of an image at once, as OV-Stitcher
-            does, see `SCCLIP.encode_dense`. All windows of an image are then encoded together,
-            whatever their number, and the time of the attention grows with its square.
+        stitch: whether the last block attends to all windows of an image at once, see
+            `SCCLIP.encode_dense`. All windows of an image are then encoded together, whatever
+            their number: the memory grows with it, and the time of the attention with its square.
         short_side: pixels to which the image's shorter side is resized (bilinear, as published),
             unless the longer side would exceed 2048; None keeps the image's size.
         pamr_steps: number of refinement steps along the edges of the image, 0 for none. PAMR needs
