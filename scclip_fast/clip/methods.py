@@ -2,8 +2,8 @@
 
 Each function takes a tower, the outputs (B, P + N, D) of all its blocks but the last, the grid
 (h, w) and a configuration, and returns patch tokens (B, N, D) for `Tower.unit_features`. If the
-tower has `corners`, the attention of the last block follows the idea of OV-Stitcher: a window's queries
-attend to the keys of all windows. Repair and aggregation stay within a window.
+tower has `corners`, the attention of the last block follows the idea of OV-Stitcher: a window's
+queries attend to the keys of all windows. Repair and aggregation stay within a window.
 """
 
 from __future__ import annotations
