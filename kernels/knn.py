@@ -89,11 +89,12 @@ def _nearest_half(
 ) -> None:
     """Runs the half-precision chain in passes whose bins fit BINS_BYTES."""
     batch, m, k = indices.shape
-    shares = shares_of_columns(batch, m, columns.shape[1], architecture(columns.device))
+    gpu = architecture(columns.device)
+    shares = shares_of_columns(batch, m, columns.shape[1], gpu)
     all_rows, all_columns = rounded(rows, columns, exclude_self, shares)
     rows_that_fit = BINS_BYTES // (shares * DEPTH.value * TILE.value * 4)
-    blocks, gpu = cdiv(m, BLOCK_M), architecture(columns.device)
-    most = BLOCK_M * blocks_of_a_pass(blocks, rows_that_fit // BLOCK_M, shares, gpu)
+    most = rows_that_fit // BLOCK_M
+    most = BLOCK_M * blocks_of_a_pass(cdiv(m, BLOCK_M), most, shares, gpu)
     images = max(1, rows_that_fit // most)
     for image in range(0, batch, images):
         some = slice(image, image + images)
