@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -119,8 +119,22 @@ def text_features(
         TypeError: the tokenizer is of another library than the model.
         ValueError: a prompt is longer than the model's context, or names are not distinct.
     """
+    features = prompt_features(tower, tokenizer, names, templates, distinct)
+    return F.normalize(torch.cat([some.mean(dim=1) for some in features]), dim=-1)
+
+
+def prompt_features(
+    tower: Tower,
+    tokenizer: Callable,
+    names: Sequence[str],
+    templates: Sequence[Callable | str] | None,
+    distinct: bool = True,
+) -> Iterator[Tensor]:
+    """Yields unit vectors (n, templates, E) of the prompts of a few names at a time.
+
+    See `text_features` for the arguments and errors.
+    """
     templates = openai_templates() if templates is None else templates
-    features: list[Tensor] = []
     first: dict[tuple, str] = {}
     for start in range(0, len(names), _NAMES):
         chosen = names[start : start + _NAMES]
@@ -131,9 +145,7 @@ def text_features(
             tokens_of_name = tuple(keys[index * len(templates) : (index + 1) * len(templates)])
             if distinct and (other := first.setdefault(tokens_of_name, name)) is not name:
                 raise ValueError(f"{other!r} and {name!r} have the same tokens in all prompts")
-        encoded = tower.encode_text(tokens)
-        features.append(encoded.unflatten(0, (-1, len(templates))).mean(dim=1))
-    return F.normalize(torch.cat(features), dim=-1)
+        yield tower.encode_text(tokens).unflatten(0, (-1, len(templates)))
 
 
 def _prompt(template: Callable | str, name: str) -> str:

@@ -132,9 +132,7 @@ class Segmenter(ImageSegmenter):
         self.stitch = stitch
         self.short_side = short_side
         self.pamr_steps = pamr_steps
-        text = features_of_classes(
-            encoder.tower, tokenizer, synonyms, templates, distinct=not shared_names
-        )
+        text = self._text_features(tokenizer, synonyms, templates, not shared_names)
         check_finite("text features", text)
         owners = [index for index, names in enumerate(synonyms) for _ in names]
         mean, std = normalisation(encoder, tokenizer)
@@ -146,6 +144,16 @@ class Segmenter(ImageSegmenter):
         )
         for name, value in constants.items():
             self.register_buffer(name, value.to(text.device), persistent=False)
+
+    def _text_features(
+        self,
+        tokenizer: Callable,
+        synonyms: list[list[str]],
+        templates: Templates | None,
+        distinct: bool,
+    ) -> Tensor:
+        """Returns unit vectors (names, E); see `features_of_classes`."""
+        return features_of_classes(self.encoder.tower, tokenizer, synonyms, templates, distinct)
 
     @torch.inference_mode()
     def _bands(self, images: list[Tensor]) -> Iterator[Iterator[Band]]:

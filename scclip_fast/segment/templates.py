@@ -7,10 +7,11 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..clip import SCCLIP
-from ..clip.prompts import class_names, openai_templates, text_features
+from ..clip.prompts import openai_templates, prompt_features
 from ..ops import _check
 from .clip import Segmenter
 from .image import ImageLike, to_tensor, upsampled
@@ -52,14 +53,8 @@ def choose_templates(
         TypeError, ValueError: as `Segmenter`; there are no images; n_experts is out of range.
     """
     options = list(openai_templates() if templates is None else templates)
-    segmenter = Segmenter(encoder, tokenizer, classes, templates=options, **settings)
+    segmenter = _EachTemplate(encoder, tokenizer, classes, templates=options, **settings)
     _check.integer("n_experts", n_experts, 1, len(options))
-    names = list(chain.from_iterable(class_names(classes, settings.get("shared_names", False))))
-    by_template = (
-        text_features(encoder.tower, tokenizer, names, [option], distinct=False)
-        for option in options
-    )
-    segmenter.text_features = torch.cat([features.float() for features in by_template])
     found = [_entropies(segmenter, to_tensor(image), len(options)) for image in images]
     if not found:
         raise ValueError("images must have at least one image")
@@ -67,8 +62,23 @@ def choose_templates(
     return _lowest(segmenter.classes, options, sums / counts, n_experts)
 
 
+class _EachTemplate(Segmenter):
+    """A Segmenter whose maps are those of all names with each template, template by template."""
+
+    def _text_features(
+        self,
+        tokenizer: Callable,
+        synonyms: list[list[str]],
+        templates: Any,
+        distinct: bool,
+    ) -> Tensor:
+        names = list(chain.from_iterable(synonyms))
+        parts = prompt_features(self.encoder.tower, tokenizer, names, templates, distinct)
+        return F.normalize(torch.cat(list(parts)), dim=-1).transpose(0, 1).flatten(0, 1)
+
+
 def _entropies(segmenter: Segmenter, image: Tensor, n_templates: int) -> tuple[Tensor, Tensor]:
-    """The sum of the entropies and the number of pixels, (templates, classes), of an image."""
+    """Returns the sums of entropies and the numbers of pixels of an image, (templates, classes)."""
     sums = torch.zeros(
         n_templates, len(segmenter.classes), dtype=torch.float64, device=segmenter.owners.device
     )
@@ -86,7 +96,7 @@ def _entropies(segmenter: Segmenter, image: Tensor, n_templates: int) -> tuple[T
 def _lowest(
     classes: Sequence[str], options: list[Callable | str], means: Tensor, n_experts: int
 ) -> dict[str, list[Callable | str]]:
-    """The options of each class with the lowest means (options, classes), NaN where none is."""
+    """Returns the options with the lowest means (options, classes) by class; NaN has no pixel."""
     chosen = {}
     for name, of_class in zip(classes, means.T.cpu(), strict=True):
         order = of_class.nan_to_num(torch.inf).argsort(stable=True).tolist()
