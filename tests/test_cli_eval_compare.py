@@ -277,7 +277,7 @@ def test_sam3_on_every_format(command, tmp_path, key):
 
 @pytest.mark.parametrize("option", ["--prob-thd", "--margin-thd"])
 def test_thresholds_of_a_sam3(command, tmp_path, option):
-    """At 1, every pixel is background: of VOC21 the first class, whose pixels alone are right."""
+    """A threshold of 1 makes all pixels background: those of the first class alone are right."""
     write_dataset(tmp_path, "voc21")
     words = ["voc21", "--root", tmp_path, "--heads", "semantic", "--sam3-stages", "none"]
     assert command("sam3", *words, option, "1")[0] == 0

@@ -130,7 +130,7 @@ def test_a_named_window_holds_the_shape(pool):
 
 
 def test_equal_captions_are_one_text():
-    """The loss of a batch whose images all have the same caption does not depend on the images."""
+    """Both images of a caption are right for it, and one text stands for both captions."""
     model = tiny_clip(layers=2)
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
     pixels, corners = torch.rand(3, 3, *model.visual.image_size), torch.zeros(3, 2).long()

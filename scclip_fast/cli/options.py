@@ -70,7 +70,7 @@ def add_command(
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory has run out."""
+    """Returns whether an error means that memory has run out."""
     # torch's allocator on the CPU raises a plain RuntimeError.
     expected = (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, expected) or "DefaultCPUAllocator" in str(error)

@@ -202,7 +202,7 @@ class Tower(ABC):
 
 
 def is_of(library: str, instance: object) -> bool:
-    """Whether a library defines the class of an object or a class that it inherits from."""
+    """Returns whether a library defines the class of an object or one of its base classes."""
     return any(kind.__module__.partition(".")[0] == library for kind in type(instance).__mro__)
 
 
