@@ -20,7 +20,7 @@ from torch import Tensor
 
 import scclip_fast as sf
 from scclip_fast.clip import SCCLIP, create_model
-from scclip_fast.segment import Segmenter, clip
+from scclip_fast.segment import Segmenter, cosines
 
 NAME, WIDTH, PATCH = "ViT-B-16-quickgelu", 768, 16
 CLASSES = ["sky", "tree", "building", "road", "person"]
@@ -99,12 +99,12 @@ def test_encode_dense(device, shape, dtype, provider, race):
 
 
 def slide(batch: int, segmenter: Segmenter, image: np.ndarray) -> Tensor:
-    with mock.patch.object(clip, "_MAX_WINDOWS", batch):
+    with mock.patch.object(cosines, "MAX_WINDOWS", batch):
         return segmenter(image)
 
 
 SLIDES = {
-    "scclip_fast torch": partial(slide, clip._MAX_WINDOWS),
+    "scclip_fast torch": partial(slide, cosines.MAX_WINDOWS),
     "windows one by one": partial(slide, 1),
 }
 

@@ -31,8 +31,7 @@ from scclip_fast.evaluate.loop import run
 from scclip_fast.evaluate.metric import confusion_matrix
 from scclip_fast.evaluate.record import RunRecord
 from scclip_fast.scenes.draw import CLASSES
-from scclip_fast.segment import Segmenter
-from scclip_fast.segment import clip as segment_clip
+from scclip_fast.segment import Segmenter, cosines
 
 PHOTOS = 200
 SCENES = 60
@@ -56,11 +55,11 @@ def write_photos(folder: Path, count: int) -> list[Path]:
 @contextmanager
 def single_windows() -> Iterator[None]:
     """A forward pass takes one window."""
-    most, segment_clip._MAX_WINDOWS = segment_clip._MAX_WINDOWS, 1
+    most, cosines.MAX_WINDOWS = cosines.MAX_WINDOWS, 1
     try:
         yield
     finally:
-        segment_clip._MAX_WINDOWS = most
+        cosines.MAX_WINDOWS = most
 
 
 @single_windows()

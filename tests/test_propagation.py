@@ -13,7 +13,7 @@ from tiny_proxy import tiny_proxy
 
 from scclip_fast.clip import SCCLIP
 from scclip_fast.segment import Segmenter, propagation
-from scclip_fast.segment import clip as segment_clip
+from scclip_fast.segment import cosines as segment_cosines
 from scclip_fast.segment.propagation import propagate
 
 
@@ -74,7 +74,7 @@ def test_windows_are_propagated_together(encoder, monkeypatch):
         calls.append((*arguments, propagation.propagate_windows(*arguments)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(segment_clip, "propagate_windows", propagate_windows)
+    monkeypatch.setattr(segment_cosines, "propagate_windows", propagate_windows)
     monkeypatch.setattr(propagation, "STEPS", 200)
     segmenter(encoder, short_side=48, slide_crop=36, slide_stride=18)(photo(50, 70))
     ((maps, tokens, windows, size, found),) = calls

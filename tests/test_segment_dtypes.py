@@ -63,7 +63,7 @@ def test_the_encoder_alone(make):
 def test_cosines_do_not_depend_on_autocast(make):
     segmenter = make()
     dense = torch.nn.functional.normalize(torch.randn(1, 8, 8, 24), dim=-1)
-    segmenter.encoder.encode_dense = lambda images, _: dense.expand(len(images), -1, -1, -1)
+    segmenter.encoder.encode_dense = lambda images: dense.expand(len(images), -1, -1, -1)
     image = photo(40, 56)
     with coarse_products():
         expected = segmenter.probabilities(image)

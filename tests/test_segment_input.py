@@ -9,8 +9,7 @@ from PIL import Image
 from tiny_clip import photo, tiny_clip, tokenizer
 
 from scclip_fast.clip import SCCLIP, NotFiniteError
-from scclip_fast.segment import Segmenter, base
-from scclip_fast.segment import clip as segment_clip
+from scclip_fast.segment import Segmenter, base, cosines
 from scclip_fast.segment import image as images
 
 CLASSES = ["sky", "person, man", "tree"]
@@ -116,14 +115,14 @@ def test_many_windows_take_several_batches(encoder, make, image, monkeypatch):
     segmenter = make()
     expected, batches = segmenter.probabilities(image), []
 
-    def encode_dense(images, corners):
+    def encode_dense(images):
         batches.append(len(images))
-        return original(images, corners)
+        return original(images)
 
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)
     assert torch.equal(segmenter.probabilities(image), expected)
-    monkeypatch.setattr(segment_clip, "_MAX_WINDOWS", 4)
+    monkeypatch.setattr(cosines, "MAX_WINDOWS", 4)
     torch.testing.assert_close(segmenter.probabilities(image), expected, rtol=0, atol=1e-5)
     assert batches == [6, 4, 2]
 
@@ -143,9 +142,9 @@ def test_images_of_a_list_are_encoded_together(encoder, make, image, settings, m
     assert all(map(torch.equal, segmenter(given), alone))
     monkeypatch.undo()
 
-    def encode_dense(images, corners):
+    def encode_dense(images):
         batches.append(len(images))
-        return original(images, corners)
+        return original(images)
 
     original = encoder.encode_dense
     monkeypatch.setattr(encoder, "encode_dense", encode_dense)

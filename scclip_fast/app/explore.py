@@ -55,8 +55,8 @@ class _Encoder(SharedLayers):
             self.forget()
         return super().layers(images)
 
-    def encode_dense(self, images: Tensor, corners: Tensor | None = None) -> Tensor:
-        self.features = super().encode_dense(images, corners)
+    def encode_dense(self, images: Tensor) -> Tensor:
+        self.features = super().encode_dense(images)
         return self.features
 
 

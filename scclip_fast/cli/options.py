@@ -105,7 +105,7 @@ def add_windows(parser: argparse.ArgumentParser, **keywords) -> None:
         nargs=0,
         const=True,
         default=False,
-        help="the last block attends to all windows of an image at once",
+        help="join the windows of an image before the last block, which then attends to all of it",
         **keywords,
     )
 

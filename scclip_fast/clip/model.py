@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from . import methods, proxy_methods
 from .config import SCCLIPConfig
 from .proxy import CLIP_MEAN, CLIP_STD, Proxy, ProxyFeatures
+from .stitch import Corner, Stitch
 from .tower import Tower, is_of
 
 METHODS = {
@@ -103,7 +106,7 @@ class SCCLIP(nn.Module):
     def patch_size(self) -> int:
         return self.tower.patch_size
 
-    def encode_dense(self, images: Tensor, corners: Tensor | None = None) -> Tensor:
+    def encode_dense(self, images: Tensor) -> Tensor:
         """Computes one feature for each patch, in the space of the text features.
 
         Args:
@@ -111,13 +114,6 @@ class SCCLIP(nn.Module):
                 Sides that the patch size does not divide are resized to the nearest multiple
                 (bicubic, antialiased), at least one patch. The positional embedding is stretched
                 to the image.
-            corners: (B, 2), the first row and column, in pixels, of each image, if all are windows
-                of one larger image. In the last block, the queries of each window then attend to
-                the keys of all. The idea is that of OV-Stitcher (Moon et al., CVPR 2026 Findings,
-                arXiv 2604.08110). Its code differs: tokens of overlapping windows are averaged on
-                the image's grid, where here each of them is a key, so that a patch in several
-                windows weighs more; and masks bound its attention. Methods without attention to
-                other tokens stay as they are, and so do windows of a single patch.
 
         Returns:
             (B, h, w, E), of unit norm, in the model's dtype; h and w count patches, and E is the
@@ -127,23 +123,77 @@ class SCCLIP(nn.Module):
 
         Raises:
             TypeError: images are no floating tensor.
-            ValueError: images are not (B, 3, H, W), or corners are not (B, 2).
+            ValueError: images are not (B, 3, H, W).
         """
-        return self.encode_with_proxy(images, corners)[0]
+        return self.encode_with_proxy(images)[0]
 
-    def encode_with_proxy(
-        self, images: Tensor, corners: Tensor | None = None
-    ) -> tuple[Tensor, ProxyFeatures | None]:
+    def encode_with_proxy(self, images: Tensor) -> tuple[Tensor, ProxyFeatures | None]:
         """Computes the features of `encode_dense` and the proxy's, which are None without one."""
-        block_outputs, grid = self.layers(images)
-        tower = self.tower.at(grid)
-        if corners is not None and len(images) > 1 and grid != (1, 1):
-            tower.corners = _in_patches(corners, images, grid)
-        arguments = tower, block_outputs, grid, self.config
-        if self.method in PROXY_METHODS:
-            features = self.proxy(_whole_patches(images, self.proxy.patch_size))
-            return PROXY_METHODS[self.method](*arguments, features), features
-        return tower.unit_features(METHODS[self.method](*arguments)).unflatten(1, grid), None
+        return self._last_block(*self.layers(images), self._proxy_features(images))
+
+    def encode_stitched(
+        self, windows: Tensor, corners: Sequence[Sequence[Corner]]
+    ) -> list[tuple[Tensor, ProxyFeatures | None]]:
+        """Encodes images in windows that the last block joins, as OV-Stitcher does.
+
+        The blocks before the last run on each window. The queries, keys and values of the last are
+        averaged on the image's grid of patches, so that each method attends to the whole image; see
+        `Stitch`. Other tokens than those of patches are no keys then, and a proxy's features are
+        averaged too. Of OV-Stitcher (Moon et al., CVPR 2026 Findings, arXiv 2604.08110) this is the
+        stitching alone: the masks that bound its attention, its stitched last block of DINO and its
+        templates are left out.
+
+        Args:
+            windows: (W, 3, H, W'), as the images of `encode_dense`: the windows of the first image,
+                then those of the second, and so on.
+            corners: for each image, the row and column of the first pixel of each of its windows,
+                which cover it.
+
+        Returns:
+            For each image, the features (1, h, w, E) of `encode_dense` and the proxy's.
+
+        Raises:
+            TypeError: windows are no floating tensor.
+            ValueError: windows are not (W, 3, H, W'), the number of corners is not W, a corner is
+                no pair of integers of at least 0, or the windows leave out a patch of their image.
+        """
+        block_outputs, grid = self.layers(windows)
+        counts = [len(of_image) for of_image in corners]
+        if sum(counts) != len(windows):
+            raise ValueError(f"corners must be of {len(windows)} windows, got {sum(counts)}")
+        proxy = self._proxy_features(windows)
+        outputs_of_images = zip(*(output.split(counts) for output in block_outputs), strict=True)
+        maps = [None] * len(counts) if proxy is None else proxy.map.split(counts)
+        found = []
+        for of_image, outputs, tokens in zip(corners, outputs_of_images, maps, strict=True):
+            size = (windows.shape[2], windows.shape[3])
+            features = None
+            if proxy is not None:
+                features = proxy._replace(map=tokens).stitched(of_image, size)
+            found.append(self._last_block(outputs, grid, features, Stitch(of_image, size, grid)))
+        return found
+
+    def _proxy_features(self, images: Tensor) -> ProxyFeatures | None:
+        if self.method not in PROXY_METHODS:
+            return None
+        return self.proxy(_whole_patches(images, self.proxy.patch_size))
+
+    def _last_block(
+        self,
+        block_outputs: Sequence[Tensor],
+        grid: tuple[int, int],
+        proxy: ProxyFeatures | None,
+        stitch: Stitch | None = None,
+    ) -> tuple[Tensor, ProxyFeatures | None]:
+        """Computes the features (B, h, w, E) by the method, for the results of `layers`."""
+        tower = self.tower
+        tower.stitch = stitch
+        whole = tower.whole_grid(grid)
+        arguments = tower.at(whole), block_outputs, grid, self.config
+        if proxy is not None:
+            return PROXY_METHODS[self.method](*arguments, proxy), proxy
+        tokens = METHODS[self.method](*arguments)[:, -whole[0] * whole[1] :]
+        return tower.unit_features(tokens).unflatten(1, whole), None
 
     def layers(self, images: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Outputs of all blocks but the last for images (B, 3, H, W), and the grid (h, w).
@@ -194,18 +244,6 @@ def _whole_patches(images: Tensor, patch: int) -> Tensor:
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         images = F.interpolate(images, size=size, mode="bicubic", antialias=True)
     return images
-
-
-def _in_patches(corners: Tensor, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Corners (B, 2) of images (B, 3, H, W) in patches, on the images' device."""
-    if not isinstance(corners, Tensor) or corners.shape != (len(images), 2):
-        found = tuple(corners.shape) if isinstance(corners, Tensor) else type(corners).__name__
-        raise ValueError(f"corners must be a tensor ({len(images)}, 2), got {found}")
-    sides = zip(grid, images.shape[2:], strict=True)
-    dtype = torch.promote_types(images.dtype, torch.float32)
-    return corners.to(images.device, dtype) * corners.new_tensor(
-        [patches / pixels for patches, pixels in sides], dtype=dtype, device=images.device
-    )
 
 
 def _tower_class(model: nn.Module) -> type[Tower]:

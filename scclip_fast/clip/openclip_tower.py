@@ -25,7 +25,7 @@ class OpenClipTower(OpenClipText):
     def qkv(self, block: ResidualAttentionBlock, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attention = block.attn
         projected = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
-        split = projected.unflatten(-1, (3, attention.num_heads, attention.head_dim))
+        split = self.whole(projected).unflatten(-1, (3, attention.num_heads, attention.head_dim))
         return split.transpose(-4, -2).unbind(-3)  # (..., heads, 3, N, d)
 
     def out_proj(self, block: ResidualAttentionBlock, heads: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..extras import needs
 from .sources import HubError, first_line, load_transformers
+from .stitch import Corner, Stitch
 from .tower import is_of
 
 # OpenAI's mean and standard deviation of the channels, for CLIPs that state none.
@@ -48,6 +49,11 @@ class ProxyFeatures(NamedTuple):
     def tokens(self) -> Tensor:
         """(B, h w, D), row by row."""
         return self.map.flatten(2).mT
+
+    def stitched(self, corners: Sequence[Corner], size: tuple[int, int]) -> ProxyFeatures:
+        """Returns the features (1, D, h, w) of an image from those of its windows; see `Stitch`."""
+        stitch = Stitch(corners, size, self.grid)
+        return self._replace(map=stitch(self.tokens).mT.unflatten(2, stitch.grid))
 
 
 class Proxy(nn.Module):

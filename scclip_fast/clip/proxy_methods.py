@@ -1,7 +1,8 @@
 """Methods that take the similarity of patches from a proxy, a second frozen vision transformer.
 
 Each function takes the arguments of those of `methods.py` and the proxy's features, and returns
-features (B, h, w, E) in the space of the text, with h and w those of the proxy.
+features (B, h, w, E) in the space of the text, with h and w those of the proxy. If the tower has
+`stitch`, the proxy's features are those of the whole image too.
 """
 
 from __future__ import annotations
@@ -35,13 +36,11 @@ def proxyclip(
     """
     last = tower.blocks[-1]
     _, _, v = tower.qkv(last, tower.patches(block_outputs[-1]))
-    values = resized(v.transpose(1, 2).flatten(2), grid, proxy.grid)
-    values, features = tower.join(values), tower.join(proxy.tokens)
+    values = resized(v.transpose(1, 2).flatten(2), tower.whole_grid(grid), proxy.grid)
     if values.shape[1] > 1:  # a single patch attends to itself
         threshold = ("mean", PROXYCLIP_BETA)
-        values = content_attention(values, features, PROXYCLIP_GAMMA, threshold)
-    attended = tower.out_proj(last, tower.part(values))
-    return tower.unit_features(attended).unflatten(1, proxy.grid)
+        values = content_attention(values, proxy.tokens, PROXYCLIP_GAMMA, threshold)
+    return tower.unit_features(tower.out_proj(last, values)).unflatten(1, proxy.grid)
 
 
 def lposs(
@@ -58,7 +57,8 @@ def lposs(
     of the last block of DINO ViT-B/16. Unit vectors.
     """
     projected = tower.norm_and_project(maskclip(tower, block_outputs, grid, config))
-    return F.normalize(resized(projected, grid, proxy.grid), dim=-1).unflatten(1, proxy.grid)
+    projected = resized(projected, tower.whole_grid(grid), proxy.grid)
+    return F.normalize(projected, dim=-1).unflatten(1, proxy.grid)
 
 
 def resized(tokens: Tensor, grid: Grid, size: Grid) -> Tensor:

@@ -75,8 +75,8 @@ class TimmTower(OpenClipText):
             parts = list(projected.chunk(3, dim=-1))
         heads = (part.unflatten(-1, (attention.num_heads, -1)) for part in parts)
         q, k, v = (head.transpose(-3, -2) for head in heads)
-        q, k = (self._rotated(block, t) for t in (attention.q_norm(q), attention.k_norm(k)))
-        return q, k, v
+        q, k, v = map(self.whole, (attention.q_norm(q), attention.k_norm(k), v))
+        return self._rotated(block, q), self._rotated(block, k), v
 
     def _rotated(self, block: nn.Module, tokens: Tensor) -> Tensor:
         """Queries or keys (..., N, d), rotated where they are those of patches."""

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .stitch import Stitch
+
 INTERPOLATION_OFFSET = 0.1  # as in SC-CLIP and DINO: rounding then never loses a row of patches
 
 
@@ -37,9 +39,8 @@ class Tower(ABC):
         norm_before: the norm before the first block.
         blocks: the transformer's blocks, for `qkv`, `out_proj`, `add_residual_and_mlp` and
             `run_block`.
-        corners: (B, 2), the row and column, in patches, of the first patch of each image, if the
-            images are windows of one larger image whose last blocks attend to one another; else
-            None.
+        stitch: for the last block, if the images of a batch are the windows of one image, whose
+            patches this block then has; else None.
     """
 
     model: nn.Module
@@ -51,7 +52,7 @@ class Tower(ABC):
     grid_size: tuple[int, int]
     norm_before: nn.Module
     blocks: Sequence[nn.Module]
-    corners: Tensor | None = None
+    stitch: Stitch | None = None
 
     @abstractmethod
     def __init__(self, model: nn.Module) -> None: ...
@@ -61,7 +62,8 @@ class Tower(ABC):
         """Queries, keys and values (..., heads, N, d) of tokens (..., N, D), after the norm.
 
         The last h w tokens are the patches of the grid that `at` or `embed` was called with; a
-        model with rotary embeddings rotates these queries and keys.
+        model with rotary embeddings rotates these queries and keys. With `stitch`, the tokens are
+        those of windows, and the result has the patches of the whole image, (1, ..., heads, N, d).
         """
 
     @abstractmethod
@@ -169,28 +171,18 @@ class Tower(ABC):
         The libraries' own calls compute the same function, but torch's MultiheadAttention
         (open_clip) and eager attention (transformers) build the N x N matrices of all heads.
         """
-        attended = self.attention(*self.qkv(block, tokens))
-        return self.add_residual_and_mlp(block, tokens, self.merge_heads(block, attended))
+        attended = F.scaled_dot_product_attention(*self.qkv(block, tokens))
+        return self.add_residual_and_mlp(
+            block, self.whole(tokens), self.merge_heads(block, attended)
+        )
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt d) v, (B, heads, N, d), with the keys of all windows by `join`."""
-        joined = (self.join(heads) for heads in (q, k, v))
-        return self.part(F.scaled_dot_product_attention(*joined))
+    def whole(self, tokens: Tensor) -> Tensor:
+        """Patches (1, ..., N, D) of the image if `stitch` is set, else the tokens as they are."""
+        return tokens if self.stitch is None else self.stitch(tokens)
 
-    def join(self, tokens: Tensor) -> Tensor:
-        """Tokens (1, ..., B N, D) of a whole image from those of its windows (B, ..., N, D).
-
-        Without `corners`, tokens stay as they are: each image attends to itself alone.
-        """
-        if self.corners is None:
-            return tokens
-        return tokens.movedim(0, -3).flatten(-3, -2)[None]
-
-    def part(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, ..., N, D) of windows from those of the whole image, as `join` has them."""
-        if self.corners is None:
-            return tokens
-        return tokens[0].unflatten(-2, (len(self.corners), -1)).movedim(-3, 0)
+    def whole_grid(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """The grid of the image if `stitch` is set, else the grid (h, w) as it is."""
+        return grid if self.stitch is None else self.stitch.grid
 
     def merge_heads(self, block: nn.Module, attended: Tensor) -> Tensor:
         """Concatenates heads (..., heads, N, d) and applies the output projection, (..., N, D)."""

@@ -39,7 +39,9 @@ class TransformersTower(Tower):
         attention, tokens = block.self_attn, block.layer_norm1(tokens)
         projections = (attention.q_proj, attention.k_proj, attention.v_proj)
         q, k, v = (
-            projection(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(-3, -2)
+            self.whole(projection(tokens))
+            .unflatten(-1, (attention.num_heads, -1))
+            .transpose(-3, -2)
             for projection in projections
         )
         return q, k, v

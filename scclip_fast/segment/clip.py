@@ -11,15 +11,12 @@ from torch import Tensor
 from ..clip import SCCLIP
 from ..clip.model import check_finite
 from ..clip.prompts import Templates, check_templates, class_names, features_of_classes
-from ..clip.proxy import CLIP_MEAN, CLIP_STD, ProxyFeatures
+from ..clip.proxy import CLIP_MEAN, CLIP_STD
 from ..ops import _check
-from ..precision import true_float32
 from .base import Band, ImageSegmenter
+from .cosines import stitched_cosines, window_cosines
 from .image import WindowMaps, input_size, largest, upsampled, windows
 from .pamr import pamr
-from .propagation import propagate_windows
-
-_MAX_WINDOWS = 128  # in one batch; a very large image has more and takes several batches
 
 
 class Segmenter(ImageSegmenter):
@@ -63,9 +60,11 @@ class Segmenter(ImageSegmenter):
         background: the index of a class; required by prob_thd > 0 and by area_thd.
         slide_crop: side of the square windows in pixels; None for the whole image at once.
         slide_stride: distance between neighbouring windows in pixels, 1 to slide_crop.
-        stitch: whether the last block attends to all windows of an image at once, see
-            `SCCLIP.encode_dense`. All windows of an image are then encoded together, whatever
-            their number: the memory grows with it, and the time of the attention with its square.
+        stitch: whether the last block joins the windows of an image on one grid of patches and
+            attends to the whole image, see `SCCLIP.encode_stitched`. The cosines of this grid are
+            then upsampled to the image. All windows of an image are encoded together, whatever
+            their number: the memory grows with it, and the time of the last attention with its
+            square.
         short_side: pixels to which the image's shorter side is resized (bilinear, as published),
             unless the longer side would exceed 2048; None keeps the image's size.
         pamr_steps: number of refinement steps along the edges of the image, 0 for none. PAMR needs
@@ -215,63 +214,19 @@ class Segmenter(ImageSegmenter):
         """Returns the cosines (names, h, w) of each of the images (1, 3, h, w)."""
         sizes = [(image.shape[2], image.shape[3]) for image in images]
         places = [self._places(size) for size in sizes]
-        maps: list[list[Tensor]] = [[] for _ in images]  # (names, h', w') of each window
-        tokens: list[list[Tensor]] = [[] for _ in images]  # (D, h', w'), the proxy's
-        for batch in self._batches(images, places):
-            owners, crops, corners = zip(*batch, strict=True)
-            stitched = torch.tensor(corners) if self.stitch else None
-            cosines, features = self._encode(torch.cat(crops), stitched)
-            for place, index in enumerate(owners):
-                maps[index].append(cosines[place].contiguous())
-                if features is not None:
-                    tokens[index].append(features.map[place])
-        for index, of_windows in enumerate(tokens):
-            if of_windows:
-                maps[index] = propagate_windows(
-                    maps[index], of_windows, places[index], sizes[index]
-                )
+        arguments = self.encoder, self.text_features, images, places
+        if self.stitch:
+            return list(stitched_cosines(*arguments))
+        maps = window_cosines(*arguments)
         if self.slide_crop is None:
             return [whole for (whole,) in maps]
         return [WindowMaps(*each) for each in zip(maps, places, sizes, strict=True)]
-
-    def _batches(
-        self, images: list[Tensor], places: list[list[tuple[slice, slice]]]
-    ) -> Iterator[list[tuple[int, Tensor, tuple[int, int]]]]:
-        """Yields windows of one size with the index of their image and their corner.
-
-        The windows of a batch are those of all images, or of one image if they are stitched.
-        """
-        groups: dict[tuple, list[tuple[int, Tensor, tuple[int, int]]]] = {}
-        for index, image in enumerate(images):
-            for rows, columns in places[index]:
-                window = image[:, :, rows, columns]
-                key = (window.shape, index if self.stitch else None)
-                corner = (rows.start, columns.start)
-                groups.setdefault(key, []).append((index, window, corner))
-        for group in groups.values():
-            most = len(group) if self.stitch else _MAX_WINDOWS
-            yield from (group[start : start + most] for start in range(0, len(group), most))
 
     def _places(self, size: tuple[int, int]) -> list[tuple[slice, slice]]:
         """Returns the rows and columns of the windows of an image of size (h, w)."""
         if self.slide_crop is None:
             return [(slice(0, size[0]), slice(0, size[1]))]
         return windows(size, self.slide_crop, self.slide_stride)
-
-    def _encode(
-        self, images: Tensor, corners: Tensor | None
-    ) -> tuple[Tensor, ProxyFeatures | None]:
-        """Returns the cosines (B, names, h, w) of the patches of images (B, 3, H, W).
-
-        LPOSS also needs the features of the proxy; other methods have None.
-        """
-        if self.encoder.method == "lposs":
-            dense, features = self.encoder.encode_with_proxy(images, corners)
-        else:
-            dense, features = self.encoder.encode_dense(images, corners), None
-        cosines = _cosines(dense, self.text_features)
-        check_finite("image features", cosines)
-        return cosines, features
 
     def _probabilities(self, cosines: Tensor) -> Tensor:
         """Returns probabilities of classes (classes, ...) from cosines of names (names, ...)."""
@@ -304,12 +259,6 @@ def normalisation(encoder: SCCLIP, tokenizer: Callable) -> tuple[Sequence[float]
         getattr(source, "image_mean", None) or CLIP_MEAN,
         getattr(source, "image_std", None) or CLIP_STD,
     )
-
-
-@true_float32
-def _cosines(dense: Tensor, text: Tensor) -> Tensor:
-    """Returns float32 cosines (B, names, h, w) of unit vectors (B, h, w, E) and (names, E)."""
-    return (dense.float() @ text.float().T).permute(0, 3, 1, 2)
 
 
 def _check_background(
