@@ -170,7 +170,8 @@ def choose(
     table = panel.new_empty(batch, in_blocks, CAPACITY.value, dtype=torch.int32)
     n_tokens = torch.zeros(batch, dtype=torch.int32, device=panel.device)
     searched = Searched(table.new_empty(batch, in_blocks), n_tokens)
-    panel_launch(rows, columns, exclude_self, panel, first).run()
+    tile = architecture(panel.device).options.panel_tile
+    panel_launch(rows, columns, exclude_self, panel, first, tile).run()
     select_launch(panel, rows, columns, table, searched, first, k).run()
     return table, searched
 

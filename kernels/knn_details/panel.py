@@ -22,11 +22,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._launch import Launch
 from .._tiles import grouped_tile, tile_below_diagonal
-from .bins import BLOCK_M
 from .table import Rounded
 
-BLOCK_N = BLOCK_M  # so that a transposed tile is a tile
-BLOCK_D = 64
+BLOCK_D = 64  # channels of a step
 
 
 @triton.jit(do_not_specialize=["first", "tiles"])
@@ -79,7 +77,12 @@ def _panel_kernel(
 
 
 def panel_launch(
-    rows: Rounded, columns: Rounded, exclude_self: bool, panel: torch.Tensor, first: int
+    rows: Rounded,
+    columns: Rounded,
+    exclude_self: bool,
+    panel: torch.Tensor,
+    first: int,
+    tile: int,
 ) -> Launch:
     """Fills panel (B, R, padded N) of the rows at first, ..., first + R - 1 of each image.
 
@@ -87,8 +90,8 @@ def panel_launch(
     """
     batch, rows_per_image, padded_n = panel.shape
     padded_d = columns.padded_d
-    down, across = rows_per_image // BLOCK_M, padded_n // BLOCK_N
-    assert (down * BLOCK_M, across * BLOCK_N) == (rows_per_image, padded_n)
+    down, across = rows_per_image // tile, padded_n // tile
+    assert rows_per_image % tile == padded_n % tile == first % tile == 0
     assert panel.is_contiguous() and padded_n == columns.padded_n and rows.padded_d == padded_d
     assert first + rows_per_image <= rows.padded_n
     assert not exclude_self or rows_per_image == rows.padded_n == padded_n
@@ -97,8 +100,8 @@ def panel_launch(
     return Launch(
         _panel_kernel,
         batch * tiles,
-        rows_desc=TensorDescriptor.from_tensor(flat_rows, [BLOCK_M, BLOCK_D]),
-        cols_desc=TensorDescriptor.from_tensor(flat_columns, [BLOCK_N, BLOCK_D]),
+        rows_desc=TensorDescriptor.from_tensor(flat_rows, [tile, BLOCK_D]),
+        cols_desc=TensorDescriptor.from_tensor(flat_columns, [tile, BLOCK_D]),
         row_a2_ptr=rows.a2,
         col_a2_ptr=columns.a2,
         panel_ptr=panel,
@@ -109,7 +112,7 @@ def panel_launch(
         padded_d=padded_d,
         tiles=tiles,
         EXCLUDE_SELF=exclude_self,
-        TILE=BLOCK_M,
+        TILE=tile,
         BLOCK_D=BLOCK_D,
         GROUP=8,
         num_warps=8,
