@@ -1,0 +1,201 @@
+"""Tests `panel` and `select`, each clause on an input that this clause alone saves.
+
+Most inputs are panels written by hand: one row, with c for each column, and true distances as far
+from c as the model of `error_model.py` admits. The bounds that `certify` shares have their tests in
+test_certificate.py. The table lists the parts that were broken by hand, with the tests that failed.
+
+MUTATIONS
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import GPU
+from error_model import (
+    DEVICE,
+    EXACT,
+    MODELS,
+    Decision,
+    Model,
+    decision,
+    four_columns,
+    fresh,
+    rounded,
+    second_but_a_neighbour,
+)
+
+from scclip_fast.kernels import knn
+from scclip_fast.kernels._launch import Architecture
+from scclip_fast.kernels.knn_details.panel import panel_launch
+from scclip_fast.kernels.knn_details.select import GROUPS, NARROWED, select_launch
+
+ROWS = 64
+HALF_STEP = 2.0**-11  # of fp16, as a share of the numbers just above a power of two
+LEAST_HALF_STEP = 2.0**-25
+ABOVE = 1 + 1e-3  # by which the errors stay within their bounds, for float32 to tell them apart
+
+
+def select(
+    near: dict[int, float], k: int, model: Model = EXACT, n: int = 256, far: float = 3e3
+) -> Decision:
+    """Runs `select` on one row of the second of two images, whose other rows hold NaN.
+
+    near: c by position of a column; all other columns have c = far.
+    """
+    panel = torch.full((2, ROWS, n), torch.nan, dtype=torch.float16)
+    c = torch.full((n,), far, dtype=torch.float64)
+    c[0] = torch.inf  # of the row itself
+    c[list(near)] = torch.tensor(list(near.values()), dtype=torch.float64)
+    panel[1, 0] = c.clamp(min=0).half()
+    table, undecided = fresh(ROWS)
+    lists = table, undecided.searched
+    select_launch(panel.to(DEVICE), *rounded(ROWS, n, model), *lists, 0, k).run()
+    return decision(table, undecided, n)
+
+
+BOUNDED = [name for name in MODELS if name != "eta"]  # which fp16's own least step hides
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_neighbour_that_the_panel_ranks_second_is_a_candidate(name):
+    """The c of the other is below the neighbour's by as much as the errors of both admit; k = 1."""
+    other, true = second_but_a_neighbour(MODELS[name])
+    found = select({1: other, 2: true}, 1, MODELS[name])
+    assert found.columns == {1, 2} and not found.sure and not found.unbounded
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_only_a_neighbour_is_sure(name):
+    """The second column is among the three nearest by c alone, so it must not be sure; k = 3."""
+    found = select(dict(enumerate(four_columns(MODELS[name]), 1)), 3, MODELS[name])
+    assert found.columns == {1, 2, 3, 4}
+    assert found.sure == {1}
+
+
+@pytest.mark.parametrize(
+    "stored, error",
+    [
+        pytest.param((0.5, 1 + 2 * HALF_STEP), (HALF_STEP / 2, HALF_STEP), id="relative"),
+        pytest.param((2.0**-22, 2.0**-20), (LEAST_HALF_STEP,) * 2, id="absolute"),
+    ],
+)
+class TestStorage:
+    """Two columns whose c fp16 moves apart by as much as it can, and r as large as it must be."""
+
+    def test_a_neighbour_stored_too_far_is_a_candidate(self, stored, error):
+        """fp16 rounds c of the other down and of the neighbour up; k = 1."""
+        other, true = stored[0] + error[0] / ABOVE, stored[1] - error[1] / ABOVE
+        r = (
+            (math.sqrt(true) - math.sqrt(other)) / 2 * (1 + 1e-6)
+        )  # the other is as far, by its errors
+        assert as_stored(other) == stored[0] and as_stored(true) == stored[1]
+        found = select({1: other, 2: true}, 1, Model(r=r))
+        assert found.columns == {1, 2} and not found.sure
+
+    def test_a_column_stored_too_near_is_not_sure(self, stored, error):
+        """fp16 rounds c of the other down, and up for the two that are nearer; k = 3."""
+        other, nearer = stored[0] + error[0] / ABOVE, stored[1] - error[1] / ABOVE
+        r = (math.sqrt(nearer) - math.sqrt(other)) / 2 * (1 + 1e-6)
+        found = select({1: 0.0, 2: other, 3: nearer, 4: nearer}, 3, Model(r=r))
+        assert found.columns == {1, 2, 3, 4} and found.sure == {1}
+
+
+def as_stored(c: float) -> float:
+    return torch.tensor(c, dtype=torch.float64).half().item()
+
+
+def test_a_bound_beyond_fp16_is_none():
+    """c of the neighbour is 66,000, which fp16 stores as infinity; k = 1."""
+    other, true = 60_000.0, 66_000.0
+    r = (math.sqrt(true) - math.sqrt(other)) / 2 * (1 + 1e-6)
+    found = select({1: other, 2: true}, 1, Model(r=r), far=torch.inf)
+    assert found.unbounded and not found.columns
+    assert select({1: other, 2: true}, 1, far=torch.inf).columns == {1}
+
+
+def test_minima_of_groups_bound_no_sure_column():
+    """Two of three near columns share a group, so that the second smallest minimum is far; k = 2.
+
+    Of the three, the two nearest by c are known, but not that they are the nearest.
+    """
+    near = {1: 1.0, 1 + GROUPS: 1.5, 1 + 2 * GROUPS: 2.0}
+    found = select(near | {2: 10.0}, 2, Model(r=0.2), n=3 * GROUPS)
+    assert found.columns == near.keys() and not found.sure
+
+
+def test_the_second_bound_is_narrower():
+    """The minima of groups leave 102 columns, their own second smallest p the right two."""
+    near = {1: 1.0, 1 + GROUPS: 1.5} | {p: 2.0 for p in range(2, 102)}
+    found = select(near, 2, n=2 * GROUPS)
+    assert found.columns == {1, 1 + GROUPS} and not found.unbounded
+
+
+@pytest.mark.parametrize("n, decided", [(64, True), (65, False), (NARROWED + 40, False)])
+def test_no_more_candidates_than_a_table_holds(n, decided):
+    near = {p: 1.0 for p in range(1, n + 1)}
+    found = select(near, 3)
+    assert found.columns == (near.keys() if decided else set())
+    assert found.unbounded == (not decided)
+
+
+@pytest.mark.parametrize(
+    "near, k, model",
+    [
+        pytest.param({1: 1.0, 2: 2.0}, 1, Model(u=1.5), id="u"),
+        pytest.param({p: 3e4 for p in range(1, 256)}, 1, Model(u=0.4), id="W overflows"),
+        pytest.param({p: torch.inf for p in range(3, 256)}, 3, Model(), id="finite columns"),
+    ],
+)
+def test_rows_without_a_bound_are_measured(near, k, model):
+    found = select(near, k, model)
+    assert found.unbounded and not found.columns
+
+
+def panel_of(rows, columns, exclude_self, first=0, tile=64):
+    halves = knn.rounded(rows.to(DEVICE), columns.to(DEVICE), exclude_self, 128)
+    count = halves[0].padded_n - first
+    shape = len(rows), count, halves[1].padded_n
+    panel = torch.full(shape, torch.nan, dtype=torch.float16, device=DEVICE)
+    panel_launch(*halves, exclude_self, panel, first, tile).run()
+    squares, y = [t.a2.cpu().double() for t in halves], [t.y.cpu().double() for t in halves]
+    c = squares[0][..., None] + squares[1][:, None] - 2 * y[0] @ y[1].mT
+    if exclude_self:
+        c.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return panel.cpu(), c[:, first:]
+
+
+@pytest.mark.parametrize("tile", [64, pytest.param(128, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [None, 0, 128], ids=["self", "two", "two-later"])
+def test_the_panel_holds_c(first, tile):
+    """Every pair of the rows of a pass, with c = +inf for a token itself, padding and no number."""
+    x = torch.randn(2, 300, 70)
+    x[1, 7] = torch.nan
+    queries = x if first is None else torch.randn(2, 140, 70)
+    panel, c = panel_of(queries, x, first is None, first or 0, tile)
+    assert torch.equal(panel.isinf(), c.isinf())
+    assert c.isinf().sum() > panel.shape[0] * panel.shape[1] * 84  # padding columns
+    number = c.isfinite()
+    stored = c.clamp(min=0)[number]
+    error = (panel[number].double() - stored).abs()
+    assert (error <= 1.01 * HALF_STEP * stored + LEAST_HALF_STEP).all()
+    if first is None:
+        assert torch.equal(panel, panel.mT)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU has tiles of its own")
+def test_the_tile_of_hopper(monkeypatch):
+    monkeypatch.setattr(knn, "architecture", lambda device: Architecture(90, 227 * 1024))
+    x = torch.randn(1, 300, 20)
+    whole = knn.nearest_triton(x, 5, True)
+    monkeypatch.undo()
+    assert all(map(torch.equal, whole, knn.nearest_triton(x, 5, True)))
+
+
+def test_two_runs_give_the_same_bits():
+    x = torch.randn(3, 200, 24, device=DEVICE)
+    x[:, :100] = 3 + 1e-5 * x[:, :100]
+    first, second = (knn.nearest_triton(x, 9, True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
