@@ -156,6 +156,27 @@ def test_neighbours(kind):
     assert (distances.diff(dim=-1) >= 0).all()
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "b, n, d, k",
+    [
+        pytest.param(64, 196, 5, 30, marks=pytest.mark.slow),
+        (1, 441, 24, 48),
+        (2, 128, 17, 1),
+        (3, 130, 9, 48),
+        (1, 1200, 16, 30),
+    ],
+)
+def test_panels(b, n, d, k, monkeypatch):
+    """Images of up to a few thousand tokens take a panel, and all images one pass."""
+    passes, choose = [], knn.choose
+    monkeypatch.setattr(knn, "choose", lambda *args: passes.append(args) or choose(*args))
+    x = clusters(b, n, d)
+    _, indices = sf.knn(x.to(DEVICE), k, backend="triton")
+    assert_neighbors(indices, x=x, k=k)
+    assert len(passes) == 1
+
+
 def test_an_image_of_a_batch_of_64():
     """One image of 196 x 768 takes the same kernels and tiles as 64 of them."""
     x = clusters(1, 196, 768)
