@@ -95,7 +95,7 @@ def _nearest_half(
     distances: torch.Tensor,
 ) -> None:
     """Runs a half-precision chain, pass by pass."""
-    decided = _by_panel if columns.shape[1] <= MOST_COLUMNS_OF_PANEL else _by_bins
+    decided = by_panel if columns.shape[1] <= MOST_COLUMNS_OF_PANEL else by_bins
     k = indices.shape[-1]
     for images, first, table, searched in decided(rows, columns, exclude_self, k):
         exact, out = (rows[images], columns[images]), (indices[images], distances[images])
@@ -106,7 +106,7 @@ def _nearest_half(
 Pass = tuple[slice, int, torch.Tensor, Searched]  # images, first position, table, rows left
 
 
-def _by_panel(
+def by_panel(
     rows: torch.Tensor, columns: torch.Tensor, exclude_self: bool, k: int
 ) -> Iterator[Pass]:
     """Decides in passes whose panel fits PANEL_BYTES. A set's own panel is made at once."""
@@ -125,15 +125,14 @@ def _by_panel(
         yield some, first, *choose(*halves, exclude_self, panel, first, k)
 
 
-def _by_bins(
+def by_bins(
     rows: torch.Tensor, columns: torch.Tensor, exclude_self: bool, k: int
 ) -> Iterator[Pass]:
     """Decides in passes whose bins fit BINS_BYTES."""
-    (batch, m, d), n = rows.shape, columns.shape[1]
+    batch, m, d = rows.shape
     gpu = architecture(columns.device)
     shares = shares_of_columns(batch, m, gpu)
-    multiple = math.lcm(shares * block_columns(d, gpu), BLOCK_M)
-    all_rows, all_columns = rounded(rows, columns, exclude_self, multiple)
+    all_rows, all_columns = rounded(rows, columns, exclude_self, multiple_of_bins(shares, d, gpu))
     rows_that_fit = BINS_BYTES // (shares * DEPTH.value * TILE.value * 4)
     most = BLOCK_M * blocks_of_a_pass(cdiv(m, BLOCK_M), rows_that_fit // BLOCK_M, shares, gpu)
     for some, first, count in _passes(batch, m, max(1, rows_that_fit // most), most):
@@ -269,6 +268,11 @@ def shares_of_columns(batch: int, m: int, gpu: Architecture) -> int:
     blocks = batch * cdiv(m, BLOCK_M)
     least = 4 if blocks > gpu.multiprocessors else 3
     return max(least, min(8, gpu.multiprocessors // blocks))
+
+
+def multiple_of_bins(shares: int, d: int, gpu: Architecture) -> int:
+    """The multiple of positions to which columns are padded, so that all shares are equal."""
+    return math.lcm(shares * block_columns(d, gpu), BLOCK_M)
 
 
 def _search(

@@ -69,12 +69,11 @@ def table_of(x, k, chain):
     n = x.shape[1]
     order = positions(n)
     if chain == "panel":
-        halves = knn.rounded(x, x, True, 128)
-        panel = x.new_empty(1, halves[0].padded_n, halves[1].padded_n, dtype=torch.float16)
-        table, lists = knn.choose(*halves, True, panel, 0, k)
+        ((_, _, table, lists),) = knn.by_panel(x, x, True, k)
         listed = []
     else:
-        halves = knn.rounded(x, x, True, 4 * 128)
+        multiple = knn.multiple_of_bins(4, x.shape[2], architecture(x.device))
+        halves = knn.rounded(x, x, True, multiple)
         table, lists = knn.decide(*halves, True, 4, 0, n, k)
         listed = lists.positions[0, : lists.n_positions.item()].tolist()
     unbounded = lists.tokens[0, : lists.n_tokens.item()].tolist()
@@ -121,8 +120,9 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(chain, first=2560, rows=12
         select_launch(panel, *halves, table, searched, first, K).run()
         left = positions(n)[searched.tokens[0, : searched.n_tokens.item()].cpu().long()].tolist()
     else:
-        shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
-        halves = knn.rounded(x[None], x[None], True, shares * 128)
+        gpu = architecture(torch.device(DEVICE))
+        shares = knn.shares_of_columns(1, n, gpu)
+        halves = knn.rounded(x[None], x[None], True, knn.multiple_of_bins(shares, 1024, gpu))
         table, undecided = knn.decide(*halves, True, shares, first, rows, K)
         left = undecided.positions[0, : undecided.n_positions.item()].tolist()
         assert not undecided.n_tokens.item()

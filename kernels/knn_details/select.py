@@ -4,12 +4,13 @@ panel of `panel.py`, the rows' a^2 and r and the columns' u of `rounding.py` -> 
 int32 as `certify.py` writes it. Rows that it does not decide have an empty table and are listed
 for the search over measured distances.
 
-Two passes over a row of p find its candidates, and a third, over these alone, decides:
+A row is read once for its candidates, and once more in part:
 
 1. The k-th smallest minimum of 512 groups of columns is no less than the k-th smallest p, and
    gives a first W.
-2. The columns with c <= W by p, about a tenth more than the second W leaves, are written out.
-3. Their k-th smallest p gives the W and S2 of the certificate.
+2. The columns with c <= W by p are in groups whose minimum is as small, a tenth of all groups.
+   These groups alone are read again, and the columns written out.
+3. The k-th smallest p of these columns gives the W and S2 of the certificate.
 
 Columns that are near each other in an image are in different groups because `rounding.py` rotates
 them. `certificate.py` has the bounds; |p - max(c, 0)| <= STORED p + STORED_LEAST.
@@ -36,10 +37,9 @@ from .table import (
 )
 
 GROUPS = 512  # of columns: with fewer, the first W is wider; with more, their k-th minimum dearer
-NARROWED = 128  # columns of a row that the first W may leave; table's 64 are after the second
+NARROWED = 128  # groups, and then columns, that the first W may leave; the second leaves 64
 STORED: tl.constexpr = tl.constexpr(2**-11)  # relative error of fp16
 STORED_LEAST: tl.constexpr = tl.constexpr(2**-25)  # and the absolute one below its normal range
-INFINITE_HALF: tl.constexpr = tl.constexpr(0x7C000000)  # the bits of fp16's infinity as a key has
 
 
 @triton.jit
@@ -59,6 +59,17 @@ def _most_p(tau, a, e, u, gamma):
     """Returns the most that p of a neighbour can be where k columns have p <= tau."""
     W = most_c(tau * (1.0 + STORED) + STORED_LEAST, a, e, u, gamma)
     return W * (1.0 + STORED) + STORED_LEAST
+
+
+@triton.jit
+def _append(list_ptr, count, item, near, most):
+    """Appends the items of each row to its list of `count`, and returns the new number.
+
+    list_ptr: [R, 1], lists that hold `most`; items beyond are counted alone.
+    """
+    place = count[:, None] + tl.cumsum(near.to(tl.int32), axis=1) - 1
+    tl.store(list_ptr + place, item + place * 0, mask=near & (place < most))
+    return count + tl.sum(near.to(tl.int32), axis=1)
 
 
 @triton.jit(do_not_specialize=["first", "M", "K"])
@@ -106,22 +117,25 @@ def _select_kernel(
     kth = kth_smallest(_bits(minima), K, 16)
     most_p = _most_p(_value(kth), a, e, u, gamma)
     # A c of 65520 or more is stored as infinity, so that a larger bound holds for no p.
-    bounded = (kth < INFINITE_HALF) & (most_p <= LARGEST_HALF)
+    bounded = most_p <= LARGEST_HALF
     most_p = tl.where(bounded, most_p, -1.0)
 
-    # The columns within it, as keys of p and column.
+    # The groups within it, and their columns within it, as keys of p and column.
     keys_ptr += row[:, None] * NARROWED
+    slots = tl.arange(0, NARROWED)[None, :]
     count = tl.zeros([BLOCK_R], tl.int32)
+    n_groups = _append(keys_ptr, count, cols, minima.to(tl.float32) <= most_p[:, None], NARROWED)
+    tl.debug_barrier()
+    group = tl.load(keys_ptr + slots, mask=slots < n_groups[:, None], other=padded_n)
+    tl.debug_barrier()
     for start in range(0, padded_n, BLOCK_N):
-        p = tl.load(row_ptrs + start + cols, mask=start + cols < padded_n, other=float("inf"))
+        col = start + group
+        p = tl.load(row_ptrs + col, mask=col < padded_n, other=float("inf"))
         near = p.to(tl.float32) <= most_p[:, None]
-        place = count[:, None] + tl.cumsum(near.to(tl.int32), axis=1) - 1
-        tl.store(keys_ptr + place, _bits(p) | (start + cols), mask=near & (place < NARROWED))
-        count += tl.sum(near.to(tl.int32), axis=1)
+        count = _append(keys_ptr, count, _bits(p) | col, near, NARROWED)
     tl.debug_barrier()
 
     # The bounds by the k-th smallest p itself, which is one of these.
-    slots = tl.arange(0, NARROWED)[None, :]
     key = tl.load(keys_ptr + slots, mask=slots < count[:, None], other=NO_KEY)
     tau = _value(kth_smallest(key, K, 16))
     p = _value(key)
@@ -131,7 +145,8 @@ def _select_kernel(
     sure = candidate & (p * (1.0 + STORED) + STORED_LEAST < S2[:, None])
     n_candidates = tl.sum(candidate.to(tl.int32), axis=1)
     has_token = token < M
-    decided = has_token & bounded & (count <= NARROWED) & (n_candidates <= CAPACITY)
+    narrow = (n_groups <= NARROWED) & (count <= NARROWED) & (n_candidates <= CAPACITY)
+    decided = has_token & bounded & narrow
     column = token_at(key & 0xFFFF)
     store_entries(table_ptr + row[:, None] * CAPACITY, column, candidate, sure, decided)
     lists = image * rows_per_image

@@ -29,8 +29,8 @@ SURE: tl.constexpr = tl.constexpr(1 << 30)  # the bit of an entry that need not 
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)  # an entry without a token
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)  # a key of `bins` without a column
 LARGEST_FLOAT: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # of float32
-# Rows of a program of `certify` and `settle`: a row a warp or two, whose sums hardly need shared
-# memory. The interpreter's time goes by the number of programs.
+# Rows of a program of `certify`, `select` and `settle`: a row a warp or two, whose sums hardly need
+# shared memory. The interpreter's time goes by the number of programs.
 ROWS = 64 if triton.knobs.runtime.interpret else 1
 MOST_PROGRAMS = 1024  # that share the listed rows of all images
 
