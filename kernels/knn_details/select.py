@@ -103,6 +103,8 @@ def _select_kernel(
     local = (pid % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
     position = first + local
     token = token_at(position)
+    if tl.min(token, axis=0) >= M:  # padding alone, whose rows of the table `settle` does not read
+        return
     row = image * rows_per_image + local
     rows = image * padded_m + position
     a, e, u = errors_of(row_a2_ptr + rows, row_r_ptr + rows, col_u_ptr + image, eta)
