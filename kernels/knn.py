@@ -95,9 +95,9 @@ def _nearest_half(
     distances: torch.Tensor,
 ) -> None:
     """Runs a half-precision chain, pass by pass."""
-    decided = by_panel if columns.shape[1] <= MOST_COLUMNS_OF_PANEL else by_bins
+    passes = by_panel if columns.shape[1] <= MOST_COLUMNS_OF_PANEL else by_bins
     k = indices.shape[-1]
-    for images, first, table, searched in decided(rows, columns, exclude_self, k):
+    for images, first, table, searched in passes(rows, columns, exclude_self, k):
         exact, out = (rows[images], columns[images]), (indices[images], distances[images])
         settle_launch(*exact, table, *out, first).run()
         _search(*exact, exclude_self, *out, searched)
