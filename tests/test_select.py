@@ -4,7 +4,33 @@ Most inputs are panels written by hand: one row, with c for each column, and tru
 from c as the model of `error_model.py` admits. The bounds that `certify` shares have their tests in
 test_certificate.py. The table lists the parts that were broken by hand, with the tests that failed.
 
-MUTATIONS
+| broken in `select` | fails |
+|---|---|
+| no 2^-11 of tau_most, or of W | stored too far[relative] |
+| no 2^-25 of tau_most, or of W | stored too far[absolute] |
+| no 2^-11 of tau_least, or of a sure p | stored too near[relative] |
+| no 2^-25 of tau_least, or of a sure p | stored too near[absolute] |
+| W beyond fp16's largest number | a bound beyond fp16 |
+| tau_least of the minima | minima of groups |
+| the first bound alone | the second bound is narrower; minima of groups |
+| the minima's k-th, or the second k-th, is the one before | second but a neighbour, and others |
+| groups below 0.9 W | second but a neighbour, and others |
+| 65 candidates | no more candidates[65] |
+| 128 columns and more decide | columns that were not written out |
+| columns beyond 128 are stored | a long list |
+| p = 0 beyond the row; group 0 for no group | a row that ends within a block |
+| undecided rows without a bound are not listed | a bound beyond fp16; without a bound |
+| every candidate is sure | second but a neighbour, only a neighbour is sure, storage |
+| u, a or r of the other set, or at its stride | all of row 0 |
+| u of 1/2 and more (`certificate.py`) | without a bound[u] |
+| no gamma in t_most, or in S2; e once in V, or in S (the same) | the models of these names |
+
+| broken in `panel` | fails |
+|---|---|
+| the diagonal is kept; tiles are stored once; c below 0 is kept | the panel holds c[self] |
+| an image of columns at the stride of rows; a2 of rows for columns | the panel holds c[two] |
+| the first row of the pass is left out | the panel holds c[two-later] |
+| padding has c (`rounding.py`) | the panel holds c |
 """
 
 from __future__ import annotations
@@ -18,6 +44,7 @@ from error_model import (
     DEVICE,
     EXACT,
     MODELS,
+    SURE,
     Decision,
     Model,
     decision,
@@ -31,6 +58,7 @@ from scclip_fast.kernels import knn
 from scclip_fast.kernels._launch import Architecture
 from scclip_fast.kernels.knn_details.panel import panel_launch
 from scclip_fast.kernels.knn_details.select import GROUPS, NARROWED, select_launch
+from scclip_fast.kernels.knn_details.table import Undecided, positions
 
 ROWS = 64
 HALF_STEP = 2.0**-11  # of fp16, as a share of the numbers just above a power of two
@@ -46,14 +74,22 @@ def select(
     near: c by position of a column; all other columns have c = far.
     """
     panel = torch.full((2, ROWS, n), torch.nan, dtype=torch.float16)
+    panel[1, 0] = row_of(near, n, far)
+    return decision(*select_all(panel, k, model), n)
+
+
+def row_of(near: dict[int, float], n: int, far: float) -> torch.Tensor:
     c = torch.full((n,), far, dtype=torch.float64)
     c[0] = torch.inf  # of the row itself
     c[list(near)] = torch.tensor(list(near.values()), dtype=torch.float64)
-    panel[1, 0] = c.clamp(min=0).half()
+    return c.clamp(min=0).half()
+
+
+def select_all(panel: torch.Tensor, k: int, model: Model) -> tuple[torch.Tensor, Undecided]:
     table, undecided = fresh(ROWS)
-    lists = table, undecided.searched
-    select_launch(panel.to(DEVICE), *rounded(ROWS, n, model), *lists, 0, k).run()
-    return decision(table, undecided, n)
+    sets = rounded(ROWS, panel.shape[2], model)
+    select_launch(panel.to(DEVICE), *sets, table, undecided.searched, 0, k).run()
+    return table, undecided
 
 
 BOUNDED = [name for name in MODELS if name != "eta"]  # which fp16's own least step hides
@@ -139,6 +175,23 @@ def test_no_more_candidates_than_a_table_holds(n, decided):
     found = select(near, 3)
     assert found.columns == (near.keys() if decided else set())
     assert found.unbounded == (not decided)
+
+
+def test_a_row_that_ends_within_a_block():
+    """The columns of the last block that are none have no p, and a group has a column once."""
+    found = select({1: 1.0, GROUPS: 1.5}, 2, n=GROUPS + 128)
+    assert found.columns == {1, GROUPS}
+
+
+def test_a_long_list_leaves_the_next_row_alone():
+    """Row 0 has its 129th and later columns within the first W after row 1 has its columns."""
+    near = dict.fromkeys([*range(1, 101), *range(GROUPS + 1, GROUPS + 101)], 1.0)
+    panel = torch.full((2, ROWS, 2 * GROUPS), torch.nan, dtype=torch.float16)
+    for row, columns in enumerate((near, {7: 1.0, 8: 2.0})):
+        panel[1, row] = row_of(columns, 2 * GROUPS, 3e3)
+    table, _ = select_all(panel, 2, EXACT)
+    entries = table[1, 1].cpu() % SURE
+    assert set(positions(2 * GROUPS)[entries[:2].long()].tolist()) == {7, 8}
 
 
 def test_columns_that_were_not_written_out_decide_nothing():

@@ -147,8 +147,8 @@ def _select_kernel(
     sure = candidate & (p * (1.0 + STORED) + STORED_LEAST < S2[:, None])
     n_candidates = tl.sum(candidate.to(tl.int32), axis=1)
     has_token = token < M
-    narrow = (n_groups <= NARROWED) & (count <= NARROWED) & (n_candidates <= CAPACITY)
-    decided = has_token & bounded & narrow
+    # The list of a row with NARROWED columns or more, which each of as many groups has, is not all.
+    decided = has_token & bounded & (count < NARROWED) & (n_candidates <= CAPACITY)
     column = token_at(key & 0xFFFF)
     store_entries(table_ptr + row[:, None] * CAPACITY, column, candidate, sure, decided)
     lists = image * rows_per_image
