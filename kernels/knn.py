@@ -35,8 +35,8 @@ from .knn_details.table import CAPACITY, TILE, Rounded, Searched, Undecided, pro
 
 LEAST_TOKENS_FOR_HALF = 128  # of rows and of columns: fewer fill no tile
 MOST_NEIGHBORS_FOR_HALF = 48  # of 64 candidates
-MOST_COLUMNS_OF_PANEL = 5760  # whose panel of as many rows fits PANEL_BYTES; more take bins
-PANEL_BYTES = 64 * 2**20
+PANEL_BYTES = 64 * 2**20  # the panels of a pass
+MOST_COLUMNS_OF_PANEL = 5760  # as many rows fit PANEL_BYTES; more columns take bins
 BINS_BYTES = 48 * 2**20  # of 170 blocks of rows in three shares: a wave of an H100, and more
 # With more tokens, a GPU takes longer than Python, and a plan would hold the workspaces of several
 # passes at once.

@@ -46,7 +46,7 @@ TARGETS = {
 # memory and registers: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 has the tiles of
 # sm_80, and gfx942 has most of these in fewer stages.
 OWN_TILES = ("sm_80", "sm_86")
-TILED = ("attention", "bins", "product", "stream", "weights")
+TILED = ("attention", "bins", "panel", "product", "stream", "weights")
 LARGEST = (
     *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
