@@ -119,18 +119,26 @@ def row(kind, n: int, d: int) -> dict:
 
 
 def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The table by token, the undecided tokens, and those of them left to the search."""
+    """The table by token, the undecided tokens, and those of them left to the search.
+
+    A panel leaves undecided rows to the search alone, bins to `collect` first.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = x[None].to(device)
     n = x.shape[1]
-    shares = knn.shares_of_columns(1, n, n, architecture(x.device))
-    halves = knn.rounded(x, x, True, shares)
+    position = positions(n)
+    if n <= knn.MOST_COLUMNS_OF_PANEL:
+        ((_, _, table, searched),) = knn.by_panel(x, x, True, K)
+        left = searched.tokens[0, : searched.n_tokens.item()].long().cpu()
+        return table[0].cpu()[position], left, left
+    gpu = architecture(x.device)
+    shares = knn.shares_of_columns(1, n, gpu)
+    halves = knn.rounded(x, x, True, knn.multiple_of_bins(shares, x.shape[2], gpu))
     table, undecided = knn.decide(*halves, True, shares, 0, n, K)
     listed = undecided.positions[0, : undecided.n_positions.item()].long().cpu()
     unbounded = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
     knn.collect(*halves, True, undecided, table, 0)
     left = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()
-    position = positions(n)
     back = torch.full((table.shape[1],), -1).index_put((position,), torch.arange(n))
     return table[0].cpu()[position], torch.cat([back[listed], unbounded]), left
 

@@ -72,12 +72,19 @@ def same_sets(
 def undecided_rows(rows: Tensor, columns: Tensor, exclude_self: bool, k: int) -> dict[str, float]:
     """Returns the shares of rows that `collect` looks at and that the measured search takes.
 
-    Passes are of PASS rows, not of the search's own number, which changes no decision.
+    Passes over bins are of PASS rows, not of the search's own number, which changes no decision.
+    Panels leave undecided rows to the search alone.
     """
-    m, n = rows.shape[1], columns.shape[1]
-    shares = knn.shares_of_columns(1, m, n, architecture(columns.device))
-    halves = knn.rounded(rows, columns, exclude_self, shares)
+    (_, m, d), n = rows.shape, columns.shape[1]
     collected = searched = 0
+    if n <= knn.MOST_COLUMNS_OF_PANEL:
+        for *_, left in knn.by_panel(rows, columns, exclude_self, k):
+            searched += left.n_tokens.sum().item()
+        return dict(collected_rows=0.0, searched_rows=searched / m)
+    gpu = architecture(columns.device)
+    shares = knn.shares_of_columns(1, m, gpu)
+    multiple = knn.multiple_of_bins(shares, d, gpu)
+    halves = knn.rounded(rows, columns, exclude_self, multiple)
     for first in range(0, m, PASS):
         count = min(PASS, m - first)
         table, undecided = knn.decide(*halves, exclude_self, shares, first, count, k)

@@ -45,12 +45,16 @@ def main() -> None:
             check(lambda v=half, x=x: sf.content_attention(v, x, backend="triton"))
             q = x.unflatten(2, (1, d)).transpose(1, 2)
             check(lambda q=q, x=x: sf.blended_attention(q, q, q, x, backend="triton"))
-    aggregate.WORKSPACE_BYTES, knn.BINS_BYTES = 2**12, 1  # runs `stream`, and several passes
-    _plan._calls.cache_clear()
-    for dtype in (torch.float32, torch.float16):
+    # Runs `stream`, several passes, and the chains over a panel and over bins.
+    aggregate.WORKSPACE_BYTES, knn.PANEL_BYTES, knn.BINS_BYTES = 2**12, 1, 1
+    for dtype, most_columns in ((torch.float32, 5760), (torch.float32, 0), (torch.float16, 0)):
+        knn.MOST_COLUMNS_OF_PANEL = most_columns
+        _plan._calls.cache_clear()
         x = torch.randn(2, 1100, 72, device="cuda").to(dtype)
+        x[:, :300] = 3 + 1e-5 * x[:, :300]
         check(lambda x=x: sf.aggregate(x, x, backend="triton"))
         check(lambda x=x: sf.knn(x, 9, backend="triton"))
+        check(lambda x=x: sf.knn(x, 9, queries=x[:, :200].clone(), backend="triton"))
     torch.cuda.synchronize()
     print("every kernel ran three times with the same bits")
 

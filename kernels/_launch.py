@@ -24,6 +24,7 @@ class Options:
         most_stages: stages of the software pipeline that a launch has at most.
         bins_columns_held: columns a step of `bins` where its rows stay in shared memory.
         bins_columns: columns a step of `bins` where they do not.
+        panel_tile: rows and columns of a tile of `panel`.
         split_step: channels a step of `weights`, and tokens a step of `product`, where float32
             operands are split.
         stream_tokens: tokens a step of `stream` where its rows do not stay in shared memory.
@@ -35,6 +36,7 @@ class Options:
     most_stages: int
     bins_columns_held: int
     bins_columns: int
+    panel_tile: int
     split_step: int
     stream_tokens: int
     attention_tile: tuple[int, int]
@@ -48,19 +50,21 @@ HOPPER = Options(
     most_stages=4,
     bins_columns_held=128,
     bins_columns=256,
+    panel_tile=128,
     split_step=64,
     stream_tokens=64,
     attention_tile=(128, 64),
     float32_products="tf32x3",
 )
 #: Other NVIDIA GPUs have less shared memory, and spill what four warps hold on Hopper: more than 64
-#: columns of `bins`, 64 split channels of `weights` (464 bytes, sm_80, Triton 3.8) and 128 rows of
-#: float32 `attention` (264 bytes, Triton 3.9).
+#: columns of `bins`, tiles of 128 of `panel` (112 bytes, sm_80; 7872, sm_75), 64 split channels of
+#: `weights` (464 bytes, sm_80, Triton 3.8) and 128 rows of float32 `attention` (264 bytes, 3.9).
 NVIDIA = Options(
     least_warps=8,
     most_stages=2,
     bins_columns_held=64,
     bins_columns=64,
+    panel_tile=64,
     split_step=32,
     stream_tokens=32,
     attention_tile=(64, 32),
@@ -72,6 +76,7 @@ AMD = Options(
     most_stages=1,
     bins_columns_held=64,
     bins_columns=64,
+    panel_tile=64,
     split_step=32,
     stream_tokens=32,
     attention_tile=(64, 32),

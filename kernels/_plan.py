@@ -1,8 +1,8 @@
 """Plans: the launches of a call, recorded and repeated by later calls of the same shapes.
 
-The eight launches of `nearest_triton` take 175 us of Python, most of it for the tensors of the
-workspace, their views and the arguments of the launches. A repetition takes 35 us: it allocates the
-workspace at once and hands addresses to the compiled kernels of the recorded call.
+The eight launches of `nearest_triton` over bins take 175 us of Python, most of it for the tensors
+of the workspace, their views and the arguments of the launches. A repetition takes 35 us: it
+allocates the workspace at once and hands addresses to the compiled kernels of the recorded call.
 """
 
 from __future__ import annotations

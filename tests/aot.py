@@ -46,11 +46,12 @@ TARGETS = {
 # memory and registers: sm_89 and sm_120 have the tiles and limits of sm_86, sm_100 has the tiles of
 # sm_80, and gfx942 has most of these in fewer stages.
 OWN_TILES = ("sm_80", "sm_86")
-TILED = ("attention", "bins", "product", "stream", "weights")
+TILED = ("attention", "bins", "panel", "product", "stream", "weights")
 LARGEST = (
     *("search-two-fp32-k128", "settle-two-fp32", "bins-two-82944x256", "collect-two-82944x256"),
     *("search-fp32-k30", "merge-fp32-k128", "settle-all-fp32", "centre-fp32", "round-fp32"),
-    *("bins-5376x1024", "bins-82944x256", "certify-82944x256", "collect-5376x1024", "lof"),
+    *("bins-9216x1024", "bins-82944x256", "certify-82944x256", "collect-9216x1024", "lof"),
+    *("panel-256x768", "panel-5248x1024", "panel-two-5248x1024", "select-5248x1024"),
     *(
         "outliers-82944",
         "repair-wide-fp32",

@@ -12,15 +12,19 @@ from scclip_fast.kernels.knn_details.bins import bins_launch, block_columns
 from scclip_fast.kernels.knn_details.certify import certify_launch
 from scclip_fast.kernels.knn_details.collect import collect_launch
 from scclip_fast.kernels.knn_details.merge import merge_launch
+from scclip_fast.kernels.knn_details.panel import panel_launch
 from scclip_fast.kernels.knn_details.rounding import centre_launch, round_launch
 from scclip_fast.kernels.knn_details.search import search_launch
+from scclip_fast.kernels.knn_details.select import select_launch
 from scclip_fast.kernels.knn_details.settle import settle_launch
 from scclip_fast.kernels.knn_details.table import Rounded, Undecided, programs_for_lists
 from scclip_fast.kernels.lof import lof_launch
 
 Launches = Iterator[tuple[str, Launch]]
-#: Padded tokens, channels and shares of the columns of the half-precision chain.
-HALF = ((1024, 768, 4), (5376, 1024, 3), (6144, 1024, 8), (82944, 256, 4))
+#: Padded tokens, channels and shares of the columns of the chain over bins.
+HALF = ((6144, 1024, 8), (9216, 1024, 3), (82944, 256, 4))
+#: Images, padded tokens and channels of the chain over a panel.
+PANELS = ((64, 256, 768), (1, 512, 64), (1, 5248, 1024))
 
 
 def neighbors(gpu: Architecture) -> Launches:
@@ -28,6 +32,8 @@ def neighbors(gpu: Architecture) -> Launches:
         yield from measured(name, dtype)
     for n, d, shares in HALF:
         yield from half(n, d, shares, gpu)
+    for b, n, d in PANELS:
+        yield from panels(b, n, d, gpu.options.panel_tile)
     neighbors = meta(1, 5184, 30, dtype=torch.int64)
     yield "lof", lof_launch(meta(1, 5184), neighbors, meta(1, 5184))
     yield from two_sets(gpu)
@@ -43,7 +49,7 @@ def measured(name: str, dtype: torch.dtype) -> Launches:
     for d in (16, 32):
         narrow = meta(1, 5184, d, dtype=dtype)
         yield f"search-{name}-d{d}", search_launch(narrow, narrow, True, 30)
-    listed = search_launch(x, x, True, 30, undecided(5184))
+    listed = search_launch(x, x, True, 30, undecided(5184).searched)
     table, indices = integers(1, 5184, 64), meta(1, 5184, 30, dtype=torch.int64)
     yield f"search-listed-{name}", listed
     for kind, places in (("all", 30), ("last", 1)):
@@ -62,7 +68,7 @@ def half(n: int, d: int, shares: int, gpu: Architecture) -> Launches:
     """Yields the launches that read half-precision tokens, of one set."""
     bins, table = integers(1, 1024, shares, 3, 64), integers(1, 1024, 64)
     tokens, lists = rounded(n, d), undecided(1024)
-    launch = bins_launch(tokens, tokens, True, bins, 0, block_columns(n, d, gpu))
+    launch = bins_launch(tokens, tokens, True, bins, 0, block_columns(d, gpu))
     yield f"bins-{n}x{d}", launch
     yield f"certify-{n}x{d}", certify_launch(bins, tokens, tokens, table, lists, 0, 30)
     programs = programs_for_lists(gpu)
@@ -70,28 +76,38 @@ def half(n: int, d: int, shares: int, gpu: Architecture) -> Launches:
     yield f"collect-{n}x{d}", launch
 
 
+def panels(b: int, n: int, d: int, tile: int) -> Launches:
+    """Yields the launches of a panel, of one set and of queries in a bank of as many tokens."""
+    panel, table = meta(b, n, n, dtype=torch.float16), integers(b, n, 64)
+    tokens, searched = rounded(n, d, b=b), undecided(n).searched
+    yield f"panel-{n}x{d}", panel_launch(tokens, tokens, True, panel, 0, tile)
+    launch = panel_launch(tokens, tokens, False, panel, 0, tile)
+    yield f"panel-two-{n}x{d}", launch
+    yield f"select-{n}x{d}", select_launch(panel, tokens, tokens, table, searched, 0, 30)
+
+
 def two_sets(gpu: Architecture) -> Launches:
     """Yields the launches of 5184 queries in a bank whose code is not that of one set."""
     table, lists, programs = integers(1, 5376, 64), undecided(5376), programs_for_lists(gpu)
-    for n, d, shares in HALF[1::2]:
+    for n, d, shares in HALF[1:]:
         queries, bank = rounded(5248, d, n=5184), rounded(n, d)
         bins = integers(1, 5248, shares, 3, 64)
-        launch = bins_launch(queries, bank, False, bins, 0, block_columns(n, d, gpu))
+        launch = bins_launch(queries, bank, False, bins, 0, block_columns(d, gpu))
         yield f"bins-two-{n}x{d}", launch
         launch = collect_launch(queries, bank, False, lists, table, 0, programs)
         yield f"collect-two-{n}x{d}", launch
     queries, bank = meta(1, 5184, 1024), meta(1, 82944, 1024)
     for k in (30, 128):
         yield f"search-two-fp32-k{k}", search_launch(queries, bank, False, k)
-    yield "search-two-listed-fp32", search_launch(queries, bank, False, 30, lists)
+    yield "search-two-listed-fp32", search_launch(queries, bank, False, 30, lists.searched)
     out = meta(1, 5184, 30, dtype=torch.int64), meta(1, 5184, 30)
     yield "settle-two-fp32", settle_launch(queries, bank, table, *out, 0)
 
 
-def rounded(padded_n: int, d: int, n: int | None = None) -> Rounded:
+def rounded(padded_n: int, d: int, n: int | None = None, b: int = 1) -> Rounded:
     """One set of n tokens, or one without padding."""
-    y, of_token = meta(1, padded_n, d, dtype=torch.float16), meta(1, padded_n)
-    return Rounded(y, of_token, of_token, meta(1), padded_n if n is None else n, d)
+    y, of_token = meta(b, padded_n, d, dtype=torch.float16), meta(b, padded_n)
+    return Rounded(y, of_token, of_token, meta(b), padded_n if n is None else n, d)
 
 
 def undecided(rows: int) -> Undecided:

@@ -32,7 +32,7 @@ WIDTH, CAPACITY = 8, 64
 def table_of(x, k, first=0):
     """The table before `collect` from `first` on, the table after it from 0 on, and the lists."""
     x = x[None].to(DEVICE)
-    halves = knn.rounded(x, x, True, 1)
+    halves = knn.rounded(x, x, True, 64)
     before, undecided = knn.decide(*halves, True, 1, first, x.shape[1] - first, k)
     around = torch.full((1, first + before.shape[1], CAPACITY), -7, dtype=torch.int32)
     around = around.to(DEVICE)
@@ -97,8 +97,9 @@ def test_a_row_with_more_candidates_is_listed_once():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_rows_that_nothing_decides_are_measured():
+def test_rows_that_nothing_decides_are_measured(monkeypatch):
     """Neither `certify` nor `collect` decides a row of two clusters finer than fp16 resolves."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", 0)
     x = 1e-7 * torch.randn(1, 200, WIDTH)
     x[:, ::2] += 1
     x[0, 7, 0] = torch.nan  # nothing bounds this row

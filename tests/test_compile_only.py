@@ -21,7 +21,7 @@ good_code = pytest.mark.skipif(
     TRITON < (3, 8), reason="older compilers spill in some float32 kernels"
 )
 
-WITHOUT_PRODUCTS = ("round", "certify", "search", "merge", "settle", "centre", "lof")
+WITHOUT_PRODUCTS = ("round", "certify", "select", "search", "merge", "settle", "centre", "lof")
 WITHOUT_PRODUCTS += ("repair", "upsample", "outliers", "norms", "largest", "split", "sums", "mean")
 
 

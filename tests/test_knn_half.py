@@ -11,7 +11,9 @@ from scclip_fast.kernels import knn
 from scclip_fast.kernels._launch import Architecture, architecture
 from scclip_fast.kernels.knn_details.bins import bins_launch
 from scclip_fast.kernels.knn_details.certify import certify_launch
-from scclip_fast.kernels.knn_details.table import Rounded, Undecided, positions
+from scclip_fast.kernels.knn_details.panel import panel_launch
+from scclip_fast.kernels.knn_details.select import select_launch
+from scclip_fast.kernels.knn_details.table import Rounded, Searched, Undecided, positions
 
 DEVICE = "cuda" if GPU else "cpu"
 K = 30
@@ -34,9 +36,17 @@ def giants(b, n, d):
 KINDS = FEATURES | {"flat": flat, "giants": giants}
 
 
+@pytest.fixture(params=["panel", "bins"])
+def chain(request, monkeypatch):
+    """Runs the chain over a panel or over bins, whatever the number of columns."""
+    if request.param == "bins":
+        monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", 0)
+    return request.param
+
+
 @pytest.fixture
-def half(monkeypatch):
-    """Runs the half-precision chain on short inputs too.
+def half(chain, monkeypatch):
+    """Runs a half-precision chain on short inputs too.
 
     Returns a list of the number of rows that each pass leaves to the search.
     """
@@ -44,24 +54,29 @@ def half(monkeypatch):
     n_left = []
     search = knn._search
 
-    def counting(rows, columns, exclude_self, indices, distances, undecided=None):
-        if undecided is not None:
-            n_left.extend(undecided.n_tokens.tolist())
-        return search(rows, columns, exclude_self, indices, distances, undecided)
+    def counting(rows, columns, exclude_self, indices, distances, searched=None):
+        if searched is not None:
+            n_left.extend(searched.n_tokens.tolist())
+        return search(rows, columns, exclude_self, indices, distances, searched)
 
     monkeypatch.setattr(knn, "_search", counting)
     return n_left
 
 
-def table_of(x, k):
+def table_of(x, k, chain):
     """The certificate's table (N, 64) of one image, and its undecided tokens."""
     x = x[None].float().to(DEVICE)
     n = x.shape[1]
-    halves = knn.rounded(x, x, True, shares=4)
-    table, undecided = knn.decide(*halves, True, 4, 0, n, k)
     order = positions(n)
-    listed = undecided.positions[0, : undecided.n_positions.item()].tolist()
-    unbounded = undecided.tokens[0, : undecided.n_tokens.item()].tolist()
+    if chain == "panel":
+        ((_, _, table, lists),) = knn.by_panel(x, x, True, k)
+        listed = []
+    else:
+        multiple = knn.multiple_of_bins(4, x.shape[2], architecture(x.device))
+        halves = knn.rounded(x, x, True, multiple)
+        table, lists = knn.decide(*halves, True, 4, 0, n, k)
+        listed = lists.positions[0, : lists.n_positions.item()].tolist()
+    unbounded = lists.tokens[0, : lists.n_tokens.item()].tolist()
     left = [order.tolist().index(row) for row in listed] + unbounded
     return table[0].cpu()[order], torch.tensor(left).long()
 
@@ -77,10 +92,10 @@ def check_table(entries, true):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_certificate_holds(kind):
+def test_the_certificate_holds(kind, chain):
     """The table holds all neighbours of float64, and every sure column is one of them."""
     x = KINDS[kind](1, 350, 72)[0]
-    table, undecided = table_of(x, K)
+    table, undecided = table_of(x, K, chain)
     true = reference.knn(x.double()[None], K)[1][0]
     decided = torch.ones(len(x), dtype=torch.bool)
     decided[undecided] = False
@@ -91,15 +106,27 @@ def test_the_certificate_holds(kind):
 
 
 @pytest.mark.slow
-def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
+def test_the_certificate_holds_at_the_size_of_a_trunk(chain, first=2560, rows=128):
     """Checks 128 rows of 5184 x 1024, the shape of SAM3's trunk."""
     x = clusters(1, 5184, 1024)[0].to(DEVICE)
     n = len(x)
-    shares = knn.shares_of_columns(1, n, n, architecture(torch.device(DEVICE)))
-    halves = knn.rounded(x[None], x[None], True, shares)
-    table, undecided = knn.decide(*halves, True, shares, first, rows, K)
-    left = undecided.positions[0, : undecided.n_positions.item()].tolist()
-    assert not undecided.n_tokens.item() and len(left) < rows
+    if chain == "panel":  # of these rows alone, as queries; the diagonal is then left out
+        halves = knn.rounded(x[None], x[None], True, 128)
+        panel = x.new_empty(1, rows, halves[1].padded_n, dtype=torch.float16)
+        table = torch.empty(1, rows, 64, dtype=torch.int32, device=DEVICE)
+        searched = Searched(torch.empty_like(table[..., 0]), torch.zeros_like(table[:, 0, 0]))
+        panel_launch(*halves, False, panel, first, 64).run()
+        panel[0, :, first : first + rows].fill_diagonal_(torch.inf)
+        select_launch(panel, *halves, table, searched, first, K).run()
+        left = positions(n)[searched.tokens[0, : searched.n_tokens.item()].cpu().long()].tolist()
+    else:
+        gpu = architecture(torch.device(DEVICE))
+        shares = knn.shares_of_columns(1, n, gpu)
+        halves = knn.rounded(x[None], x[None], True, knn.multiple_of_bins(shares, 1024, gpu))
+        table, undecided = knn.decide(*halves, True, shares, first, rows, K)
+        left = undecided.positions[0, : undecided.n_positions.item()].tolist()
+        assert not undecided.n_tokens.item()
+    assert len(left) < rows
     token_at = positions(n).argsort()[first : first + rows].to(DEVICE)
     d2 = torch.cdist(x[token_at].double(), x.double()).square()
     true = d2.scatter(1, token_at[:, None], torch.inf).topk(K, largest=False).indices.cpu()
@@ -107,11 +134,11 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(first=2560, rows=128):
         check_table(table[0, row].cpu(), true[row])
 
 
-def test_data_that_fp16_cannot_hold_are_measured(half):
+def test_data_that_fp16_cannot_hold_are_measured(half, chain):
     """Each row has 99 candidates in two clusters of 100, finer than the step of fp16."""
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1
-    _, undecided = table_of(x[0], 9)
+    _, undecided = table_of(x[0], 9, chain)
     assert len(undecided) == 200
     _, indices = sf.knn(x.to(DEVICE), 9, backend="triton")
     assert half == [200]
@@ -127,6 +154,27 @@ def test_neighbours(kind):
     expected = reference.squared_distances(x.double()).gather(-1, indices.cpu())
     assert torch.allclose(distances.cpu().double(), expected, rtol=2e-6, atol=1e-30)
     assert (distances.diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    "b, n, d, k",
+    [
+        pytest.param(64, 196, 5, 30, marks=pytest.mark.slow),
+        (1, 441, 24, 48),
+        (2, 128, 17, 1),
+        (3, 130, 9, 48),
+        (1, 1200, 16, 30),
+    ],
+)
+def test_panels(b, n, d, k, monkeypatch):
+    """Images of up to a few thousand tokens take a panel, and all images one pass."""
+    passes, choose = [], knn.choose
+    monkeypatch.setattr(knn, "choose", lambda *args: passes.append(args) or choose(*args))
+    x = clusters(b, n, d)
+    _, indices = sf.knn(x.to(DEVICE), k, backend="triton")
+    assert_neighbors(indices, x=x, k=k)
+    assert len(passes) == 1
 
 
 def test_an_image_of_a_batch_of_64():
@@ -150,7 +198,8 @@ def test_short_types_and_strides(dtype):
 @pytest.mark.skipif(GPU, reason="a GPU has tiles of its own")
 @pytest.mark.parametrize("width", [20, 160, 300])
 def test_tiles_for_hopper(width, monkeypatch):
-    """A step has 128 columns beside rows that are held, and 256 with more channels."""
+    """A step of `bins` has 128 columns beside rows that are held, and 256 with more channels."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", 0)
     monkeypatch.setattr(knn, "architecture", lambda device: Architecture(90, 227 * 1024))
     x = torch.randn(1, 1030, width)
     _, indices = sf.knn(x, 5, backend="triton")
@@ -213,30 +262,42 @@ def test_tokens_that_are_not_finite(half):
     assert half == [0, 3]
 
 
-def test_passes_and_images_agree(half, monkeypatch):
+def test_passes_and_images_agree(half, chain, monkeypatch):
     """Several passes of rows, and images one by one, give the same bits."""
     x = torch.randn(2, 150, 20, device=DEVICE)
     whole = sf.knn(x, 9, backend="triton")
     monkeypatch.setattr(knn, "BINS_BYTES", 1)
+    monkeypatch.setattr(knn, "PANEL_BYTES", 1)
     half.clear()
     parts = sf.knn(x, 9, backend="triton")
-    assert len(half) == 4  # two images of two blocks of rows
+    # Two images of two blocks of rows, which one panel of an image holds.
+    assert len(half) == (4 if chain == "bins" else 2)
     assert all(map(torch.equal, whole, parts))
 
 
 def test_few_variants_of_a_kernel():
     """A new number of tokens compiles a kernel anew only if it takes another tile."""
-    constants = set()
-    for n in (1025, 1500, 2304, 3600, 5184, 10_000):
-        shares = knn.shares_of_columns(1, n, n, architecture(torch.device(DEVICE)))
-        half = torch.empty(1, shares * 64 * -(-n // (shares * 64)), 1024, device="meta").half()
-        bins = torch.empty(1, 128, shares, 3, 64, dtype=torch.int32, device="meta")
+    constants = {"panel": set(), "bins": set()}
+    for n in (513, 1025, 1500, 2304, 3600, 5184, 10_000, 20_000):
+        chain = "panel" if n <= knn.MOST_COLUMNS_OF_PANEL else "bins"
+        shares = knn.shares_of_columns(1, n, architecture(torch.device(DEVICE)))
+        half = torch.empty(1, shares * 128 * -(-n // (shares * 128)), 1024, device="meta").half()
         square = torch.empty(half.shape[:2], device="meta")
-        table = torch.empty(1, 128, 64, dtype=torch.int32, device="meta")
+        table = torch.empty(1, half.shape[1], 64, dtype=torch.int32, device="meta")
         tokens = Rounded(half, square, square, square[:, 0], n, 1024)
-        launches = (
-            bins_launch(tokens, tokens, True, bins, 0, 64),
-            certify_launch(bins, tokens, tokens, table, Undecided(*[table] * 6), 0, 30),
-        )
-        constants |= {(launch.kernel, *sorted(launch.constants.items())) for launch in launches}
-    assert len(constants) <= 3
+        if chain == "panel":
+            panel = torch.empty(1, *[half.shape[1]] * 2, dtype=torch.float16, device="meta")
+            launches = (
+                panel_launch(tokens, tokens, True, panel, 0, 64),
+                select_launch(panel, tokens, tokens, table, Searched(table, table), 0, 30),
+            )
+        else:
+            bins = table.new_empty(1, half.shape[1], shares, 3, 64)
+            launches = (
+                bins_launch(tokens, tokens, True, bins, 0, 64),
+                certify_launch(bins, tokens, tokens, table, Undecided(*[table] * 6), 0, 30),
+            )
+        constants[chain] |= {
+            (launch.kernel, *sorted(launch.constants.items())) for launch in launches
+        }
+    assert len(constants["panel"]) == 2 and len(constants["bins"]) <= 3

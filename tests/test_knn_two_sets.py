@@ -4,17 +4,17 @@ The table lists the parts that were broken by hand, with a test that failed then
 
 | broken | fails |
 |---|---|
-| queries are rounded about their own centre | queries of a bank [half] |
-| `bins` leaves out the token itself | queries of a bank [half] |
+| queries are rounded about their own centre | queries of a bank [bins, panel] |
+| `bins` leaves out the token itself | queries of a bank [bins] |
 | `collect` leaves out the token itself | full bins keep the token itself |
 | `search` leaves out the token itself | a bank as its own queries [measured] |
-| `bins`: images of rows and of columns, or a of the columns for rows | queries of a bank [half] |
-| `certify`: the number of columns for rows | queries of a bank [half]; M < N corrupts memory |
-| `collect`: the number of rows for columns, or the columns' y for rows | queries of a bank [half] |
-| `collect`: the columns' stride of an image for y or a of the rows | kinds of tokens [half-flat] |
+| `bins`: images of rows and of columns, or a of the columns for rows | queries of a bank [bins] |
+| `certify`: the number of columns for rows | queries of a bank [bins]; M < N corrupts memory |
+| `collect`: the number of rows for columns, or the columns' y for rows | queries of a bank [bins] |
+| `collect`: the columns' stride of an image for y or a of the rows | kinds of tokens [bins-flat] |
 | `search`: the number of columns for rows | queries of a bank [measured] |
-| `search`, `settle`: the columns' channel stride for rows | strided sets [measured], [half] |
-| `settle`: the columns' stride of an image for rows | kinds of tokens [half-randn] |
+| `search`, `settle`: the columns' channel stride for rows | strided sets [measured], [panel] |
+| `settle`: the columns' stride of an image for rows | kinds of tokens [panel-randn] |
 | `settle`, `merge`: the wrong number of rows an image | memory is corrupt |
 """
 
@@ -32,32 +32,43 @@ DEVICE = "cuda" if GPU else "cpu"
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 
 
-@pytest.fixture(params=["half", "measured"])
+@pytest.fixture(params=["panel", "bins", "measured"])
 def path(request, monkeypatch):
-    """Runs the half-precision chain, or the search over measured distances, on all sizes."""
-    least = 1 if request.param == "half" else 10**9
+    """Runs a half-precision chain, or the search over measured distances, on all sizes."""
+    least = 10**9 if request.param == "measured" else 1
     monkeypatch.setattr(knn, "LEAST_TOKENS_FOR_HALF", least)
+    if request.param == "bins":
+        monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", 0)
     return request.param
 
 
 @pytest.fixture
-def left(monkeypatch):
-    """Returns a list of (rows for `collect`, rows for the search) of each pass of the chain."""
+def searched(monkeypatch):
+    """Returns a list of the number of rows that each pass of a chain leaves to the search."""
     monkeypatch.setattr(knn, "LEAST_TOKENS_FOR_HALF", 1)
-    counts: list[tuple[int, int]] = []
-    decide, search = knn.decide, knn._search
-
-    def counting_decide(*args):
-        table, undecided = decide(*args)
-        counts.append((undecided.n_positions.sum().item(), -1))
-        return table, undecided
+    counts: list[int] = []
+    search = knn._search
 
     def counting_search(*args):
-        counts[-1] = counts[-1][0], args[-1].n_tokens.sum().item()
+        counts.append(args[-1].n_tokens.sum().item())
         return search(*args)
 
-    monkeypatch.setattr(knn, "decide", counting_decide)
     monkeypatch.setattr(knn, "_search", counting_search)
+    return counts
+
+
+@pytest.fixture
+def collected(monkeypatch):
+    """Runs the chain over bins; returns a list of the rows that each pass leaves to `collect`."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", 0)
+    counts: list[int] = []
+    collect = knn.collect
+
+    def counting_collect(rows, columns, exclude_self, undecided, table, first):
+        counts.append(undecided.n_positions.sum().item())
+        return collect(rows, columns, exclude_self, undecided, table, first)
+
+    monkeypatch.setattr(knn, "collect", counting_collect)
     return counts
 
 
@@ -78,6 +89,7 @@ def nearest(x, queries, k, measure_all=True):
         (1, 40, 1500, 24, 48, FLOAT),
         (3, 200, 70, 17, 30, FLOAT),
         (1, 1000, 130, 24, 30, HALF),
+        (2, 129, 1100, 9, 48, FLOAT),
     ],
 )
 def test_queries_of_a_bank(path, b, m, n, d, k, dtype):
@@ -119,7 +131,7 @@ def test_a_query_finds_the_bank_rows_equal_to_it():
     assert (indices[..., 0] == own).all() and (indices[..., 1] == own + 90).all()
 
 
-def test_full_bins_keep_the_token_itself(left, k=9):
+def test_full_bins_keep_the_token_itself(collected, searched, k=9):
     """46 near columns share two bins of each share; `collect` finds all for 9 queries."""
     x = 10 * torch.randn(1, 1500, 8)
     places = 64 * torch.arange(23)[:, None] + torch.tensor([5, 6])
@@ -128,12 +140,13 @@ def test_full_bins_keep_the_token_itself(left, k=9):
     found = nearest(x, queries, k)
     assert_nearest(found, queries, x, k)
     assert (found[1][0, :, 0] == torch.arange(300)).all()
-    (collected, searched), *_ = left
-    assert collected >= 9 and not searched
+    assert collected[0] >= 9 and not searched[0]
 
 
-def test_rows_that_nothing_decides_keep_the_token_itself(left, k=9):
+@pytest.mark.parametrize("most_columns", [0, knn.MOST_COLUMNS_OF_PANEL], ids=["bins", "panel"])
+def test_rows_that_nothing_decides_keep_the_token_itself(most_columns, searched, monkeypatch, k=9):
     """The search takes queries with over 64 candidates, and those that are not finite."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", most_columns)
     x = torch.randn(1, 200, 8) * 1e-7
     x[:, ::2] += 1
     queries = x[:, 40:110].clone()
@@ -142,7 +155,7 @@ def test_rows_that_nothing_decides_keep_the_token_itself(left, k=9):
     assert_nearest(found, queries, x, k)
     finite = torch.arange(70) != 3
     assert (found[1][0, finite, 0] == torch.arange(40, 110)[finite]).all()
-    assert left == [(69, 70)]
+    assert searched == [70]
 
 
 @pytest.mark.usefixtures("poisoned", "path")
@@ -192,14 +205,17 @@ def test_no_queries(measure_all):
     assert indices.shape == (2, 0, 5) and indices.dtype == torch.int64
 
 
-def test_passes_and_images_agree(left, monkeypatch, k=9):
+@pytest.mark.parametrize("most_columns", [0, knn.MOST_COLUMNS_OF_PANEL], ids=["bins", "panel"])
+def test_passes_and_images_agree(most_columns, searched, monkeypatch, k=9):
     """Several passes of queries, and images one by one, give the same bits."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", most_columns)
     queries, x = two_sets(flat, 2, 300, 140, 20)
     whole = nearest(x, queries, k)
     monkeypatch.setattr(knn, "BINS_BYTES", 1)
-    left.clear()
+    monkeypatch.setattr(knn, "PANEL_BYTES", 1)
+    searched.clear()
     parts = nearest(x, queries, k)
-    assert len(left) == 6  # two images of three blocks of queries
+    assert len(searched) == 6  # two images of three blocks of queries
     assert all(map(torch.equal, whole, parts))
 
 

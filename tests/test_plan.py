@@ -81,8 +81,10 @@ def equal(found, expected):
 @pytest.mark.parametrize(
     "shape, n_queries, k", [((2, 40, 8), None, 3), ((1, 140, 16), None, 9), ((1, 140, 16), 130, 5)]
 )
-def test_nearest(shape, n_queries, k, repetitions, monkeypatch):
+@pytest.mark.parametrize("most_columns", [0, knn.MOST_COLUMNS_OF_PANEL], ids=["bins", "panel"])
+def test_nearest(shape, n_queries, k, most_columns, repetitions, monkeypatch):
     """A repetition gives the bits of the launches, on other tokens and in used memory."""
+    monkeypatch.setattr(knn, "MOST_COLUMNS_OF_PANEL", most_columns)
     first, second = torch.randn(2, *shape)
     second[:, : shape[1] // 3] = 3 + 1e-5 * second[:, : shape[1] // 3]  # all searches run
     queries = [None, None]

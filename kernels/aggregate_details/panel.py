@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .._launch import Architecture, Launch, architecture, cdiv, strides
+from .._tiles import grouped_tile, tile_below_diagonal
 from .products import (
     CHANNELS,
     Operand,
@@ -26,23 +27,6 @@ from .products import (
 )
 
 TILE = 128  # rows and columns of a program of `weights`
-
-
-@triton.jit
-def _tile_below_diagonal(pid):
-    """Returns row and column of the pid-th tile of a lower triangle, row by row."""
-    row = ((tl.sqrt(8.0 * pid.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    row = tl.where((row + 1) * (row + 2) // 2 <= pid, row + 1, row)  # the root is rounded
-    row = tl.where(row * (row + 1) // 2 > pid, row - 1, row)
-    return row, pid - row * (row + 1) // 2
-
-
-@triton.jit
-def _grouped_tile(pid, down, across, GROUP: tl.constexpr):
-    """Returns row and column of the pid-th tile, GROUP rows at a time, so that they stay cached."""
-    top = pid // (GROUP * across) * GROUP
-    height = tl.minimum(down - top, GROUP)
-    return top + pid % (GROUP * across) % height, pid % (GROUP * across) // height
 
 
 @triton.jit
@@ -97,9 +81,9 @@ def _weights_kernel(
     pid = pid % tiles
     across = columns // TILE
     if SYMMETRIC:
-        i, j = _tile_below_diagonal(pid)
+        i, j = tile_below_diagonal(pid)
     else:
-        i, j = _grouped_tile(pid, tl.cdiv(R, TILE), across, GROUP)
+        i, j = grouped_tile(pid, tl.cdiv(R, TILE), across, GROUP)
     local = i * TILE + tl.arange(0, TILE)
     rows, cols = first + local, j * TILE + tl.arange(0, TILE)
     # Rows and columns beyond the tokens load the last one, whose weight is then not used.
@@ -236,7 +220,7 @@ def _product_kernel(
     slices = tl.cdiv(DV, BLOCK_V)
     down = tl.cdiv(R, BLOCK_M)
     image = (pid // (slices * down)).to(tl.int64)
-    i, j = _grouped_tile(pid % (slices * down), down, slices, GROUP)
+    i, j = grouped_tile(pid % (slices * down), down, slices, GROUP)
     local = i * BLOCK_M + tl.arange(0, BLOCK_M)
     channels = j * BLOCK_V + tl.arange(0, BLOCK_V)
     row_offsets = (image * R + tl.minimum(local, R - 1)).to(tl.int64)[:, None] * columns

@@ -181,13 +181,8 @@ def bins_launch(
     )
 
 
-def block_columns(n: int, d: int, gpu: Architecture) -> int:
-    """Columns a step of `bins`: 128 where the rows are held.
-
-    Few tokens take 64, as in wider steps more of them would share a bin.
-    """
-    if n <= 1024:
-        return 64
+def block_columns(d: int, gpu: Architecture) -> int:
+    """Columns a step of `bins`: 128 where the rows are held."""
     return gpu.options.bins_columns_held if d <= 256 else gpu.options.bins_columns
 
 

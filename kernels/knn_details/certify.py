@@ -5,18 +5,10 @@ keys of `bins.py`, the rows' a^2 and r and the columns' u of `rounding.py`
 that the bins do not decide has an empty table and is in one of two lists (`table.Undecided`): with
 its bound W, for `collect`, or without a bound, for the search over measured distances.
 
-The derivation is in README.md beside this file; its letters are the names in `_certify_kernel`:
-
-    e  = r + u a + eta               g(h) = 2 gamma a (a + h)
-    k columns have h <= t_most       all columns but k - 1 have h >= t_least
-    V  = (U + e) / (1 - u)           U = t_most (1 + u) + e, at least the k-th true distance
-    W  = V^2 + g(V)                  every neighbour has c <= W
-    S  = (L - e) / (1 + u)           L = t_least (1 - u) - e, at most the k-th true distance
-    S2 = S^2 - g(S)                  every column with c < S2 is a neighbour
-
-If no bin is full below W, all neighbours are among the columns with c <= W, at most 64 as a rule;
-only columns that are not sure need to be measured. Otherwise `collect` needs W, which holds for any
-k columns. Data that suit fp16 badly make rows undecided, never wrong.
+Every neighbour has c <= W, and every column with c < S2 is one (`certificate.py`). If no bin is
+full below W, all neighbours are among the columns with c <= W, at most 64 as a rule; only columns
+that are not sure need to be measured. Otherwise `collect` needs W, which holds for any k columns.
+Data that suit fp16 badly make rows undecided, never wrong.
 """
 
 from __future__ import annotations
@@ -27,34 +19,22 @@ import triton.language as tl
 
 from .._launch import Launch
 from .bins import DEPTH, tile_bits
+from .certificate import errors_of, gamma, kth_smallest, most_c, sure_c
 from .rounding import eta
 from .table import (
     CAPACITY,
     LARGEST_FLOAT,
-    NO_COLUMN,
     NO_KEY,
     ROWS,
-    SURE,
     TILE,
     Rounded,
     Undecided,
     append,
+    store_entries,
     token_at,
 )
 
 INFINITE_KEY: tl.constexpr = tl.constexpr(0x7F800000)
-SLACK: tl.constexpr = tl.constexpr(1 + 2**-17)  # rounding of the norms and of these bounds
-
-
-@triton.jit
-def _kth_smallest(keys, K, bits):
-    """Returns the k-th smallest key of each row, its lowest bits zero."""
-    kth = tl.zeros([keys.shape[0]], tl.int32)
-    for step in range(0, 31 - bits):
-        trial = kth | (1 << (30 - step))
-        fewer = tl.sum((keys < trial[:, None]).to(tl.int32), axis=1) < K
-        kth = tl.where(fewer, trial, kth)
-    return kth
 
 
 @triton.jit(do_not_specialize=["first", "M", "shares", "tiles", "tile_bits", "K"])
@@ -100,31 +80,20 @@ def _certify_kernel(
     keys = tl.load(
         bins_ptr + row[:, None] * width + place, mask=place < width, other=NO_KEY
     )  # [BLOCK_R, KEYS]
-    kth_key = _kth_smallest(tl.maximum(keys, 0), K, tile_bits)
+    kth_key = kth_smallest(tl.maximum(keys, 0), K, tile_bits)
     tile_mask = (1 << tile_bits) - 1
     finite_key = tl.minimum(kth_key, INFINITE_KEY - 1)
     tau_most = (finite_key | tile_mask).to(tl.float32, bitcast=True)
     tau_least = (finite_key & ~tile_mask).to(tl.float32, bitcast=True)
 
-    # The bounds.
-    a = tl.sqrt(tl.load(row_a2_ptr + image * padded_m + position))
-    u = tl.load(col_u_ptr + image)
-    e = tl.load(row_r_ptr + image * padded_m + position) + u * a + eta
-    gamma_a = gamma * a
-    t_most = (gamma_a + tl.sqrt(tau_most + 2.0 * gamma_a * a + gamma_a * gamma_a)) * SLACK
-    t_least = tl.sqrt(tl.maximum(tau_least / SLACK - 2.0 * gamma_a * a, 0.0)) - gamma_a
-    t_least = t_least / SLACK
-    V = (t_most * (1.0 + u) + 2.0 * e) / (1.0 - u) * SLACK
-    W = (V * V + 2.0 * gamma_a * (a + V)) * SLACK
-    S = (t_least * (1.0 - u) - 2.0 * e) / (1.0 + u) / SLACK
-    S2 = S * S / SLACK - 2.0 * gamma_a * (a + S)
-    # From u = 1/2 on, half precision bounds no row of the image. A row that is not finite has no
-    # bound either.
-    W = tl.where(u < 0.5, W, float("inf"))
+    # The bounds. A row that is not finite has none.
+    rows = image * padded_m + position
+    a, e, u = errors_of(row_a2_ptr + rows, row_r_ptr + rows, col_u_ptr + image, eta)
+    W = most_c(tau_most, a, e, u, gamma)
     bounded = (kth_key < INFINITE_KEY) & (W <= LARGEST_FLOAT)
     # The low bits of a key number its tile, so that the key of a c <= W may exceed the bits of W.
     W_key = tl.where(bounded, W, 0.0).to(tl.int32, bitcast=True) | tile_mask
-    S2_key = tl.where((S > 0.0) & (S2 > 0.0), S2, 0.0).to(tl.int32, bitcast=True)
+    S2_key = sure_c(tau_least, a, e, u, gamma).to(tl.int32, bitcast=True)
 
     # The selection.
     candidate = keys <= W_key[:, None]
@@ -135,18 +104,9 @@ def _certify_kernel(
     tile = (place // (DEPTH * TILE)) * tiles + (keys & tile_mask)
     column = token_at(tile * TILE + place % TILE)
     sure = candidate & ((keys | tile_mask) < S2_key[:, None]) & (S2_key > 0)[:, None]
-    measured = (candidate & (sure == 0)).to(tl.int32)
+    store_entries(table_ptr + row[:, None] * CAPACITY, column, candidate, sure, decided)
 
-    # The store: columns to be measured, sure columns, empty entries; and the lists.
-    measured_slot = tl.cumsum(measured, axis=1) - 1
-    sure_slot = tl.sum(measured, axis=1)[:, None] + tl.cumsum(sure.to(tl.int32), axis=1) - 1
-    out = table_ptr + row[:, None] * CAPACITY
-    entry = tl.where(sure, column | SURE, column)
-    slot = tl.where(sure, sure_slot, measured_slot)
-    tl.store(out + slot, entry, mask=candidate & decided[:, None])
-    slots = tl.arange(0, CAPACITY)[None, :]
-    empty = tl.zeros([BLOCK_R, CAPACITY], tl.int32) + NO_COLUMN
-    tl.store(out + slots, empty, mask=(slots >= n_candidates[:, None]) | (decided == 0)[:, None])
+    # The lists.
     undecided = has_token & (decided == 0)
     listed = undecided & bounded
     lists = image * rows_per_image
@@ -193,12 +153,3 @@ def certify_launch(
         KEYS=keys,
         num_warps=max(1, keys // 1024),  # more than 1024 keys a warp spill
     )
-
-
-def gamma(d: int) -> float:
-    """Returns a bound on the rounding of a sum of d products, as a share of the norms' product.
-
-    Tensor cores add 16 products at a time to the sum and truncate each to the largest of them: 17
-    units of 2^-23 a step.
-    """
-    return (1.1 * d + 64) * 2.0**-23

@@ -10,7 +10,7 @@ differ, `round` runs once for each set, with the columns' m and s for both.
 m may be any point, as distances do not depend on it: the mean of a sample, without what is far from
 the others. The tokens of each tile of 64 are stored rotated by a number that depends on the tile
 (`table.position_of`): in an image whose width shares a factor with 64, the neighbours above and
-below would otherwise all meet in the same bins (`bins.py`).
+below would otherwise all meet in the same bins (`bins.py`) or groups (`select.py`).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ the nearest remaining column of every row replaces the worst of its k best until
 c columns a tile brings about k BLOCK_N / c (the selection of FlashLib's insert kernel, here on
 keys). Several programs share the columns of a block of rows, and `merge.py` joins their lists.
 
-All rows are searched, or those of a list that is counted on the device (`table.Undecided`).
+All rows are searched, or those of a list that is counted on the device (`table.Searched`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .._launch import Launch, architecture, cdiv, power_of_two, strides
-from .table import LARGEST_FLOAT, Undecided, programs_for_lists, shares_of
+from .table import LARGEST_FLOAT, Searched, programs_for_lists, shares_of
 
 MAX_K = 128
 # Rows of a program, and the columns times channels of a step: 64 registers a thread of four warps.
@@ -160,16 +160,16 @@ def search_launch(
     columns: torch.Tensor,
     exclude_self: bool,
     k: int,
-    undecided: Undecided | None = None,
+    searched: Searched | None = None,
 ) -> Launch:
     """Finds the k nearest columns of each row in each share of the columns, as keys for `merge`.
 
-    undecided: the lists of a pass, of which `tokens` are searched; None for all rows.
+    searched: the listed rows of a pass; None for all rows.
     """
     batch, n, d = columns.shape
     m = rows.shape[1]
-    listed = undecided is not None
-    tokens, n_tokens = (undecided.tokens, undecided.n_tokens) if listed else (None, None)
+    listed = searched is not None
+    tokens, n_tokens = searched if listed else (None, None)
     rows_per_image = tokens.shape[1] if listed else m
     blocks = cdiv(rows_per_image, BLOCK_M)
     gpu = architecture(columns.device)

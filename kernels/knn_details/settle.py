@@ -2,9 +2,9 @@
 
     d2(i, j) = sum (q_i - x_j)^2        exactly 0 for duplicates
 
-rows q (B, M, D), columns x (B, N, D) and the table (B, R, 64) int32 of `certify.py` and
-`collect.py` -> indices (B, M, k) int64 and squared distances (B, M, k or 1) float32, by token. Rows
-with an empty table are left as they are.
+rows q (B, M, D), columns x (B, N, D) and the table (B, R, 64) int32 of `select.py`, or of
+`certify.py` and `collect.py` -> indices (B, M, k) int64 and squared distances (B, M, k or 1)
+float32, by token. Rows with an empty table are left as they are.
 """
 
 from __future__ import annotations

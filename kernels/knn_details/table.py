@@ -29,8 +29,8 @@ SURE: tl.constexpr = tl.constexpr(1 << 30)  # the bit of an entry that need not 
 NO_COLUMN: tl.constexpr = tl.constexpr(-1)  # an entry without a token
 NO_KEY: tl.constexpr = tl.constexpr(2**31 - 1)  # a key of `bins` without a column
 LARGEST_FLOAT: tl.constexpr = tl.constexpr(3.4028234663852886e38)  # of float32
-# Rows of a program of `certify` and `settle`: a row a warp or two, whose sums hardly need shared
-# memory. The interpreter's time goes by the number of programs.
+# Rows of a program of `certify`, `select` and `settle`: a row a warp or two, whose sums hardly need
+# shared memory. The interpreter's time goes by the number of programs.
 ROWS = 64 if triton.knobs.runtime.interpret else 1
 MOST_PROGRAMS = 1024  # that share the listed rows of all images
 
@@ -69,6 +69,18 @@ class Rounded(NamedTuple):
         return Rounded(self.y[some], self.a2[some], self.r[some], self.u[some], self.n, self.d)
 
 
+class Searched(NamedTuple):
+    """The rows of one pass for the search over measured distances: a list an image, in any order.
+
+    Attributes:
+        tokens: (B, R) int32, the tokens of these rows.
+        n_tokens: (B,) int32, their number.
+    """
+
+    tokens: torch.Tensor
+    n_tokens: torch.Tensor
+
+
 class Undecided(NamedTuple):
     """The rows of one pass that `certify` leaves undecided: two lists an image, in any order.
 
@@ -88,6 +100,10 @@ class Undecided(NamedTuple):
     n_candidates: torch.Tensor
     tokens: torch.Tensor
     n_tokens: torch.Tensor
+
+    @property
+    def searched(self) -> Searched:
+        return Searched(self.tokens, self.n_tokens)
 
     def pointers(self) -> dict[str, torch.Tensor]:
         """The lists as the kernels' arguments: {"positions_ptr": positions, ...}."""
@@ -118,6 +134,25 @@ def positions(n: int) -> torch.Tensor:
     token = torch.arange(n)
     tile = token // TILE.value
     return tile * TILE.value + (token + (tile * 2654435769 % 2**32 >> 26)) % TILE.value
+
+
+@triton.jit
+def store_entries(table_ptr, column, candidate, sure, decided):
+    """Stores the candidates of rows: columns to be measured, sure columns, empty entries.
+
+    table_ptr: [R, 1], the rows of the table; rows that are not decided are empty.
+    column, candidate, sure: [R, columns]; at most 64 candidates of a decided row.
+    """
+    measured = (candidate & (sure == 0)).to(tl.int32)
+    measured_slot = tl.cumsum(measured, axis=1) - 1
+    sure_slot = tl.sum(measured, axis=1)[:, None] + tl.cumsum(sure.to(tl.int32), axis=1) - 1
+    entry = tl.where(sure, column | SURE, column)
+    slot = tl.where(sure, sure_slot, measured_slot)
+    tl.store(table_ptr + slot, entry, mask=candidate & decided[:, None])
+    slots = tl.arange(0, CAPACITY)[None, :]
+    n_candidates = tl.where(decided, tl.sum(candidate.to(tl.int32), axis=1), 0)
+    empty = tl.zeros([column.shape[0], CAPACITY], tl.int32) + NO_COLUMN
+    tl.store(table_ptr + slots, empty, mask=slots >= n_candidates[:, None])
 
 
 @triton.jit
