@@ -4,7 +4,7 @@ READY := .venv/.ready
 .PHONY: demo test test-all bench lint clean
 
 demo: $(READY)
-	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --json --force --out demo
+	$(BIN)/scclip-fast segment --model scenes --no-multi-level --short-side 224 --compare --json --force --out demo
 	$(BIN)/scclip-fast lof --model scenes --force --out demo/lof.png
 
 # In the files' own order: those of few but long tests would otherwise come last, on one core.

@@ -63,7 +63,6 @@ OF_CLIP = [  # some values are the defaults, which are refused too
 OF_SAM3 = [
     ("--sam3-stages", "none"),
     ("--sam3-preset", "depth"),
-    ("--compare",),
     ("--heads", "both"),
     ("--preview", "0.5"),
     ("--prompts-per-pass", "4"),

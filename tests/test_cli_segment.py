@@ -248,4 +248,23 @@ def test_example_of_the_scenes(command, tiny, tmp_path, monkeypatch):
     assert (settings["model"], settings["pretrained"]) == ("scenes", None)
     assert settings["classes"] == list(CLASSES)
     segmenter = Segmenter(*create_model(tiny), CLASSES, short_side=32)
-    np.testing.assert_array_equal(labels, segmenter(scene(*segment_images.EXAMPLE).image).numpy())
+    image = scene(*segment_images.EXAMPLE, segment_images.EXAMPLE_SIZE).image
+    np.testing.assert_array_equal(labels, segmenter(image).numpy())
+
+
+def test_compare(command, tiny, photo, tmp_path):
+    """--compare draws the labels of plain CLIP beside those of the method."""
+    assert command(photo.name, "--compare", "--method", "naclip")[0] == 0
+    out = tmp_path / "segments"
+    assert written(out) == ["photo_compare.png", "photo_labels.png", "photo_overlay.png"]
+    with Image.open(out / "photo_labels.png") as mask:
+        after = np.asarray(mask)
+    encoder, tokenizer = create_model(tiny, method="clip")
+    before = Segmenter(encoder, tokenizer, ENTRIES, short_side=32)(Image.open(photo)).numpy()
+    assert (before != after).any()
+    names = ["sky", "tree", "building"]
+    expected = overlay.compare(Image.open(photo), None, before.astype(np.uint8), after, names)
+    picture = np.asarray(Image.open(out / "photo_compare.png"))
+    np.testing.assert_array_equal(picture, np.asarray(expected))
+    message = "--compare shows plain CLIP beside another --method, got clip"
+    assert message in command(photo.name, "--compare", "--method", "clip")[2]

@@ -25,7 +25,7 @@ from .explore import Explorer
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB decoded
 _MOST_NAMES = 256  # with synonyms; other visitors wait while the prompts are encoded
-_EXAMPLE_CLASSES = "brick, sand, red circle, purple star, grass, water, wood, stone"
+_EXAMPLE_CLASSES = "wood, black ring, blue cross, grass, sand, water, brick, stone"
 _SLIDERS = {  # of SCCLIPConfig: label, lowest, highest, step
     "outlier_n_neighbors": ("k · LOF neighbours", 1, 100, 1),
     "outlier_contamination": ("contamination", 0.01, 0.5, 0.01),
@@ -101,7 +101,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320):
                 with gr.Row():
                     segmentation = gr.Image(
-                        label="Segmentation",
+                        label="Segmentation: each pixel in the colour of its class, by SC-CLIP",
                         alt_text="segmentation",
                         interactive=False,
                         elem_id="segmentation",
@@ -109,7 +109,9 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
                     )
                     with gr.Column():
                         scores = gr.Plot(
-                            label="Local Outlier Factor", format="png", elem_id="scores"
+                            label="Local Outlier Factor: bright patches have no near neighbours",
+                            format="png",
+                            elem_id="scores",
                         )
                         outliers = gr.Markdown("" if scenes else _HINT, elem_id="outliers")
                 gr.Markdown(_STAGES_TEXT)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..ranks import process_group
 from . import classes as class_lists
 from . import files, models, options, segment_sam3
-from .models import CLIP, SAM3
+from .models import CLIP
 from .options import CommandError
 
 if TYPE_CHECKING:  # these need packages of the extras
@@ -79,12 +79,9 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--compare",
-        nargs=0,
-        default=False,
-        const=True,
-        help="with a SAM3, also write NAME_compare.png: the outliers among its tokens, and its "
-        "masks frozen and calibrated",
-        **SAM3,
+        action="store_true",
+        help="also write NAME_compare.png: the masks of the frozen model, which for a CLIP is "
+        "--method clip, and of the calibrated one, with the outlier tokens of a SAM3",
     )
     add("--force", action="store_true", help="replace existing results")
     models.add_batch(parser)
@@ -202,6 +199,8 @@ def _settings(args: argparse.Namespace, classes: list[str]) -> dict:
     if args.background is not None and not has_threshold:
         raise CommandError("--background needs --prob-thd or --area-thd, as it does nothing alone")
     options.check_windows(args)
+    if args.compare and args.method == "clip":
+        raise CommandError("--compare shows plain CLIP beside another --method, got clip")
     used = ("model", "pretrained", "method", "proxy", *models.SWITCHES, "precision", "short_side")
     used += (
         "slide_crop",

@@ -24,7 +24,8 @@ from . import files
 from .files import Job
 from .options import CommandError
 
-EXAMPLE = ("benchmark", 18)  # the drawn scene that is segmented where no image is given
+EXAMPLE = ("benchmark", 21)  # the drawn scene that is segmented where no image is given,
+EXAMPLE_SIZE = (336, 448)  # and its height and width: more than a window
 
 
 def segment(
@@ -79,14 +80,14 @@ class _Result(NamedTuple):
     labels: np.ndarray  # (H, W), see `_labels`
     means: list[float]
     left_out: list[str]  # the classes that the preview of a SAM3 left out
-    frozen: np.ndarray | None  # (H, W), the labels without the calibration of a SAM3, for --compare
+    frozen: np.ndarray | None  # (H, W), the labels of the frozen model, for --compare
     outliers: np.ndarray | None  # of a SAM3's tokens
 
 
 def _photo(job: Job) -> Image.Image:
     if job.path is not None:
         return files.read_photo(job.path)
-    return Image.fromarray(scene(*EXAMPLE).image)
+    return Image.fromarray(scene(*EXAMPLE, EXAMPLE_SIZE).image)
 
 
 def _result(
@@ -96,7 +97,7 @@ def _result(
     labels, means = _labels(bands, len(segmenter.classes))
     left_out, outliers = (getattr(segmenter, name, None) for name in ("left_out", "outliers"))
     frozen = None
-    if "compare" in job.files:  # a SAM3's alone
+    if "compare" in job.files:
         frozen, _ = _labels(segmenter.frozen().bands(photo), len(segmenter.classes))
     return _Result(labels, means, left_out or [], frozen, outliers)
 

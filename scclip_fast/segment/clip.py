@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -143,6 +144,13 @@ class Segmenter(ImageSegmenter):
         )
         for name, value in constants.items():
             self.register_buffer(name, value.to(text.device), persistent=False)
+
+    def frozen(self) -> Segmenter:
+        """Returns the same segmenter with plain CLIP, the method "clip"; both share the model."""
+        twin = copy.copy(self)
+        # Of their own, because a shallow copy shares the dictionary of modules.
+        twin._modules = self._modules | {"encoder": SCCLIP(self.encoder.model, method="clip")}
+        return twin
 
     def _text_features(
         self,
