@@ -147,15 +147,15 @@ def press(page):
 
 @pytest.mark.slow
 def test_upload_type_segment(page, tmp_path):
-    photo = Image.fromarray(scene("benchmark", 18).image[:160])
+    photo = Image.fromarray(scene("benchmark", 0).image[:160])
     photo.save(tmp_path / "photo.png")
-    entries = ["red circle", "grass", "brick, bricks"]
-    retype(page, "#classes textarea", "red circle, grass, brick|bricks")
+    entries = ["red cross", "purple star", "wood, planks"]
+    retype(page, "#classes textarea", "red cross, purple star, wood|planks")
     upload(page, tmp_path / "photo.png")
     preview = "//img[contains(@src, 'photo.png')]"
     wait(lambda: page.find_elements(By.XPATH, preview))
     press(page)
-    wait(lambda: "of 280 patches" in text(page))  # 14 x 20, no more the example's 14 x 14
+    wait(lambda: "of 280 patches" in text(page))  # 14 x 20, no more the example's 14 x 19
 
     encoder, tokenizer = create_model("scenes", config=SCCLIPConfig(multi_level=False))
     segmenter = Segmenter(encoder, tokenizer, entries, slide_crop=None, short_side=224)
@@ -171,10 +171,10 @@ def test_upload_type_segment(page, tmp_path):
 
 @pytest.mark.slow
 def test_sliders_and_stages_change_the_result(page):
-    assert "10 of 196 patches are outliers" in text(page)
+    assert "14 of 266 patches are outliers" in text(page)
     before = picture(page, "#scores")
     retype(page, "#outlier_contamination input[type=number]", "0.2")
-    wait(lambda: "39 of 196 patches are outliers" in text(page))
+    wait(lambda: "53 of 266 patches are outliers" in text(page))
     assert (picture(page, "#scores") != before).any()
     assert "without repair" in text(page)
     page.find_element(By.XPATH, "//label[span='repair']/input").click()
