@@ -69,7 +69,7 @@ class Stage(NamedTuple):
 
 
 SMALL, LARGE, WHOLE = Windows(128, 5), Windows(64, 7), Windows(16, 14)
-STAGES = (Stage(1500, (SMALL, LARGE, SMALL, SMALL)), Stage(2300, (SMALL, LARGE, WHOLE, LARGE)))
+STAGES = (Stage(1500, (SMALL, LARGE, SMALL, SMALL)), Stage(1550, (SMALL, LARGE, WHOLE, LARGE)))
 
 
 class Losses(NamedTuple):
