@@ -36,13 +36,17 @@ def test_long_lists(device, backend, k):
     check(torch.randn(1, 133, 5), k, device, backend)
 
 
-@pytest.mark.parametrize("k", [129, 400, 576])
-def test_longer_than_the_kernel_takes(k):
-    check(torch.randn(1, 577, 5), k, "cpu", "torch")
+@pytest.mark.parametrize(
+    "n, k",
+    [(577, 129), (577, 400), (577, 576), pytest.param(1100, 1024, marks=pytest.mark.slow)],
+)
+def test_longer_than_the_kernel_takes(n, k):
+    x = torch.randn(1, n, 5)
+    check(x, k, "cpu", "torch")
     with pytest.raises(ValueError, match=rf"k must be at most 128 .* got {k}"):
-        sf.knn(torch.randn(577, 5), k, backend="triton")
+        sf.knn(x, k, backend="triton")
     with sf.backend("triton"):  # unlike the argument, a scope gives way
-        assert sf.knn(torch.randn(577, 5), k)[1].shape == (577, k)
+        assert sf.knn(x, k)[1].shape == (1, n, k)
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
