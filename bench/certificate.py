@@ -29,7 +29,6 @@ import scclip_fast as sf
 from scclip_fast.chunked import search
 from scclip_fast.clip import create_model
 from scclip_fast.kernels import knn
-from scclip_fast.kernels._launch import architecture
 from scclip_fast.kernels.knn_details.table import positions
 from scclip_fast.scenes.draw import scene
 
@@ -131,9 +130,7 @@ def run(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ((_, _, table, searched),) = knn.by_panel(x, x, True, K)
         left = searched.tokens[0, : searched.n_tokens.item()].long().cpu()
         return table[0].cpu()[position], left, left
-    gpu = architecture(x.device)
-    shares = knn.shares_of_columns(1, n, gpu)
-    halves = knn.rounded(x, x, True, knn.multiple_of_bins(shares, x.shape[2], gpu))
+    shares, halves = knn.rounded_for_bins(x, x, True)
     table, undecided = knn.decide(*halves, True, shares, 0, n, K)
     listed = undecided.positions[0, : undecided.n_positions.item()].long().cpu()
     unbounded = undecided.tokens[0, : undecided.n_tokens.item()].long().cpu()

@@ -10,7 +10,6 @@ from bench_knn import K
 from torch import Tensor
 
 from scclip_fast.kernels import knn
-from scclip_fast.kernels._launch import architecture
 
 SHAPE = (5184, 82_944, 768)  # queries, tokens of the bank, channels: one image in sixteen
 CHUNK = 1024  # queries whose distances to the whole bank are held at once: 340 MB in float32
@@ -75,16 +74,13 @@ def undecided_rows(rows: Tensor, columns: Tensor, exclude_self: bool, k: int) ->
     Passes over bins are of PASS rows, not of the search's own number, which changes no decision.
     Panels leave undecided rows to the search alone.
     """
-    (_, m, d), n = rows.shape, columns.shape[1]
+    m = rows.shape[1]
     collected = searched = 0
-    if n <= knn.MOST_COLUMNS_OF_PANEL:
+    if columns.shape[1] <= knn.MOST_COLUMNS_OF_PANEL:
         for *_, left in knn.by_panel(rows, columns, exclude_self, k):
             searched += left.n_tokens.sum().item()
         return dict(collected_rows=0.0, searched_rows=searched / m)
-    gpu = architecture(columns.device)
-    shares = knn.shares_of_columns(1, m, gpu)
-    multiple = knn.multiple_of_bins(shares, d, gpu)
-    halves = knn.rounded(rows, columns, exclude_self, multiple)
+    shares, halves = knn.rounded_for_bins(rows, columns, exclude_self)
     for first in range(0, m, PASS):
         count = min(PASS, m - first)
         table, undecided = knn.decide(*halves, exclude_self, shares, first, count, k)

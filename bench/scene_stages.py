@@ -17,19 +17,19 @@ from torch import Tensor
 
 from scclip_fast.calibration import find_outliers
 from scclip_fast.clip import create_model, methods
+from scclip_fast.clip.proxy import CLIP_MEAN, CLIP_STD
 from scclip_fast.plots.outliers import outline, pca_colours
 from scclip_fast.scenes.draw import scene
 
 SCENE = ("benchmark", 0)
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
 
 
 @torch.inference_mode()
 def panels(photo: np.ndarray) -> tuple[dict[str, np.ndarray], Tensor]:
     """Returns pictures (h, w) or (h, w, 3) by title, and the mask (h, w) of the outliers."""
     encoder, _ = create_model("scenes")
-    pixels = (torch.from_numpy(photo).permute(2, 0, 1) / 255 - MEAN) / STD
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    pixels = (torch.from_numpy(photo).permute(2, 0, 1) / 255 - mean) / std
     outputs, grid = encoder.layers(pixels[None])
     tower, config = encoder.tower.at(grid), encoder.config
     tokens = tower.patches(outputs[-1])

@@ -166,7 +166,7 @@ class Launch:
         }
 
     def compile_options(self, gpu: Architecture) -> dict[str, int]:
-        """What differs from Triton's default options on a GPU, by name."""
+        """Returns the options that differ from Triton's defaults on a GPU, by name."""
         options = dict(num_warps=self.num_warps)
         if self.num_stages is not None:
             least_warps = gpu.options.least_warps if self.num_stages > 1 else 1

@@ -77,7 +77,7 @@ class Pointer:
 
 
 class Place(NamedTuple):
-    """Where a tensor of a launch lies: an offset in bytes from the first element of a base.
+    """The place of a tensor of a launch: an offset in bytes from the first element of a base.
 
     The bases of a plan are the workspace, the inputs and the outputs, in this order.
     """

@@ -129,11 +129,10 @@ def by_bins(
     rows: torch.Tensor, columns: torch.Tensor, exclude_self: bool, k: int
 ) -> Iterator[Pass]:
     """Decides in passes whose bins fit BINS_BYTES."""
-    batch, m, d = rows.shape
-    gpu = architecture(columns.device)
-    shares = shares_of_columns(batch, m, gpu)
-    all_rows, all_columns = rounded(rows, columns, exclude_self, multiple_of_bins(shares, d, gpu))
+    batch, m, _ = rows.shape
+    shares, (all_rows, all_columns) = rounded_for_bins(rows, columns, exclude_self)
     rows_that_fit = BINS_BYTES // (shares * DEPTH.value * TILE.value * 4)
+    gpu = architecture(columns.device)
     most = BLOCK_M * blocks_of_a_pass(cdiv(m, BLOCK_M), rows_that_fit // BLOCK_M, shares, gpu)
     for some, first, count in _passes(batch, m, max(1, rows_that_fit // most), most):
         halves = all_rows.images(some), all_columns.images(some)
@@ -268,6 +267,16 @@ def shares_of_columns(batch: int, m: int, gpu: Architecture) -> int:
     blocks = batch * cdiv(m, BLOCK_M)
     least = 4 if blocks > gpu.multiprocessors else 3
     return max(least, min(8, gpu.multiprocessors // blocks))
+
+
+def rounded_for_bins(
+    rows: torch.Tensor, columns: torch.Tensor, exclude_self: bool
+) -> tuple[int, tuple[Rounded, Rounded]]:
+    """Returns the number of shares of the columns, and both sets `rounded` for them."""
+    gpu = architecture(columns.device)
+    shares = shares_of_columns(*rows.shape[:2], gpu)
+    multiple = multiple_of_bins(shares, rows.shape[2], gpu)
+    return shares, rounded(rows, columns, exclude_self, multiple)
 
 
 def multiple_of_bins(shares: int, d: int, gpu: Architecture) -> int:

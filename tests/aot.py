@@ -180,7 +180,7 @@ MATRIX_INSTRUCTION = {"cuda": r"wgmma|mma\.sync|tcgen05\.mma", "hip": r"v_mfma|v
 
 
 def sums_carried_by_tensor_cores(ttgir: str) -> bool:
-    """Whether an accumulator of a matrix instruction goes from one turn of a loop to the next.
+    """Returns whether a matrix instruction's accumulator goes from one turn of a loop to the next.
 
     It may do so unchanged, in another layout, or times the factor of attention's running maximum.
     """

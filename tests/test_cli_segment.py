@@ -248,8 +248,7 @@ def test_example_of_the_scenes(command, tiny, tmp_path, monkeypatch):
     assert (settings["model"], settings["pretrained"]) == ("scenes", None)
     assert settings["classes"] == list(CLASSES)
     segmenter = Segmenter(*create_model(tiny), CLASSES, short_side=32)
-    image = scene(*segment_images.EXAMPLE, segment_images.EXAMPLE_SIZE).image
-    np.testing.assert_array_equal(labels, segmenter(image).numpy())
+    np.testing.assert_array_equal(labels, segmenter(scene(*segment_images.EXAMPLE).image).numpy())
 
 
 def test_compare(command, tiny, photo, tmp_path):

@@ -120,9 +120,7 @@ def test_the_certificate_holds_at_the_size_of_a_trunk(chain, first=2560, rows=12
         select_launch(panel, *halves, table, searched, first, K).run()
         left = positions(n)[searched.tokens[0, : searched.n_tokens.item()].cpu().long()].tolist()
     else:
-        gpu = architecture(torch.device(DEVICE))
-        shares = knn.shares_of_columns(1, n, gpu)
-        halves = knn.rounded(x[None], x[None], True, knn.multiple_of_bins(shares, 1024, gpu))
+        shares, halves = knn.rounded_for_bins(x[None], x[None], True)
         table, undecided = knn.decide(*halves, True, shares, first, rows, K)
         left = undecided.positions[0, : undecided.n_positions.item()].tolist()
         assert not undecided.n_tokens.item()

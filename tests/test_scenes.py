@@ -113,24 +113,22 @@ def test_windows_are_named_by_what_they_show(pool, side):
             shown = {CLASSES[c] for c in np.flatnonzero(shares > 0.01)}
             words = {name for name in names if name not in GROUNDS}
             assert {name for name in names if name in GROUNDS} == shown & set(GROUNDS)
-            assert words == {_same_rule(word, shown - set(GROUNDS), rules) for word in words}
+            rules.update(_rule(word, shown - set(GROUNDS)) for word in words)
             assert len(words) <= len(shown - set(GROUNDS))
     assert rules == {"class", "shape", "color", "phrase"}
 
 
-def _same_rule(word, shown, rules):
-    """The word, if it names one of the shown classes; its rule is added to `rules`."""
+def _rule(word, shown):
+    """Returns the rule by which a word names a class, which must be one of those shown."""
     parts = word.split()
     if parts[-1] == "shape":
-        rules.add("color")
         assert any(name.startswith(parts[0]) for name in shown)
-    elif len(parts) == 1:
-        rules.add("shape")
+        return "color"
+    if len(parts) == 1:
         assert any(name.endswith(word) for name in shown)
-    else:
-        rules.add("phrase" if len(parts) == 3 else "class")
-        assert " ".join(parts[-2:]) in shown
-    return word
+        return "shape"
+    assert " ".join(parts[-2:]) in shown
+    return "phrase" if len(parts) == 3 else "class"
 
 
 def test_most_windows_lie_around_shapes(pool):
@@ -203,7 +201,7 @@ def test_every_name_has_its_least_share_of_the_patches():
 
 
 def test_partial_labels_count_patches_and_names_alike():
-    """Of four patches one is the shape: it has a quarter of one mean and half of the other."""
+    """The shape, one of four patches, has a quarter of one mean and half of the other."""
     log_p = torch.tensor([[[-0.1, -50.0, -50.0]] * 3 + [[-50.0, -2.0, -0.2]]])
     named = torch.tensor([[True, True, False]])
     loss = train.partial_labels(log_p, named, least=0.0)

@@ -239,7 +239,7 @@ def test_half_precision():
 
 @pytest.mark.parametrize("method", ["scclip", "naclip"])
 def test_windows_of_a_single_patch(method):
-    """Where windows are a patch each, the last block runs on the image's patches."""
+    """The last block attends to the image's patches, though each window has but one."""
     model, x = encoder(method), images(6, 4, 4).double()
     corners = [(y, x) for y in (0, 4) for x in (0, 4, 8)]
     ((dense, _),) = model.encode_stitched(x, [corners])

@@ -16,7 +16,7 @@ from PIL import Image
 from ..cli import classes as class_lists
 from ..cli.files import read_photo
 from ..cli.options import CommandError, out_of_memory
-from ..cli.segment_images import EXAMPLE, EXAMPLE_SIZE
+from ..cli.segment_images import EXAMPLE
 from ..clip import SCCLIPConfig
 from ..clip.config import STAGES
 from ..scenes.draw import scene
@@ -63,7 +63,7 @@ def build(explorer: Explorer, model: str, folder: Path) -> gr.Blocks:
     """
     config, scenes = explorer.config, model == "scenes"
     on = [stage for stage in STAGES if not (scenes and stage == "multi_level")]
-    example = Image.fromarray(scene(*EXAMPLE, EXAMPLE_SIZE).image) if scenes else None
+    example = Image.fromarray(scene(*EXAMPLE).image) if scenes else None
     shown = dict(format="png", buttons=["fullscreen"])
     with gr.Blocks(title="scclip_fast", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(_heading(model))

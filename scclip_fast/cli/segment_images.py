@@ -24,8 +24,8 @@ from . import files
 from .files import Job
 from .options import CommandError
 
-EXAMPLE = ("benchmark", 21)  # the drawn scene that is segmented where no image is given,
-EXAMPLE_SIZE = (336, 448)  # and its height and width: more than a window
+#: The drawn scene that is segmented where no image is given: larger than a window.
+EXAMPLE = ("benchmark", 21, (336, 448))
 
 
 def segment(
@@ -75,7 +75,7 @@ def segment(
 
 
 class _Result(NamedTuple):
-    """What a segmenter finds in an image."""
+    """The labels and other results that a segmenter finds in an image."""
 
     labels: np.ndarray  # (H, W), see `_labels`
     means: list[float]
@@ -87,7 +87,7 @@ class _Result(NamedTuple):
 def _photo(job: Job) -> Image.Image:
     if job.path is not None:
         return files.read_photo(job.path)
-    return Image.fromarray(scene(*EXAMPLE, EXAMPLE_SIZE).image)
+    return Image.fromarray(scene(*EXAMPLE).image)
 
 
 def _result(

@@ -164,13 +164,14 @@ class SCCLIP(nn.Module):
         proxy = self._proxy_features(windows)
         outputs_of_images = zip(*(output.split(counts) for output in block_outputs), strict=True)
         maps = [None] * len(counts) if proxy is None else proxy.map.split(counts)
+        size = (windows.shape[2], windows.shape[3])
         found = []
         for of_image, outputs, tokens in zip(corners, outputs_of_images, maps, strict=True):
-            size = (windows.shape[2], windows.shape[3])
             features = None
             if proxy is not None:
                 features = proxy._replace(map=tokens).stitched(of_image, size)
-            found.append(self._last_block(outputs, grid, features, Stitch(of_image, size, grid)))
+            stitch = Stitch(of_image, size, grid, windows.device)
+            found.append(self._last_block(outputs, grid, features, stitch))
         return found
 
     def _proxy_features(self, images: Tensor) -> ProxyFeatures | None:

@@ -52,7 +52,7 @@ class ProxyFeatures(NamedTuple):
 
     def stitched(self, corners: Sequence[Corner], size: tuple[int, int]) -> ProxyFeatures:
         """Returns the features (1, D, h, w) of an image from those of its windows; see `Stitch`."""
-        stitch = Stitch(corners, size, self.grid)
+        stitch = Stitch(corners, size, self.grid, self.map.device)
         return self._replace(map=stitch(self.tokens).mT.unflatten(2, stitch.grid))
 
 

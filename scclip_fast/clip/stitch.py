@@ -22,6 +22,7 @@ class Stitch:
         corners: the row and column, in pixels, of the first pixel of each window.
         size: (H, W) of all windows, in pixels.
         grid: (h, w) of all windows, in patches.
+        device: that of the tokens.
 
     Attributes:
         grid: (h, w) of the image, in patches.
@@ -31,21 +32,26 @@ class Stitch:
     """
 
     def __init__(
-        self, corners: Sequence[Corner], size: tuple[int, int], grid: tuple[int, int]
+        self,
+        corners: Sequence[Corner],
+        size: tuple[int, int],
+        grid: tuple[int, int],
+        device: torch.device,
     ) -> None:
         self._window = grid
         self._places = [_place(corner, size, grid) for corner in corners]
         height, width = (max(place[axis].stop for place in self._places) for axis in (0, 1))
         self.grid = height, width
-        self._counts = torch.zeros(height, width, 1)
+        counts = torch.zeros(height, width, 1)
         for place in self._places:
-            self._counts[place] += 1
-        if not self._counts.all():
-            row, column, _ = (self._counts == 0).nonzero()[0].tolist()
+            counts[place] += 1
+        if not counts.all():
+            row, column, _ = (counts == 0).nonzero()[0].tolist()
             raise ValueError(
                 f"corners must be those of windows that cover the image, but its patch "
                 f"({row}, {column}) lies in none"
             )
+        self._counts = counts.to(device, non_blocking=True)  # once, and without a wait for a GPU
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Returns patches (1, ..., h w, D) of the image for tokens (W, ..., P + n, D) of windows.
@@ -58,7 +64,7 @@ class Stitch:
         sums = patches.new_zeros(*patches.shape[1:-3], *self.grid, patches.shape[-1], dtype=dtype)
         for (rows, columns), window in zip(self._places, patches, strict=True):
             sums[..., rows, columns, :] += window
-        means = sums / self._counts.to(sums.device, dtype)
+        means = sums / self._counts.to(dtype)
         return means.to(tokens.dtype).flatten(-3, -2)[None]
 
 

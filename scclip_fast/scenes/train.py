@@ -123,7 +123,7 @@ def losses(
     tokenizer: open_clip.SimpleTokenizer,
     batch: Batch,
     dtype: torch.dtype,
-    encode: Encode = encode_windows,
+    encode: Encode,
 ) -> Losses:
     """The losses of a batch, computed in `dtype` but for the last products."""
     names = list(dict.fromkeys(chain(*batch.names)))
@@ -192,7 +192,7 @@ def train(
     pool: Pool,
     seed: int,
     folder: Path,
-    encode: Encode = encode_windows,
+    encode: Encode,
 ) -> None:
     optimizer = torch.optim.AdamW(_groups(model), lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)

@@ -218,13 +218,13 @@ class Segmenter(ImageSegmenter):
         pixels = image.to(self.mean.device, torch.float32)[None].div_(255)
         return pixels.sub_(self.mean.float()).div_(self.std.float())
 
-    def _maps(self, images: list[Tensor]) -> list[Tensor | WindowMaps]:
+    def _maps(self, images: list[Tensor]) -> Sequence[Tensor | WindowMaps]:
         """Returns the cosines (names, h, w) of each of the images (1, 3, h, w)."""
         sizes = [(image.shape[2], image.shape[3]) for image in images]
         places = [self._places(size) for size in sizes]
         arguments = self.encoder, self.text_features, images, places
         if self.stitch:
-            return list(stitched_cosines(*arguments))
+            return stitched_cosines(*arguments)
         maps = window_cosines(*arguments)
         if self.slide_crop is None:
             return [whole for (whole,) in maps]

@@ -1,4 +1,4 @@
-"""From images to the cosines of their patches with names: windows, in batches, through a CLIP."""
+"""A CLIP on the windows of images, in batches: the cosines of their patches with names."""
 
 from __future__ import annotations
 
