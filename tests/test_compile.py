@@ -13,7 +13,7 @@ from scclip_fast.ops.attention import (
     _mean_similarity,
 )
 from scclip_fast.ops.knn import nearest
-from scclip_fast.ops.lof import _outlier_mask
+from scclip_fast.ops.lof import _lof_scores, _outlier_mask
 from scclip_fast.ops.repair import _repair
 from scclip_fast.ops.upsample import _upsampled_labels
 
@@ -150,18 +150,18 @@ class TestOpcheck:
     def tensors(self, *shapes, grad=False):
         return [torch.randn(shape, device=self.device, requires_grad=grad) for shape in shapes]
 
-    @pytest.mark.parametrize("measure_all", [True, False])
-    def test_nearest(self, backend, measure_all):
+    @pytest.mark.parametrize("variant", ["scclip", "breunig"])
+    def test_lof_scores(self, backend, variant):
         (x,) = self.tensors((2, 20, 4))
-        self.check(nearest, x, 3, measure_all, backend)
+        self.check(_lof_scores, x, 3, variant, backend)
 
     @pytest.mark.parametrize("metric", ["euclidean", "cosine", "inner_product"])
-    def test_nearest_of_queries(self, backend, metric):
+    def test_nearest(self, backend, metric):
         if backend == "triton" and metric == "inner_product":
             pytest.skip("the kernels do not rank by products")
         x, queries = self.tensors((2, 20, 4), (2, 7, 4))
-        self.check(nearest, x, 20, True, backend, queries, metric)
-        self.check(nearest, x, 5, True, backend, None, metric)
+        self.check(nearest, x, 20, backend, queries, metric)
+        self.check(nearest, x, 5, backend, None, metric)
 
     def test_outlier_mask(self, backend):
         (scores,) = self.tensors((2, 40))

@@ -33,7 +33,7 @@ from tolerance import assert_neighbors, decided
 
 import scclip_fast as sf
 from scclip_fast import reference
-from scclip_fast.chunked import search, symmetric, tiles, topk
+from scclip_fast.chunked import numpy_topk, search, symmetric, tiles, topk
 from scclip_fast.chunked.certificate import undecided_lists
 from scclip_fast.chunked.distances import distances_by_products
 
@@ -283,18 +283,23 @@ def test_two_tokens_one_of_them_not_finite():
     assert scores.isnan().all()
 
 
-def test_the_smallest_in_any_order():
-    """Rows of one step and of two, of every number of columns, with ties and infinite numbers."""
-    for columns in (1, 7, 64, 203, 1000, 1024, 2304):
-        values = torch.randint(50, (5, columns)).float()
-        values[2, ::3] = torch.inf
-        values[3] = 4.0
-        for dtype in (torch.float32, torch.float64):
-            for k in {1, min(30, columns), columns}:
-                found, positions = topk.smallest_unordered(values.to(dtype), k)
-                assert torch.equal(found, values.to(dtype).gather(1, positions))
-                assert torch.equal(found.sort().values, values.to(dtype).sort().values[:, :k])
-                assert (positions.sort().values.diff() > 0).all()
+@pytest.mark.parametrize("threads", [0, 1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest(dtype, threads, monkeypatch):
+    """Rows of one step and of several, with ties, infinite and negative numbers; 0: no numpy."""
+    monkeypatch.setattr(topk, "HAS_NUMPY", threads > 0)
+    monkeypatch.setattr(numpy_topk, "STEP", 2000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for rows, columns in ((0, 5), (5, 1), (5, 7), (60, 203), (31, 1000), (7, 2304)):
+        values = torch.randint(50, (rows, columns)).to(dtype)
+        values[1::4, ::3] = torch.inf
+        values[2::4] = 4
+        values[3::4] -= 25
+        values[3::4, 5::7] = -torch.inf
+        for k in {1, min(30, columns), columns}:
+            found = topk.smallest(values, k)
+            expected = values.sort(dim=-1, stable=True)
+            assert all(torch.equal(a, b[:, :k]) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("workspace", [tiles.WORKSPACE_BYTES, 2**16])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import NORM_EPS, content_floor, normaliser_eps, weights
 from .gram import gram, images_per_step, tile_pairs
-from .tiles import compute_dtype, plan, spans
+from .tiles import Scratch, compute_dtype, plan, spans
 
 
 def aggregate(
@@ -55,7 +54,7 @@ def _aggregate_symmetric(
     total = torch.empty(batch, tokens, dtype=dtype)
     pairs = tile_pairs(tokens, dtype)
     step = images_per_step(tokens, max(width, features.shape[-1]), dtype)
-    workspace = torch.empty(min(step, batch) * pairs[0][0].stop ** 2, dtype=dtype)
+    scratch = Scratch()
 
     def add(images: slice, rows: slice, columns: slice, w: Tensor) -> None:
         column_values = values[images, columns].to(dtype)
@@ -67,14 +66,13 @@ def _aggregate_symmetric(
             total[images, rows] += w.sum(dim=-1)
 
     for images in spans(batch, step):
-        limit = floor[images, None, None]
         for rows, columns in pairs:
             unit = unit_rows = features[images, rows].to(dtype) * scale[images, rows]
             if rows != columns:
                 unit = features[images, columns].to(dtype) * scale[images, columns]
             shape = len(unit), unit_rows.shape[1], unit.shape[1]
-            tile = gram(unit_rows, unit, workspace[: math.prod(shape)].view(shape))
-            w = weights_(tile, limit, gamma)
+            tile = gram(unit_rows, unit, scratch.take("tile", shape, dtype), scratch)
+            w = weights_(tile, floor[images], gamma)
             add(images, rows, columns, w)
             if rows != columns:
                 add(images, columns, rows, w.mT)
@@ -97,19 +95,30 @@ def content_weights(features: Tensor, gamma: float) -> Tensor:
         unit.masked_fill_(broken, 0)
     n_finite = features.shape[1] if broken is None else (~broken).sum(dim=1).clamp(min=1)
     mu = (unit.sum(dim=1) / n_finite).square().sum(dim=-1)
-    w = gram(unit, unit, unit.new_empty(len(unit), unit.shape[1], unit.shape[1]))
-    w = weights_(w, content_floor(mu)[:, None, None], gamma)
+    w = gram(unit, unit, unit.new_empty(len(unit), unit.shape[1], unit.shape[1]), Scratch())
+    w = weights_(w, content_floor(mu), gamma)
     if broken is not None:
         w.masked_fill_(broken.mT, 0).masked_fill_(broken, torch.nan)
     return w.div_(w.sum(dim=-1, keepdim=True).add_(normaliser_eps(gamma)))
 
 
 def weights_(s: Tensor, floor: Tensor, gamma: float | None) -> Tensor:
-    """`reference.weights` in the memory of the similarities s, none of which is NaN."""
-    without = s < floor
-    if gamma is not None:
-        s.sub_(1).mul_(gamma).exp_()
-    return s.masked_fill_(without, 0)
+    """`reference.weights` in the memory of the similarities s (b, r, c), none of which is NaN.
+
+    A threshold takes a thirtieth of the time of a comparison and `masked_fill_`.
+
+    Args:
+        s: on a CPU.
+        floor: (b,), in the dtype of s.
+        gamma: as for `reference.weights`.
+    """
+    below = torch.nextafter(floor, floor.new_tensor(-torch.inf)).tolist()
+    for image, limit in zip(s, below, strict=True):
+        F.threshold(image, limit, 0 if gamma is None else -torch.inf, inplace=True)
+    if gamma is None:
+        return s
+    gamma = max(gamma, torch.finfo(s.dtype).tiny)  # 0 times -inf would be NaN
+    return torch.add(s.new_tensor(-gamma), s, alpha=gamma, out=s).exp_()
 
 
 def weighted_sums(

@@ -14,8 +14,12 @@ from torch import Tensor
 
 from . import tiles
 from .aggregate import content_weights
-from .gram import tile_pairs
 from .tiles import compute_dtype, spans
+
+#: With more tokens, torch's fused attention and a product for the content half are faster: 353
+#: instead of 400 ms at 2304 tokens of 1024 channels, but 12.2 instead of 11.2 ms at 441 of 768 (one
+#: core).
+BLENDED_TOKENS = 768
 
 
 def attention(
@@ -40,8 +44,8 @@ def attention(
 
 def can_blend_weights(v: Tensor, features: Tensor) -> bool:
     """True if `blended_attention` takes values v (B, H, N, dv) and features (B, N, D)."""
-    one_tile = len(tile_pairs(v.shape[2], v.dtype)) == 1
-    return v.device.type == "cpu" and compute_dtype(v, features) == v.dtype and one_tile
+    is_small = v.shape[2] <= BLENDED_TOKENS
+    return v.device.type == "cpu" and compute_dtype(v, features) == v.dtype and is_small
 
 
 def blended_attention(
@@ -59,12 +63,13 @@ def blended_attention(
     n_rows = max(1, min(n, chunk // n))
     n_heads = max(1, chunk // (n * n_rows)) if n_rows == n else 1
     for image in range(batch):
-        content = content_weights(features[image, None].to(v.dtype), gamma)[0]
+        content = content_weights(features[image, None].to(v.dtype), gamma)[0].mul_(alpha)
         for some in spans(heads, n_heads):
             for rows in spans(n, n_rows):
                 at = image, some, rows
                 weights = torch.softmax((q[at] * scale) @ k[image, some].mT, dim=-1)
-                torch.matmul(weights.lerp_(content[rows], alpha), v[image, some], out=out[at])
+                torch.add(content[rows], weights, alpha=1 - alpha, out=weights)
+                torch.matmul(weights, v[image, some], out=out[at])
     return out
 
 

@@ -26,6 +26,9 @@ a row is decided if both of these hold:
 - Settled: a candidate that was not measured, because it ranks so far ahead, has c <= r^2 - M, and
   so d^2 (1 + rho) <= r^2. It would be measured to be as near as r.
 
+A c of products in float64 may be rounded to float32 where distances are measured in float32: its
+share 2^-24 is less than a 16th of rho, of which M holds twice as much as it needs.
+
 The bounds hold for one huge token among small ones, as no row's bound depends on another token's
 norm. Data that suit the dtype badly leave rows undecided, never wrong.
 

@@ -1,7 +1,7 @@
 """Tiles of a symmetric matrix of products y y^T, each computed once, on a CPU.
 
-One triangle of the matrix is computed and the other copied. On one core that takes 1/1.2 (196
-tokens of 768 channels) to 1/1.6 (2304) of the time of the whole.
+One triangle of the matrix is computed and the other copied. On one core that takes 1/1.1 (196
+tokens of 768 channels) to 1/1.4 (2304 of 1024) of the time of the whole.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .tiles import spans
+from .tiles import Scratch, spans
 
 ROWS = 128  # rows of one product
-#: The least number of products of a tile on the diagonal. On one core 196 tokens take 0.51 ms in
-#: three products, 0.53 ms in two and 0.60 ms in one.
+#: The least number of products of a tile on the diagonal. On one core 196 tokens take 0.39 ms in
+#: three products, 0.51 ms in two and 0.57 ms in one.
 STRIPS = 3
 
 
@@ -33,23 +33,27 @@ def tile_pairs(tokens: int, dtype: torch.dtype) -> list[tuple[slice, slice]]:
 
 
 def images_per_step(tokens: int, width: int, dtype: torch.dtype) -> int:
-    """The number of images whose tokens and tiles fit a twelfth of the workspace, 5.3 MiB.
+    """The number of images whose tokens, and whose tiles, fit a sixth of the workspace, 10.7 MiB.
 
-    The allocator returns much larger tensors to the system and fetches their pages anew at every
-    step: `knn` of 64 images of 196 tokens of 768 channels took 165 ms in steps of 16 MiB, and takes
-    119 ms so.
+    The calls of a step take half a millisecond, and larger steps gain nothing more.
     """
     row_bytes = max(1, tokens, width) * dtype.itemsize
-    return max(1, tiles.WORKSPACE_BYTES // 12 // (tokens * row_bytes))
+    return max(1, tiles.WORKSPACE_BYTES // 6 // (tokens * row_bytes))
 
 
 def gram(
-    rows: Tensor, columns: Tensor, out: Tensor, squares: tuple[Tensor, Tensor] | None = None
+    rows: Tensor,
+    columns: Tensor,
+    out: Tensor,
+    scratch: Scratch,
+    squares: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Writes the products of rows (b, r, D) and columns (b, c, D) to out (b, r, c).
 
     Args:
         columns: the same tensor as rows for a tile of the diagonal.
+        out: of the dtype of the products, or shorter.
+        scratch: memory for a part of the products.
         squares: the squared norms (b, r) of the rows and (b, c) of the columns, to write squared
             distances in place of products.
     """
@@ -59,12 +63,12 @@ def gram(
         left, right = rows[:, part], columns[:, first:].mT
         # A tensor of their own: torch multiplies the images of a batch one by one, and each on all
         # threads, if it writes to a part of another tensor.
+        strip = scratch.take("strip", (*left.shape[:2], right.shape[2]), rows.dtype)
         if squares is None:
-            strip = torch.bmm(left, right)
+            out[:, part, first:] = torch.bmm(left, right, out=strip)
         else:
-            sums = squares[0][:, part, None] + squares[1][:, None, first:]
-            strip = torch.baddbmm(sums, left, right, alpha=-2)
-        out[:, part, first:] = strip
+            torch.baddbmm(squares[1][:, None, first:], left, right, alpha=-2, out=strip)
+            torch.add(strip, squares[0][:, part, None], out=out[:, part, first:])
         if on_diagonal and part.stop < n_rows:
             out[:, part.stop :, part] = out[:, part, part.stop :].mT
     return out

@@ -6,7 +6,7 @@ measured as in `search.py`:
 
 - For a k-distance, the k-th candidate alone is measured.
 - For all distances, the candidates' products in float64 stand for measured distances. Rows with
-  neighbours that are nearly equal to the token, or equally far, stay open.
+  neighbours that are nearly equal to the token stay open.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from .candidates import centre, list_sizes
 from .certificate import Found, counts, error_bound, undecided, undecided_lists
 from .distances import distances_by_products, settle_last, squared_differences
 from .gram import gram, images_per_step, tile_pairs
-from .tiles import compute_dtype, spans
-from .topk import STRIDED, largest, smallest_unordered
+from .tiles import Scratch, compute_dtype, spans
+from .topk import smallest
 
-FLIPPED_ROWS = 512  # rows of a tile below the diagonal, which is copied from the one above
-TILE_MULTIPLE = STRIDED**2  # columns of a tile, for two steps of `smallest_unordered`
+ROWS_PER_MERGE = 512  # rows of a tile whose columns are copied to be rows at a time
 #: Images of at most that many tokens have all products in float64, if all distances are asked for.
-#: With more, it is faster to repeat the candidates' products: `knn` of 441 tokens takes 6.6 ms so,
-#: and 10.2 ms in float64; of 196 tokens 2.6 and 1.9 ms (one core).
-FLOAT64_TOKENS = 320
+#: With more, the candidates' products are repeated in float64: `knn` of 441 tokens takes 6.5 ms so,
+#: and 4.6 ms in float64, of 784 tokens 13.7 and 12.0 ms, of 1024 20.3 and 19.3 ms (one core).
+FLOAT64_TOKENS = 800
 
 
 class Lists(NamedTuple):
-    """The candidates of the rows of all images, in any order."""
+    """The candidates of the rows of all images, the nearest first."""
 
     squares: Tensor  # (R, n), the estimates c of `certificate.py`
     indices: Tensor  # (R, n), among the tokens of all images
@@ -57,9 +56,9 @@ def search_symmetric(x: Tensor, k: int, measure_all: bool) -> Found | None:
     """
     in_float64 = measure_all and x.shape[1] <= FLOAT64_TOKENS
     dtype = torch.float64 if in_float64 else compute_dtype(x)
-    parts = []
+    parts, scratch = [], Scratch()
     for images in spans(len(x), images_per_step(x.shape[1], x.shape[2], dtype)):
-        found = _search_images(x[images], k, measure_all, dtype)
+        found = _search_images(x[images], k, measure_all, dtype, scratch)
         if found is None:
             return None
         parts.append(found)
@@ -70,7 +69,9 @@ def _joined(parts: list[Found]) -> Found:
     return parts[0] if len(parts) == 1 else Found(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> Found | None:
+def _search_images(
+    x: Tensor, k: int, measure_all: bool, dtype: torch.dtype, scratch: Scratch
+) -> Found | None:
     """`search_symmetric` of a few images.
 
     Args:
@@ -79,7 +80,7 @@ def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> 
     batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
     middle = centre(x, dtype)
-    lists = _candidates(x, middle, n)
+    lists = _candidates(x, middle, n, scratch)
     if lists is None:
         return None
     if batch > 1:
@@ -91,6 +92,8 @@ def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> 
         found = _k_distances(lists, k, rows)
     elif compute_dtype(x) == torch.float64:
         found = _nothing_found(lists, k)
+    elif dtype == torch.float64:
+        found = _rounded_distances(lists, k, width)
     else:
         steps = spans(len(rows), rows_per_step)
         found = _joined([_distances(lists, k, x, middle, some) for some in steps])
@@ -106,44 +109,52 @@ def _search_images(x: Tensor, k: int, measure_all: bool, dtype: torch.dtype) -> 
 
 def _k_distances(lists: Lists, k: int, rows: Tensor) -> Found:
     """Measures the k-th candidate of each row, and keeps the ones before it as they are."""
-    n_rows, n = lists.indices.shape
-    # Descending: the n - k candidates after the k-th, the k-th, and the one before it.
-    last, places = largest(lists.squares, min(n, n - k + 2))
-    kth = lists.indices.gather(1, places[:, n - k, None])
-    distances = squared_differences(rows[None], kth[None], rows[None])[0]
+    squares, indices = lists.squares, lists.indices[:, :k]
+    distances = squared_differences(rows[None], indices[None, :, -1:], rows[None])[0]
     is_open = undecided(
         lists.norms,
         distances[:, 0],
         rows.shape[1],
-        dropped=last[:, n - k - 1] if n > k else None,
-        unmeasured=last[:, n - k + 1] if k > 1 else None,
+        dropped=squares[:, k] if squares.shape[1] > k else None,
+        unmeasured=squares[:, k - 2] if k > 1 else None,
     )
-    kept = torch.ones(n_rows, n, dtype=torch.bool).scatter_(1, places[:, : n - k], False)
-    return Found(distances, lists.indices.masked_select(kept).view(n_rows, k), is_open)
+    return Found(distances, indices.contiguous(), is_open)
 
 
 def _distances(lists: Lists, k: int, x: Tensor, middle: Tensor, rows: slice) -> Found:
-    """The nearest candidates of some rows of all images, by products in float64.
-
-    The rounding of these squared distances is at most a quarter of float32's.
+    """The nearest candidates of some rows of all images, whose products are repeated in float64.
 
     Args:
         x, middle: as for `distances_by_products`.
     """
-    lists = Lists(*(t[rows] for t in lists))
-    in_float64 = middle.dtype == torch.float64
-    squares = lists.squares if in_float64 else distances_by_products(x, middle, lists.indices, rows)
-    # Integers in the order of the distances are sorted in two thirds of the time.
-    keys, order = squares.clamp(min=0).float().view(torch.int32).sort(dim=1)
-    distances = keys[:, : k + 1].view(torch.float32)
+    squares, indices, norms = (t[rows] for t in lists)
+    exact = distances_by_products(x, middle, indices, rows).clamp_(min=0).float()
+    exact, order = smallest(exact, min(k + 1, exact.shape[1]))
+    is_open = _is_inexact(norms, exact, x.shape[-1])
+    is_open |= (exact[:, 1:] == exact[:, :-1]).any(dim=1)  # equal ones go by their index
+    if squares.shape[1] > k:
+        is_open |= undecided(norms, exact[:, k - 1], x.shape[-1], squares[:, -1], None)
+    return Found(exact[:, :k].contiguous(), indices.gather(1, order[:, :k]), is_open)
+
+
+def _rounded_distances(lists: Lists, k: int, width: int) -> Found:
+    """The nearest candidates, whose squares are products in float64 that were rounded to float32.
+
+    If the bound holds for the nearest, it holds for all tokens, so that none is missing.
+    """
+    distances = lists.squares[:, :k].clamp(min=0)
+    is_open = _is_inexact(lists.norms, distances, width)
+    return Found(distances, lists.indices[:, :k].contiguous(), is_open)
+
+
+def _is_inexact(norms: Tensor, distances: Tensor, width: int) -> Tensor:
+    """Rows whose ascending distances may err by more than 2^-26, a quarter of float32's rounding.
+
+    Args:
+        distances: (R, k) squared, by products in float64.
+    """
     nearest = distances[:, 0].double()  # with the largest relative error
-    error = error_bound(lists.norms.double(), nearest.sqrt(), x.shape[-1])
-    is_open = ~(error <= 2**-26 * nearest)
-    is_open |= (distances[:, 1:] == distances[:, :-1]).any(dim=1)  # equal ones go by their index
-    if not in_float64 and lists.squares.shape[1] > k:
-        dropped = lists.squares.amax(dim=1)
-        is_open |= undecided(lists.norms, distances[:, k - 1], x.shape[-1], dropped, None)
-    return Found(distances[:, :k].contiguous(), lists.indices.gather(1, order[:, :k]), is_open)
+    return ~(error_bound(norms.double(), nearest.sqrt(), width) <= 2**-26 * nearest)
 
 
 def _nothing_found(lists: Lists, k: int) -> Found:
@@ -162,8 +173,7 @@ def _measure_candidates(
         n_measured, complete: as for `undecided_lists`.
         rows: (R, D), the tokens of all images.
     """
-    squares, order = lists.squares[some].sort(dim=1)
-    candidates = lists.indices[some].gather(1, order)
+    squares, candidates = lists.squares[some], lists.indices[some]
 
     def measure(candidates: Tensor) -> Tensor:
         return squared_differences(rows[None], candidates[None], rows[None, some])[0]
@@ -180,7 +190,7 @@ def _measure_candidates(
     found.indices[some], found.undecided[some] = indices, is_open
 
 
-def _candidates(tokens: Tensor, middle: Tensor, n: int) -> Lists | None:
+def _candidates(tokens: Tensor, middle: Tensor, n: int, scratch: Scratch) -> Lists | None:
     """The n others with the smallest squared distances for each of the tokens (b, N, D), n < N.
 
     Args:
@@ -191,58 +201,64 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int) -> Lists | None:
         centred token is not finite, or its square is more than a 16th of the largest number.
     """
     batch, total, _ = tokens.shape
-    largest = torch.finfo(middle.dtype).max ** 0.5 / 4
-    best = middle.new_empty(batch, total, n), torch.empty(batch, total, n, dtype=torch.int64)
+    largest = torch.finfo(compute_dtype(tokens)).max ** 0.5 / 4
     norms = middle.new_empty(batch, total)
     pairs = tile_pairs(total, middle.dtype)
-    side = pairs[0][0].stop
-    tile_width = side + TILE_MULTIPLE
-    workspace = middle.new_empty(batch * side * tile_width)
-    flipped = middle.new_empty(batch * FLIPPED_ROWS * tile_width if len(pairs) > 1 else 0)
+    step = ROWS_PER_MERGE if batch == 1 else total  # several images fit a single tile
+    best: dict[int, tuple[Tensor, Tensor]] = {}
     for rows, columns in tiles.each_tile.get()(pairs):
-        y = tokens[:, columns].to(middle.dtype) - middle
+        on_diagonal = rows == columns
+        name = "rows" if on_diagonal else "columns"
+        y = _minus(tokens[:, columns], middle, scratch, name)
         norms[:, columns] = norm = torch.linalg.vector_norm(y, dim=-1)
         if not norm.amax() < largest:
             return None
         squares = norm.square()
-        on_diagonal = rows == columns
         if on_diagonal:  # the first tile of these rows
             y_rows, row_squares = y, squares
-        tile = _tile(workspace, batch, y_rows.shape[1], y.shape[1])
-        gram(y_rows, y, tile[..., : y.shape[1]], (row_squares, squares))
-        for part in () if on_diagonal else spans(y.shape[1], FLIPPED_ROWS):
-            turned = _tile(flipped, batch, part.stop - part.start, y_rows.shape[1])
-            turned[..., : y_rows.shape[1]] = tile[..., part].mT
-            own = slice(columns.start + part.start, columns.start + part.stop)
-            _merge(best, own, turned, rows.start)
+        shape = batch, y_rows.shape[1], y.shape[1]
+        tile = scratch.take("tile", shape, compute_dtype(tokens))
+        gram(y_rows, y, tile, scratch, (row_squares, squares))
         if on_diagonal:
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        _merge(best, rows, tile, columns.start)
-    return Lists(best[0].flatten(0, 1), best[1].flatten(0, 1), norms.flatten())
+        for part in () if on_diagonal else spans(shape[2], step):
+            turned = tile[..., part].mT
+            turned = scratch.take("turned", tuple(turned.shape), tile.dtype).copy_(turned)
+            _merge(best, columns.start + part.start, turned, rows.start, n)
+        for part in spans(shape[1], step):
+            _merge(best, rows.start + part.start, tile[:, part], columns.start, n)
+    in_order = [best[start] for start in sorted(best)]
+    values, indices = (
+        in_order[0]
+        if len(best) == 1
+        else (torch.cat(lists, dim=1) for lists in zip(*in_order, strict=True))
+    )
+    return Lists(values.flatten(0, 1), indices.flatten(0, 1), norms.flatten())
 
 
-def _tile(workspace: Tensor, batch: int, rows: int, columns: int) -> Tensor:
-    """A tile (batch, rows, c) in the workspace, where columns that only fill it up are infinite."""
-    width = -(-columns // TILE_MULTIPLE) * TILE_MULTIPLE
-    tile = workspace[: batch * rows * width].view(batch, rows, width)
-    tile[..., columns:] = torch.inf
-    return tile
+def _minus(tokens: Tensor, middle: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """tokens - middle in the dtype of the middle."""
+    out = scratch.take(name, tuple(tokens.shape), middle.dtype)
+    if tokens.dtype == middle.dtype:
+        return torch.sub(tokens, middle, out=out)
+    return out.copy_(tokens).sub_(middle)  # a subtraction of two dtypes has another tensor
 
 
-def _merge(best: tuple[Tensor, Tensor], rows: slice, tile: Tensor, first: int) -> None:
-    """Merges a tile (b, r, c), whose columns count from `first`, into the best of some rows so far.
+def _merge(
+    best: dict[int, tuple[Tensor, Tensor]], start: int, tile: Tensor, first: int, n: int
+) -> None:
+    """Merges a tile (b, r, c), whose columns count from `first`, into the n best of some rows.
 
     Args:
-        best: squared distances and indices (b, N, n). The tiles of the first columns are the first
-            ones of all rows.
+        best: squared distances and indices (b, r, up to n) of the rows from each `start` on. The
+            columns of one tile are all before or all after those of another.
     """
-    n = best[0].shape[-1]
-    values, indices = smallest_unordered(tile, min(n, tile.shape[-1]))
+    values, indices = smallest(tile, min(n, tile.shape[-1]))
     if first:
-        values = torch.cat([best[0][:, rows], values], dim=-1)
-        indices = torch.cat([best[1][:, rows], indices.add_(first)], dim=-1)
-        values, order = smallest_unordered(values, n)
+        indices += first
+    if start in best:
+        values = torch.cat([best[start][0], values], dim=-1)
+        indices = torch.cat([best[start][1], indices], dim=-1)
+        values, order = smallest(values, min(n, values.shape[-1]))
         indices = indices.gather(-1, order)
-    found = values.shape[-1]
-    best[0][:, rows, :found], best[1][:, rows, :found] = values, indices
-    best[0][:, rows, found:] = torch.inf
+    best[start] = values, indices

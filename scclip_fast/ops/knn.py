@@ -17,25 +17,27 @@ MAX_NEIGHBORS = 128  # the kernel keeps that many candidates a row in registers
 METRICS = tuple(reference.DISTANCES)
 
 
-@torch.library.custom_op(f"{NAMESPACE}::nearest", mutates_args=())
 @true_float32
-def nearest(
+def search(
     x: Tensor,
     k: int,
-    measure_all: bool,
     backend: str,
     queries: Tensor | None = None,
     metric: str = "euclidean",
+    *,
+    measure_all: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Values and indices (B, M, k) of the tokens of x (B, N, D) nearest to queries (B, M, D).
 
-    Without queries, the nearest others of every token of x. Without measure_all, which only
-    "euclidean" without queries allows, the result holds the distance of the k-th neighbour alone,
-    (B, M, 1), and the indices come in any order. A pair with a token that is not finite has the
-    value NaN.
+    Without queries, the nearest others of every token of x. A pair with a token that is not finite
+    has the value NaN.
+
+    Args:
+        measure_all: False, which only "euclidean" without queries allows, to return the value of
+            the k-th neighbour alone, (B, M, 1), and indices in any order.
     """
     if backend == "triton" and x.numel():
-        return _nearest_on_triton(x, k, measure_all, queries, metric)
+        return _search_on_triton(x, k, measure_all, queries, metric)
     if backend == "reference":
         exact = None if queries is None else queries.double()
         values, indices = reference.knn(x.double(), k, exact, metric)
@@ -45,19 +47,21 @@ def nearest(
     return values.contiguous(), indices.contiguous()  # the strides that the fake implementation has
 
 
+@torch.library.custom_op(f"{NAMESPACE}::nearest", mutates_args=())
+def nearest(
+    x: Tensor, k: int, backend: str, queries: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor]:
+    """`search` of all values, opaque to torch.compile."""
+    return search(x, k, backend, queries, metric)
+
+
 @nearest.register_fake
 def _(
-    x: Tensor,
-    k: int,
-    measure_all: bool,
-    backend: str,
-    queries: Tensor | None = None,
-    metric: str = "euclidean",
+    x: Tensor, k: int, backend: str, queries: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor]:
-    shape = (x if queries is None else queries).shape[:2]
-    dtype = chunked.compute_dtype(x)
-    values = x.new_empty((*shape, k if measure_all else 1), dtype=dtype)
-    return values, x.new_empty((*shape, k), dtype=torch.int64)
+    shape = (*(x if queries is None else queries).shape[:2], k)
+    values = x.new_empty(shape, dtype=chunked.compute_dtype(x))
+    return values, x.new_empty(shape, dtype=torch.int64)
 
 
 def knn(
@@ -113,7 +117,7 @@ def knn(
     if queries is not None:
         queries = _check_queries(x, queries, check_finite)
     tokens, k, backend = check_search(x, "x", k, "k", check_finite, backend, queries, metric)
-    values, indices = nearest(tokens, k, True, backend, queries, metric)
+    values, indices = nearest(tokens, k, backend, queries, metric)
     worst = -torch.inf if metric == "inner_product" else torch.inf
     values = values.masked_fill(values.isnan(), worst)
     return (values, indices) if x.dim() == 3 else (values[0], indices[0])
@@ -190,10 +194,10 @@ def _check_queries(x: Tensor, queries: Tensor, check_finite: bool) -> Tensor:
     return batch
 
 
-def _nearest_on_triton(
+def _search_on_triton(
     x: Tensor, k: int, measure_all: bool, queries: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor]:
-    """`nearest` by the kernels, by "euclidean" or "cosine".
+    """`search` by the kernels, by "euclidean" or "cosine".
 
     The kernels search unit tokens rounded to float32, which may change the order of near ties. So a
     few candidates more than k are measured in float64, as far as the kernels find more than k.

@@ -9,27 +9,28 @@ from torch import Tensor
 
 from .. import chunked, reference
 from ..backend import NAMESPACE, resolve
-from ..precision import true_float32
 from . import _check
-from .knn import check_search, nearest
+from .knn import check_search, search
 
 VARIANTS = ("scclip", "breunig")
 
 
-@torch.library.custom_op(f"{NAMESPACE}::simplified_lof", mutates_args=())
-@true_float32
-def _simplified_lof(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
-    """`reference.simplified_lof` of k_distance (B, N), neighbors (B, N, k): scores (B, N)."""
-    if backend == "triton" and k_distance.numel():
+@torch.library.custom_op(f"{NAMESPACE}::lof_scores", mutates_args=())
+def _lof_scores(x: Tensor, k: int, variant: str, backend: str) -> Tensor:
+    """The scores (B, N) of tokens (B, N, D)."""
+    distances, neighbors = search(x, k, backend, measure_all=variant == "breunig")
+    if variant == "breunig":
+        return reference.breunig_lof(distances.sqrt(), neighbors)
+    if backend == "triton" and x.numel():
         from ..kernels.lof import simplified_lof_triton
 
-        return simplified_lof_triton(k_distance, neighbors)
-    return reference.simplified_lof(k_distance, neighbors)
+        return simplified_lof_triton(distances[..., -1], neighbors)
+    return reference.simplified_lof(distances[..., -1], neighbors)
 
 
-@_simplified_lof.register_fake
-def _(k_distance: Tensor, neighbors: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(k_distance, memory_format=torch.contiguous_format)
+@_lof_scores.register_fake
+def _(x: Tensor, k: int, variant: str, backend: str) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=chunked.compute_dtype(x))
 
 
 def lof_scores(
@@ -75,12 +76,7 @@ def lof_scores(
     tokens, k, backend = check_search(
         features, "features", n_neighbors, "n_neighbors", check_finite, backend
     )
-    if variant == "scclip":
-        distances, neighbors = nearest(tokens, k, False, backend)
-        scores = _simplified_lof(distances[..., -1], neighbors, backend)
-    else:
-        distances, neighbors = nearest(tokens, k, True, backend)
-        scores = reference.breunig_lof(distances.sqrt(), neighbors)
+    scores = _lof_scores(tokens, k, variant, backend)
     return scores if features.dim() == 3 else scores[0]
 
 
