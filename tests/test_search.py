@@ -289,6 +289,7 @@ def test_the_smallest(dtype, threads, monkeypatch):
     """Rows of one step and of several, with ties, infinite and negative numbers; 0: no numpy."""
     monkeypatch.setattr(topk, "HAS_NUMPY", threads > 0)
     monkeypatch.setattr(numpy_topk, "STEP", 2000)
+    monkeypatch.setattr(numpy_topk, "SHARE", 4000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for rows, columns in ((0, 5), (5, 1), (5, 7), (60, 203), (31, 1000), (7, 2304)):
         values = torch.randint(50, (rows, columns)).to(dtype)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .tiles import spans
 
 STEP = 2**16  # numbers of one step, whose keys stay in a core's cache: 512 KiB
+SHARE = 2**19  # the least numbers of a thread: it takes 0.1 ms to start, and 1.3 ms for so many
 SORTED_COLUMNS = 256  # numpy sorts so few columns as fast as it partitions them
 
 #: The halves of an int64 that hold its lower and its upper 32 bits.
@@ -33,7 +34,7 @@ def smallest_by_numpy(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     best = torch.empty((*values.shape[:-1], k), dtype=values.dtype)
     positions = torch.empty(best.shape, dtype=torch.int64)
     out = best.view(-1, k).numpy(), positions.view(-1, k).numpy()
-    threads = max(1, min(torch.get_num_threads(), rows.size // (2 * STEP)))
+    threads = max(1, min(torch.get_num_threads(), rows.size // SHARE))
     share, *others = spans(max(1, len(rows)), -(-max(1, len(rows)) // threads))
     if not others:
         _select(rows, out, share)

@@ -24,7 +24,7 @@ from .gram import gram, images_per_step, tile_pairs
 from .tiles import Scratch, compute_dtype, spans
 from .topk import smallest
 
-ROWS_PER_MERGE = 512  # rows of a tile whose columns are copied to be rows at a time
+COLUMNS = 512  # columns of a tile that are copied to be rows at a time
 #: Images of at most that many tokens have all products in float64, if all distances are asked for.
 #: With more, the candidates' products are repeated in float64: `knn` of 441 tokens takes 6.5 ms so,
 #: and 4.6 ms in float64, of 784 tokens 13.7 and 12.0 ms, of 1024 20.3 and 19.3 ms (one core).
@@ -204,7 +204,6 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int, scratch: Scratch) -> Lis
     largest = torch.finfo(compute_dtype(tokens)).max ** 0.5 / 4
     norms = middle.new_empty(batch, total)
     pairs = tile_pairs(total, middle.dtype)
-    step = ROWS_PER_MERGE if batch == 1 else total  # several images fit a single tile
     best: dict[int, tuple[Tensor, Tensor]] = {}
     for rows, columns in tiles.each_tile.get()(pairs):
         on_diagonal = rows == columns
@@ -221,18 +220,10 @@ def _candidates(tokens: Tensor, middle: Tensor, n: int, scratch: Scratch) -> Lis
         gram(y_rows, y, tile, scratch, (row_squares, squares))
         if on_diagonal:
             tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        for part in () if on_diagonal else spans(shape[2], step):
-            turned = tile[..., part].mT
-            turned = scratch.take("turned", tuple(turned.shape), tile.dtype).copy_(turned)
-            _merge(best, columns.start + part.start, turned, rows.start, n)
-        for part in spans(shape[1], step):
-            _merge(best, rows.start + part.start, tile[:, part], columns.start, n)
-    in_order = [best[start] for start in sorted(best)]
-    values, indices = (
-        in_order[0]
-        if len(best) == 1
-        else (torch.cat(lists, dim=1) for lists in zip(*in_order, strict=True))
-    )
+        else:
+            _merge(best, columns.start, _smallest_of_columns(tile, n, scratch), rows.start, n)
+        _merge(best, rows.start, smallest(tile, min(n, shape[2])), columns.start, n)
+    values, indices = _joined_lists([best[start] for start in sorted(best)])
     return Lists(values.flatten(0, 1), indices.flatten(0, 1), norms.flatten())
 
 
@@ -244,16 +235,38 @@ def _minus(tokens: Tensor, middle: Tensor, scratch: Scratch, name: str) -> Tenso
     return out.copy_(tokens).sub_(middle)  # a subtraction of two dtypes has another tensor
 
 
+def _smallest_of_columns(tile: Tensor, n: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
+    """`smallest` of the columns of a tile (b, r, c), (b, c, up to n)."""
+    lists = []
+    for part in spans(tile.shape[2], COLUMNS):
+        turned = tile[..., part].mT
+        turned = scratch.take("turned", tuple(turned.shape), tile.dtype).copy_(turned)
+        lists.append(smallest(turned, min(n, tile.shape[1])))
+    return _joined_lists(lists)
+
+
+def _joined_lists(lists: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The squared distances and indices of consecutive rows (b, r, n) as two tensors."""
+    if len(lists) == 1:
+        return lists[0]
+    values, indices = zip(*lists, strict=True)
+    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
+
+
 def _merge(
-    best: dict[int, tuple[Tensor, Tensor]], start: int, tile: Tensor, first: int, n: int
+    best: dict[int, tuple[Tensor, Tensor]],
+    start: int,
+    found: tuple[Tensor, Tensor],
+    first: int,
+    n: int,
 ) -> None:
-    """Merges a tile (b, r, c), whose columns count from `first`, into the n best of some rows.
+    """Merges what was found in columns that count from `first` into the n best of some rows.
 
     Args:
-        best: squared distances and indices (b, r, up to n) of the rows from each `start` on. The
-            columns of one tile are all before or all after those of another.
+        best: squared distances and indices (b, r, up to n) of the rows from each `start` on.
+        found: such lists. Their columns are all before or all after those of the best.
     """
-    values, indices = smallest(tile, min(n, tile.shape[-1]))
+    values, indices = found
     if first:
         indices += first
     if start in best:

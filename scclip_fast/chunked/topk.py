@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 GROUP = 32  # columns whose minimum `smallest_grouped` reads before it reads any of them singly
+KEYS = 2**20  # keys of one step on a CPU without numpy
 HAS_NUMPY = find_spec("numpy") is not None
 
 
@@ -24,12 +25,21 @@ def smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if values.dtype != torch.float32:
         ordered, positions = values.sort(dim=-1, stable=True)
         return ordered[..., :k], positions[..., :k]
+    rows, columns = values.flatten(0, -2), values.shape[-1]
+    on_cpu = values.device.type == "cpu"
+    steps = rows.split(max(1, KEYS // columns)) if on_cpu else [rows]
+    positions = torch.cat([_smallest_positions(step, k) for step in steps])
+    positions = positions.view(*values.shape[:-1], k)
+    return values.gather(-1, positions), positions
+
+
+def _smallest_positions(values: Tensor, k: int) -> Tensor:
+    """The positions of the k smallest float32 of each row, in the order of `smallest`."""
     bits = values.view(torch.int32)
     ordered = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # in the order of the values
     keys = ordered.long().bitwise_left_shift_(32)
     keys |= torch.arange(values.shape[-1], device=values.device)
-    positions = keys.topk(k, largest=False).values & 0xFFFFFFFF
-    return values.gather(-1, positions), positions
+    return keys.topk(k, largest=False).values & 0xFFFFFFFF
 
 
 def smallest_grouped(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
