@@ -16,9 +16,9 @@ from torch import Tensor
 from . import tiles
 from .tiles import compute_dtype, longest_dtype, spans
 
-#: Bytes of pairs of tokens that a core's cache holds through a subtraction, a square and a sum.
-#: 1568 pairs of 768 channels take 1.1 ms so, and 2.5 ms in steps of 2 MiB (one core).
-CACHED_BYTES = 2**19
+#: One part in so many of the workspace holds the pairs of one step on a CPU. 512 KiB stay in a
+#: core's cache: 1568 pairs of 768 channels take 1.1 ms, and 2.5 ms in steps of 2 MiB (one core).
+CACHED_SHARE = 128
 CHANNELS = 256  # channels of one step of `distances_by_products`; fewer are slower
 
 
@@ -107,8 +107,8 @@ def _sums(
     batch, asked, m = neighbors.shape
     sums = torch.empty(batch, asked, m, dtype=dtype, device=x.device)
     row_bytes = max(1, m * x.shape[-1] * dtype.itemsize)
-    step_bytes = min(tiles.WORKSPACE_BYTES // 32, CACHED_BYTES if x.device.type == "cpu" else 2**30)
-    rows_per_step = max(1, step_bytes // row_bytes)
+    share = CACHED_SHARE if x.device.type == "cpu" else 32
+    rows_per_step = max(1, tiles.WORKSPACE_BYTES // share // row_bytes)
     for image in range(batch):
         for rows in spans(asked, rows_per_step):
             others = x[image].index_select(0, neighbors[image, rows].flatten()).to(dtype)

@@ -11,8 +11,6 @@ measured as in `search.py`:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -20,23 +18,15 @@ from . import tiles
 from .candidates import centre, list_sizes
 from .certificate import Found, counts, error_bound, undecided, undecided_lists
 from .distances import distances_by_products, settle_last, squared_differences
-from .gram import gram, images_per_step, tile_pairs
+from .gram import images_per_step
+from .symmetric_lists import Lists, candidate_lists
 from .tiles import Scratch, compute_dtype, spans
 from .topk import smallest
 
-COLUMNS = 512  # columns of a tile that are copied to be rows at a time
 #: Images of at most that many tokens have all products in float64, if all distances are asked for.
 #: With more, the candidates' products are repeated in float64: `knn` of 441 tokens takes 6.5 ms so,
 #: and 4.6 ms in float64, of 784 tokens 13.7 and 12.0 ms, of 1024 20.3 and 19.3 ms (one core).
 FLOAT64_TOKENS = 800
-
-
-class Lists(NamedTuple):
-    """The candidates of the rows of all images, the nearest first."""
-
-    squares: Tensor  # (R, n), the estimates c of `certificate.py`
-    indices: Tensor  # (R, n), among the tokens of all images
-    norms: Tensor  # (R,), of the centred rows
 
 
 def has_room(x: Tensor, k: int) -> bool:
@@ -80,7 +70,7 @@ def _search_images(
     batch, tokens, width = x.shape
     n, n_measured = list_sizes(k, tokens - 1, measure_all)
     middle = centre(x, dtype)
-    lists = _candidates(x, middle, n, scratch)
+    lists = candidate_lists(x, middle, n, scratch)
     if lists is None:
         return None
     if batch > 1:
@@ -188,90 +178,3 @@ def _measure_candidates(
         is_open |= k_distance == 0
     found.distances[some] = distances[:, -n_distances:]
     found.indices[some], found.undecided[some] = indices, is_open
-
-
-def _candidates(tokens: Tensor, middle: Tensor, n: int, scratch: Scratch) -> Lists | None:
-    """The n others with the smallest squared distances for each of the tokens (b, N, D), n < N.
-
-    Args:
-        middle: (b, 1, D), as for `Candidates`; its dtype is that of the products.
-
-    Returns:
-        The lists of (b N) rows, with indices among the tokens of an image. None if the norm of a
-        centred token is not finite, or its square is more than a 16th of the largest number.
-    """
-    batch, total, _ = tokens.shape
-    largest = torch.finfo(compute_dtype(tokens)).max ** 0.5 / 4
-    norms = middle.new_empty(batch, total)
-    pairs = tile_pairs(total, middle.dtype)
-    best: dict[int, tuple[Tensor, Tensor]] = {}
-    for rows, columns in tiles.each_tile.get()(pairs):
-        on_diagonal = rows == columns
-        name = "rows" if on_diagonal else "columns"
-        y = _minus(tokens[:, columns], middle, scratch, name)
-        norms[:, columns] = norm = torch.linalg.vector_norm(y, dim=-1)
-        if not norm.amax() < largest:
-            return None
-        squares = norm.square()
-        if on_diagonal:  # the first tile of these rows
-            y_rows, row_squares = y, squares
-        shape = batch, y_rows.shape[1], y.shape[1]
-        tile = scratch.take("tile", shape, compute_dtype(tokens))
-        gram(y_rows, y, tile, scratch, (row_squares, squares))
-        if on_diagonal:
-            tile.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-        else:
-            _merge(best, columns.start, _smallest_of_columns(tile, n, scratch), rows.start, n)
-        _merge(best, rows.start, smallest(tile, min(n, shape[2])), columns.start, n)
-    values, indices = _joined_lists([best[start] for start in sorted(best)])
-    return Lists(values.flatten(0, 1), indices.flatten(0, 1), norms.flatten())
-
-
-def _minus(tokens: Tensor, middle: Tensor, scratch: Scratch, name: str) -> Tensor:
-    """tokens - middle in the dtype of the middle."""
-    out = scratch.take(name, tuple(tokens.shape), middle.dtype)
-    if tokens.dtype == middle.dtype:
-        return torch.sub(tokens, middle, out=out)
-    return out.copy_(tokens).sub_(middle)  # a subtraction of two dtypes has another tensor
-
-
-def _smallest_of_columns(tile: Tensor, n: int, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """`smallest` of the columns of a tile (b, r, c), (b, c, up to n)."""
-    lists = []
-    for part in spans(tile.shape[2], COLUMNS):
-        turned = tile[..., part].mT
-        turned = scratch.take("turned", tuple(turned.shape), tile.dtype).copy_(turned)
-        lists.append(smallest(turned, min(n, tile.shape[1])))
-    return _joined_lists(lists)
-
-
-def _joined_lists(lists: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The squared distances and indices of consecutive rows (b, r, n) as two tensors."""
-    if len(lists) == 1:
-        return lists[0]
-    values, indices = zip(*lists, strict=True)
-    return torch.cat(values, dim=1), torch.cat(indices, dim=1)
-
-
-def _merge(
-    best: dict[int, tuple[Tensor, Tensor]],
-    start: int,
-    found: tuple[Tensor, Tensor],
-    first: int,
-    n: int,
-) -> None:
-    """Merges what was found in columns that count from `first` into the n best of some rows.
-
-    Args:
-        best: squared distances and indices (b, r, up to n) of the rows from each `start` on.
-        found: such lists. Their columns are all before or all after those of the best.
-    """
-    values, indices = found
-    if first:
-        indices += first
-    if start in best:
-        values = torch.cat([best[start][0], values], dim=-1)
-        indices = torch.cat([best[start][1], indices], dim=-1)
-        values, order = smallest(values, min(n, values.shape[-1]))
-        indices = indices.gather(-1, order)
-    best[start] = values, indices
