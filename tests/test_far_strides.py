@@ -54,7 +54,9 @@ def test_repair(device):
     assert torch.equal(repair_triton(far, mask, (7, 10)), repair_triton(near, mask, (7, 10)))
 
 
-@pytest.mark.parametrize("far_dim", [1, 2, 3], ids=["classes", "rows", "columns"])
+@pytest.mark.parametrize(
+    "far_dim", [pytest.param(1, marks=pytest.mark.slow), 2, 3], ids=["classes", "rows", "columns"]
+)
 def test_upsampled_labels(device, far_dim):
     far, near = (x.unflatten(2, (4, 4)).movedim(1, far_dim) for x in far_and_near(device))
     found, expected = (upsampled_labels_triton(x, (90, 90), torch.uint8) for x in (far, near))

@@ -31,7 +31,7 @@ def test_lists_around_powers_of_two(device, backend, k):
 
 
 @pytest.mark.parametrize("device, backend", RUNS)
-@pytest.mark.parametrize("k", [63, 64, 65, 128])
+@pytest.mark.parametrize("k", [63, 64, 65, pytest.param(128, marks=pytest.mark.slow)])
 def test_long_lists(device, backend, k):
     check(torch.randn(1, 133, 5), k, device, backend)
 
@@ -114,6 +114,7 @@ def test_tokens_that_are_not_finite_are_nobodys_neighbour(device, backend):
     assert distances[:, 3:, 2:].isinf().all() and distances[:, 3:, :2].isfinite().all()
 
 
+@pytest.mark.slow
 def test_tiles_agree(monkeypatch):
     """Several tiles, and lists longer than a tile is wide, have the results of one tile."""
     x = torch.randn(3, 300, 24, dtype=torch.float64)

@@ -88,8 +88,8 @@ def nearest(x, queries, k, measure_all=True):
         (3, 31, 200, 40, 30, BRAIN),
         (1, 40, 1500, 24, 48, FLOAT),
         (3, 200, 70, 17, 30, FLOAT),
-        (1, 1000, 130, 24, 30, HALF),
-        (2, 129, 1100, 9, 48, FLOAT),
+        pytest.param(1, 1000, 130, 24, 30, HALF, marks=pytest.mark.slow),
+        pytest.param(2, 129, 1100, 9, 48, FLOAT, marks=pytest.mark.slow),
     ],
 )
 def test_queries_of_a_bank(path, b, m, n, d, k, dtype):
@@ -98,7 +98,10 @@ def test_queries_of_a_bank(path, b, m, n, d, k, dtype):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("b, m, n, d", [(1, 1, 1500, 40), (1, 40, 130, 9), (3, 9, 128, 17)])
+@pytest.mark.parametrize(
+    "b, m, n, d",
+    [pytest.param(1, 1, 1500, 40, marks=pytest.mark.slow), (1, 40, 130, 9), (3, 9, 128, 17)],
+)
 def test_128_neighbours(b, m, n, d, k=128):
     queries, x = two_sets(torch.randn, b, m, n, d)
     assert_nearest(nearest(x, queries, k), queries, x, k)

@@ -79,7 +79,12 @@ def equal(found, expected):
 
 
 @pytest.mark.parametrize(
-    "shape, n_queries, k", [((2, 40, 8), None, 3), ((1, 140, 16), None, 9), ((1, 140, 16), 130, 5)]
+    "shape, n_queries, k",
+    [
+        ((2, 40, 8), None, 3),
+        ((1, 140, 16), None, 9),
+        pytest.param((1, 140, 16), 130, 5, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("most_columns", [0, knn.MOST_COLUMNS_OF_PANEL], ids=["bins", "panel"])
 def test_nearest(shape, n_queries, k, most_columns, repetitions, monkeypatch):

@@ -239,6 +239,7 @@ def test_training_lowers_the_loss_and_saves_a_model(run, tmp_path, monkeypatch):
     assert encoder.patch_size == 16
 
 
+@pytest.mark.slow
 def test_training_goes_on_after_an_interruption(run, tmp_path, monkeypatch, capsys):
     expected = run("whole")
     losses, calls = train.losses, []
